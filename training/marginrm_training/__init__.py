@@ -1,0 +1,1 @@
+"""Offline training, calibration and measurement of reward models."""
