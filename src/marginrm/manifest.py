@@ -1,0 +1,250 @@
+"""`reward_manifest.json`: what a checkpoint says of itself, so that a server can tell whether it reads as trained.
+
+The file lies beside the weights. `Manifest.save` writes it atomically, `Manifest.load` refuses what it does not fully
+understand, and `revision_of` names the content of the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from marginrm.errors import ManifestError
+
+MANIFEST_NAME = "reward_manifest.json"
+SCHEMA_VERSION = 1
+
+# What decides a reward: weights, tokenizer, template, configuration and calibration. A README does not.
+_REVISION_GLOBS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.jinja",
+    "added_tokens.json",
+    "config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer*",
+    "vocab.json",
+    "vocab.txt",
+    MANIFEST_NAME,
+)
+_CHUNK_BYTES = 1 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True)
+
+
+class EncodingInfo(_Strict):
+    """How texts become token ids, and where the reward is read."""
+
+    architecture: Literal["decoder", "encoder"]
+    template_hash: str | None = Field(description="Of the chat template, `sha256:<12 hex>`; null without a template.")
+    max_length: int = Field(ge=1, description="The most tokens that a sequence may have, special tokens included.")
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    pooling: Literal["last", "first"] = Field(description="The position whose hidden state gives the reward.")
+    truncation: Literal["error", "drop", "prompt_left"] = Field(
+        default="error", description="What training did with a sequence that was too long."
+    )
+
+
+class MethodInfo(_Strict):
+    """The loss that the checkpoint was trained with, and what it did."""
+
+    preset: str
+    loss: str
+    estimator: str | None = Field(default=None, description="Where the target margin came from.")
+    filter: str | None = Field(default=None, description="Which pairs of a batch got it.")
+    lambda_: float | None = Field(default=None, alias="lambda", description="Factor on the estimated margin.")
+    cap: float | None = Field(default=None, description="The largest target margin (m_max); null without one.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Label smoothing, centring, EMA and the like.")
+    fire_rate: float | None = Field(default=None, description="Share of training pairs that got a target margin.")
+    mean_target_margin: float | None = Field(default=None, description="Mean target margin over all training pairs.")
+
+
+class DataFile(_Strict):
+    """One file that the checkpoint was trained, calibrated or evaluated on."""
+
+    path: str = Field(description="File name as given in the configuration.")
+    sha256: str
+    rows: int = Field(ge=0)
+    pairs_used: int = Field(ge=0)
+
+
+class ReliabilityBin(_Strict):
+    """One bar of a reliability diagram. Empty bins have no means."""
+
+    lower: float
+    upper: float
+    count: int = Field(ge=0)
+    confidence: float | None = Field(description="Mean confidence of the bin's pairs.")
+    accuracy: float | None = Field(description="Share of them that the model ranked right.")
+
+
+class RiskCoveragePoint(_Strict):
+    """What abstaining buys: the error rate among the `coverage` most confident pairs."""
+
+    coverage: float = Field(ge=0, le=1)
+    risk: float = Field(ge=0, le=1)
+    confidence: float = Field(description="The smallest confidence among the pairs that are kept.")
+
+
+class Calibration(_Strict):
+    """Temperature, and how far the confidences can be trusted. `before` is T = 1, `after` is this temperature.
+
+    `ece` is on confidence = sigmoid(abs(margin) / T) against "ranked right"; `brier` and `nll` are on P(chosen).
+    """
+
+    temperature: float = Field(gt=0)
+    n: int = Field(ge=1, description="Pairs that it was fitted or measured on.")
+    ece_before: float
+    ece_after: float
+    brier_before: float
+    brier_after: float
+    nll_before: float
+    nll_after: float
+    reliability: list[ReliabilityBin] = Field(default_factory=list)
+    risk_coverage: list[RiskCoveragePoint] = Field(default_factory=list)
+    margin_quantiles: dict[str, float] = Field(
+        default_factory=dict, description="Quantile, such as `0.05`, to margin: the reference for drift."
+    )
+    note: str | None = Field(default=None, description="What to know before relying on the temperature.")
+
+
+class GoldenSample(_Strict):
+    """A text whose token ids and reward a server must reproduce before it reports ready."""
+
+    prompt: str | list[dict[str, str]]
+    response: str
+    ids: list[int]
+    reward: float
+
+
+class Manifest(_Strict):
+    """Everything that a checkpoint records of itself."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    created: str = Field(description="UTC, ISO 8601.")
+    base_model: str
+    base_revision: str | None = None
+    method: MethodInfo | None = Field(default=None, description="Null for a model that was trained elsewhere.")
+    data: list[DataFile] = Field(default_factory=list)
+    encoding: EncodingInfo
+    reward_mean: float | None = None
+    reward_std: float | None = None
+    calibration: Calibration | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict, description="Library to version.")
+    golden: list[GoldenSample] = Field(default_factory=list)
+    golden_tolerance: dict[str, float] = Field(
+        default_factory=dict, description="dtype to the largest difference that a golden reward may show."
+    )
+    training: dict[str, Any] = Field(default_factory=dict, description="The configuration, as it was run.")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Manifest | None:
+        """Reads a checkpoint's manifest.
+
+        Args:
+            directory: The checkpoint.
+
+        Returns:
+            The manifest, or None if the checkpoint has none.
+
+        Raises:
+            ManifestError: It cannot be read, or was written by a marginrm that knows other fields.
+        """
+        path = Path(directory) / MANIFEST_NAME
+        try:
+            raw = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ManifestError(f"{path}: cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise ManifestError(f"{path}: is no JSON ({error}). Write it again with `marginrm calibrate`.") from error
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"{path}: schema_version is {version!r}; this marginrm reads {SCHEMA_VERSION}. "
+                "Upgrade marginrm, or write the manifest again with `marginrm calibrate`."
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+            raise ManifestError(
+                f"{path}: {faults}. It was edited, or written by another marginrm: upgrade, or write it again with "
+                "`marginrm calibrate`."
+            ) from error
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the manifest into a checkpoint, all or nothing: a reader never sees half a file.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            OSError: The folder cannot be written to.
+        """
+        folder = Path(directory)
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=folder)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from a server of another user
+            target = folder / MANIFEST_NAME
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return target
+
+
+def template_hash(text: str) -> str:
+    """Returns a short content hash of a chat template, `sha256:<12 hex>`."""
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def revision_of(directory: str | Path) -> str:
+    """Names the content of a checkpoint: equal names mean equal rewards and confidences.
+
+    Streams a SHA-256 over the sorted names and the bytes of weights, configuration, tokenizer, templates and manifest.
+
+    Args:
+        directory: The checkpoint.
+
+    Returns:
+        `sha256:<12 hex>`.
+
+    Raises:
+        ManifestError: The folder holds none of those files, or one cannot be read.
+    """
+    folder = Path(directory)
+    files = sorted({path for pattern in _REVISION_GLOBS for path in folder.glob(pattern) if path.is_file()})
+    if not files:
+        raise ManifestError(f"{folder}: holds no checkpoint (no weights, configuration or tokenizer).")
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            # The name and the size go before the bytes, so that no two different folders read the same.
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+    except OSError as error:
+        raise ManifestError(f"{error.filename}: cannot be read: {error.strerror}.") from error
+    return f"sha256:{digest.hexdigest()[:12]}"
