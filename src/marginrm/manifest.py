@@ -39,7 +39,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class EncodingInfo(_Strict):
@@ -64,7 +64,7 @@ class MethodInfo(_Strict):
     loss: str
     estimator: str | None = Field(default=None, description="Where the target margin came from.")
     filter: str | None = Field(default=None, description="Which pairs of a batch got it.")
-    lambda_: float | None = Field(default=None, alias="lambda", description="Factor on the estimated margin.")
+    scale: float | None = Field(default=None, description="lambda, the factor on the estimated margin.")
     cap: float | None = Field(default=None, description="The largest target margin (m_max); null without one.")
     options: dict[str, Any] = Field(default_factory=dict, description="Label smoothing, centring, EMA and the like.")
     fire_rate: float | None = Field(default=None, description="Share of training pairs that got a target margin.")
@@ -198,7 +198,7 @@ class Manifest(_Strict):
             OSError: The folder cannot be written to.
         """
         folder = Path(directory)
-        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=folder)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

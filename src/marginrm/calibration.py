@@ -1,0 +1,223 @@
+"""Margins -> temperature, and how far the resulting confidences can be trusted. Pure numpy.
+
+A pair's margin d = reward(chosen) - reward(rejected) gives P(chosen is better) = sigmoid(d / T). The temperature is
+fitted on held-out pairs (Guo et al. 2017, arXiv 1706.04599); training with target margins stretches d, so an unfitted
+sigmoid(d) is no probability.
+
+Two views of a pair are measured. *P(chosen)* against its label, which is "chosen is better" or a soft target: `nll`
+and `brier`. *Confidence* sigmoid(|d| / T), which is at least 0.5, against "ranked right" (d > 0, and half at d = 0):
+`expected_calibration_error`, `reliability_bins`, `risk_coverage`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from marginrm.errors import DataError, NonFiniteRewardError
+from marginrm.manifest import Calibration, ReliabilityBin, RiskCoveragePoint
+
+Floats = NDArray[np.float64]
+
+T_MIN, T_MAX = 1 / 64, 64.0
+_QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+_COVERAGES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+def fit_temperature(margins: ArrayLike, targets: ArrayLike | None = None) -> float:
+    """Fits T by minimising the negative log likelihood over log T.
+
+    With x = 1/T the loss softplus(-d x) + (1 - p) d x is convex, so it has one valley in log T as well, which bisection
+    on its slope finds to machine precision.
+
+    Args:
+        margins: Rewards' differences, [n].
+        targets: P(chosen is better) of each pair, [n]; 1 by default.
+
+    Returns:
+        T in [1/64, 64]. A bound is returned where the data would go beyond: T -> 0 if every margin has its label's
+        sign, T -> infinity if the margins tell nothing. 1 if all margins are 0, since any T fits then.
+
+    Raises:
+        DataError: There are no margins, or the targets do not fit them.
+        NonFiniteRewardError: A margin is NaN or infinite.
+    """
+    d, p = _checked(margins, targets)
+    scale = float(np.max(np.abs(d)))
+    if scale == 0:
+        return 1.0
+
+    def slope(log_t: float) -> float:
+        """dNLL/dx at x = 1/T: mean of d (sigmoid(d x) - p). It falls as T grows."""
+        return float(np.mean(d * (_sigmoid(d * math.exp(-log_t)) - p)))
+
+    low, high = math.log(T_MIN), math.log(T_MAX)
+    if slope(low) <= 0:  # even the sharpest T wants a larger x
+        return T_MIN
+    if slope(high) >= 0:
+        return T_MAX
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def calibrate(
+    margins: ArrayLike, temperature: float | None = None, bins: int = 15, targets: ArrayLike | None = None
+) -> Calibration:
+    """Fits a temperature, or takes one, and measures before (T = 1) and after.
+
+    Args:
+        margins: Rewards' differences of held-out pairs, [n].
+        temperature: T to measure, such as one fitted on other pairs; by default it is fitted here.
+        bins: Of the reliability diagram and the ECE.
+        targets: As for `fit_temperature`.
+
+    Raises:
+        DataError: As for `fit_temperature`.
+        NonFiniteRewardError: A margin is NaN or infinite.
+        ValueError: The temperature is not positive.
+    """
+    d, p = _checked(margins, targets)
+    t = fit_temperature(d, p) if temperature is None else float(temperature)
+    return Calibration(
+        temperature=t,
+        n=len(d),
+        ece_before=expected_calibration_error(d, 1.0, bins),
+        ece_after=expected_calibration_error(d, t, bins),
+        brier_before=brier(d, 1.0, p),
+        brier_after=brier(d, t, p),
+        nll_before=nll(d, 1.0, p),
+        nll_after=nll(d, t, p),
+        reliability=reliability_bins(d, t, bins),
+        risk_coverage=risk_coverage(d, t),
+        margin_quantiles={f"{q:g}": float(v) for q, v in zip(_QUANTILES, np.quantile(d, _QUANTILES), strict=True)},
+        note=_note(d, t) if temperature is None else None,
+    )
+
+
+def nll(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | None = None) -> float:
+    """Mean negative log likelihood of the labels in nats: -p log s - (1 - p) log(1 - s), s = sigmoid(d / T)."""
+    d, p = _checked(margins, targets)
+    logits = d / _positive(temperature)
+    return float(np.mean(np.logaddexp(0.0, -logits) + (1 - p) * logits))
+
+
+def brier(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | None = None) -> float:
+    """Mean squared difference of P(chosen) and the label, in [0, 1] (Brier 1950); 0.25 for a coin."""
+    d, p = _checked(margins, targets)
+    return float(np.mean((_sigmoid(d / _positive(temperature)) - p) ** 2))
+
+
+def expected_calibration_error(margins: ArrayLike, temperature: float = 1.0, bins: int = 15) -> float:
+    """ECE in [0, 1]: mean over pairs of |accuracy - confidence| of the bin that a pair is in (Naeini et al. 2015)."""
+    table = reliability_bins(margins, temperature, bins)
+    total = sum(row.count for row in table)
+    return sum(
+        row.count / total * abs(row.accuracy - row.confidence)
+        for row in table
+        if row.accuracy is not None and row.confidence is not None
+    )
+
+
+def reliability_bins(margins: ArrayLike, temperature: float = 1.0, bins: int = 15) -> list[ReliabilityBin]:
+    """Sorts pairs by confidence into equal-width bins over [0, 1].
+
+    Confidence is at least 0.5, so that the lower half of the bins stays empty; the bins are those of the literature, so
+    that its figures compare. A bin holds its lower edge; the last holds both.
+
+    Raises:
+        ValueError: `bins` is less than 1 or the temperature is not positive.
+    """
+    d, _ = _checked(margins, None)
+    if bins < 1:
+        raise ValueError(f"bins = {bins}: it must be at least 1.")
+    sure, right = _confidence(d, temperature), _right(d)
+    place = np.minimum((sure * bins).astype(np.int64), bins - 1)
+    table = []
+    for index in range(bins):
+        here = place == index
+        count = int(here.sum())
+        table.append(
+            ReliabilityBin(
+                lower=index / bins,
+                upper=(index + 1) / bins,
+                count=count,
+                confidence=math.fsum(sure[here]) / count if count else None,
+                accuracy=math.fsum(right[here]) / count if count else None,
+            )
+        )
+    return table
+
+
+def risk_coverage(margins: ArrayLike, temperature: float = 1.0) -> list[RiskCoveragePoint]:
+    """Returns the error rate among the most confident share of pairs, for shares of 5%, 10%, ... 100%.
+
+    Pairs of equal confidence at the edge of a share count by their mean, so that the order of the input does not matter.
+    """
+    d, _ = _checked(margins, None)
+    magnitude, wrong = np.abs(d), 1.0 - _right(d)
+    order = np.argsort(-magnitude, kind="stable")
+    magnitude, wrong = magnitude[order], wrong[order]
+    levels, first, counts = np.unique(-magnitude, return_index=True, return_counts=True)
+    per_level = np.add.reduceat(wrong, first) / counts
+    level = np.repeat(np.arange(len(levels)), counts)
+    cumulative = np.cumsum(per_level[level])
+    points = []
+    for coverage in _COVERAGES:
+        kept = max(1, math.ceil(coverage * len(d) - 1e-9))
+        points.append(
+            RiskCoveragePoint(
+                coverage=kept / len(d),
+                risk=min(1.0, max(0.0, float(cumulative[kept - 1]) / kept)),
+                confidence=float(_confidence(magnitude[kept - 1 : kept], temperature)[0]),
+            )
+        )
+    return points
+
+
+def _note(d: Floats, temperature: float) -> str | None:
+    if not np.any(d):
+        return "All margins are 0, so any temperature fits; T = 1 was kept."
+    if temperature <= T_MIN:
+        return "T is at its lower bound: every pair was ranked right, or nearly. Calibrate on more or harder pairs."
+    if temperature >= T_MAX:
+        return "T is at its upper bound: the margins say next to nothing about these labels."
+    return None
+
+
+def _checked(margins: ArrayLike, targets: ArrayLike | None) -> tuple[Floats, Floats]:
+    d: Floats = np.asarray(margins, dtype=np.float64)
+    if d.ndim != 1 or d.size == 0:
+        raise DataError(f"Calibration needs a list of at least one margin, got shape {d.shape}.")
+    if not np.all(np.isfinite(d)):
+        raise NonFiniteRewardError(f"{int(np.sum(~np.isfinite(d)))} of {d.size} margins are NaN or infinite.")
+    p: Floats = np.ones_like(d) if targets is None else np.asarray(targets, dtype=np.float64)
+    if p.shape != d.shape or not np.all((p >= 0) & (p <= 1)):
+        raise DataError(f"Targets must be one probability per margin, got shape {p.shape} for {d.shape}.")
+    return d, p
+
+
+def _positive(temperature: float) -> float:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature = {temperature}: it must be a positive number.")
+    return temperature
+
+
+def _sigmoid(x: Floats) -> Floats:
+    """Without overflow: exp is taken of negative numbers only."""
+    e: Any = np.exp(-np.abs(x))
+    result: Floats = np.where(x >= 0, 1.0, e) / (1.0 + e)
+    return result
+
+
+def _confidence(d: Floats, temperature: float) -> Floats:
+    return _sigmoid(np.abs(d) / _positive(temperature))
+
+
+def _right(d: Floats) -> Floats:
+    result: Floats = np.where(d > 0, 1.0, np.where(d == 0, 0.5, 0.0))
+    return result
