@@ -1,0 +1,260 @@
+"""The forward pass that training and serving share: rows of tokens in, one float32 reward per response out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from marginrm.attention import ATTENTION_NAME, UnsupportedAttentionError
+from marginrm.encoding import Architecture, EncodedResponse
+from marginrm.errors import HeadError
+from marginrm.rows import EncodedGroup, PackedRow, PaddedRows, pack, pad
+
+ForwardPath = Literal["packed", "padded"]
+
+# How far packed and padded rewards of the load-time probe may lie apart, relative to the larger of 1 and the reward.
+# Packing errors (a token that sees too much or too little) are orders of magnitude above rounding in float32.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_EXACT_LAYERS = {"full_attention", "sliding_attention"}
+_ROPE_OF_BATCH = {"dynamic", "longrope"}
+
+
+class RewardModule(nn.Module):
+    """A sequence classifier with one label, run on packed rows wherever that is exact.
+
+    The head and everything after the backbone computes in float32, also under autocast: bfloat16 heads tie.
+
+    Args:
+        classifier: A transformers sequence-classification model (or a PEFT wrapper of one) with one label.
+        max_length: The longest sequence that it will be given, in tokens.
+
+    Attributes:
+        classifier: As given; save it with `classifier.save_pretrained`.
+        architecture: `decoder` (reward at the last token) or `encoder` (reward at the first).
+        forward_path: `packed`, or `padded` for models that packing cannot represent exactly.
+        forward_reason: Why that path, in words.
+
+    Raises:
+        HeadError: The classifier does not give exactly one value per sequence.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, *, max_length: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.training = classifier.training
+        if self.base.config.num_labels != 1:
+            raise HeadError(
+                f"The model's head gives {self.base.config.num_labels} values per sequence; a reward model gives 1 "
+                "(num_labels = 1). Is this a classifier, or a checkpoint saved without its reward head?"
+            )
+        self._pool = _pooling_of(self.base)
+        self.architecture: Architecture = "decoder" if self._pool is _last_token_reward else "encoder"
+        for part in _head_modules(self.base):
+            part.float().register_forward_pre_hook(_in_float32)
+        self.forward_path: ForwardPath
+        self.forward_path, self.forward_reason = self._choose_path(max_length)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The classifier itself, without a PEFT wrapper around it."""
+        unwrap = getattr(self.classifier, "get_base_model", None)
+        return cast("PreTrainedModel", unwrap()) if unwrap else self.classifier
+
+    @property
+    def config(self) -> object:
+        """The classifier's configuration, where trainers look for it."""
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's dtype; the head is float32 whatever it is."""
+        return next(self._backbone.parameters()).dtype
+
+    def collate(self, groups: Sequence[EncodedGroup]) -> PackedRow | PaddedRows:
+        """Lays groups out for this model's exact path, on the CPU."""
+        if self.forward_path == "packed":
+            return pack(groups, causal=self.architecture == "decoder")
+        return pad(groups, pad_token_id=self.base.config.pad_token_id)
+
+    def forward(self, row: PackedRow | PaddedRows) -> Tensor:
+        """Computes rewards.
+
+        Args:
+            row: What `collate` made, on the model's device.
+
+        Returns:
+            Float32 rewards, [responses], in the order of the groups and of the responses in them; differentiable.
+        """
+        if isinstance(row, PackedRow):
+            return self._forward_packed(row)
+        return self._forward_padded(row)
+
+    @property
+    def _backbone(self) -> nn.Module:
+        return cast("nn.Module", getattr(self.base, self.base.base_model_prefix))
+
+    def _forward_packed(self, row: PackedRow) -> Tensor:
+        inputs = {} if row.type_ids is None else {"token_type_ids": row.type_ids}
+        if self.architecture == "decoder":
+            inputs["use_cache"] = False
+        hidden = self._backbone(
+            input_ids=row.ids,
+            position_ids=row.position_ids,
+            # transformers passes a 4D mask on as it is, so it builds no [tokens, tokens] mask that nobody reads.
+            attention_mask=torch.empty(1, 1, 1, 1, device=row.ids.device),
+            packed_row=row,
+            **inputs,
+        ).last_hidden_state[0]
+        return self._reward(hidden, _Ends(row.first, row.last, row.owner))
+
+    def _forward_padded(self, rows: PaddedRows) -> Tensor:
+        inputs = {} if rows.type_ids is None else {"token_type_ids": rows.type_ids}
+        if self._pool is None:
+            logits = self.base(input_ids=rows.ids, attention_mask=rows.mask, **inputs).logits
+            return cast("Tensor", logits.float()[:, 0])
+        if self.architecture == "decoder":
+            inputs["use_cache"] = False
+        hidden = self._backbone(input_ids=rows.ids, attention_mask=rows.mask, **inputs).last_hidden_state
+        responses, longest = rows.ids.shape
+        first = torch.arange(responses, device=hidden.device) * longest
+        real = rows.mask.bool()
+        owner = torch.arange(responses, device=hidden.device).repeat_interleave(rows.lengths)
+        if self.architecture == "decoder":
+            return self._reward(hidden.flatten(0, 1), _Ends(first, first + rows.lengths - 1, None))
+        starts = rows.lengths.cumsum(0) - rows.lengths
+        return self._reward(hidden[real], _Ends(starts, starts + rows.lengths - 1, owner))
+
+    def _reward(self, hidden: Tensor, ends: _Ends) -> Tensor:
+        assert self._pool is not None  # _choose_path sends models without one to their own forward
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._pool(self.base, hidden, ends)
+
+    def _choose_path(self, max_length: int) -> tuple[ForwardPath, str]:
+        """Decides by what the configuration says and by a probe whether packed rows are exact for this model."""
+        reason = self._static_obstacle()
+        if reason is None:
+            try:
+                self.base.set_attn_implementation(ATTENTION_NAME)
+            except (ValueError, NotImplementedError) as error:
+                reason = f"its attention is not replaceable ({type(error).__name__})"
+        if reason is None:
+            reason = self._probe(max_length)
+        if reason is None:
+            sharing = "prefixes shared" if self.architecture == "decoder" else "an encoder, nothing to share"
+            return "packed", f"packed rows reproduce the padded forward ({sharing})"
+        self.base.set_attn_implementation("sdpa" if self.base._supports_sdpa else "eager")  # noqa: SLF001
+        return "padded", f"padded: {reason}"
+
+    def _static_obstacle(self) -> str | None:
+        config = self.base.config
+        if self._pool is None:
+            return f"the head of {type(self.base).__name__} is not one that marginrm can pool by position"
+        unknown = set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYERS
+        if unknown:
+            return f"layers of type {', '.join(sorted(unknown))}"
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in _ROPE_OF_BATCH:
+            return f"{rope['rope_type']} RoPE depends on the longest sequence of the batch"
+        return None
+
+    @torch.no_grad()
+    def _probe(self, max_length: int) -> str | None:
+        """Compares packed with padded rewards on a few random sequences; returns what speaks against packing."""
+        if next(self.parameters()).is_meta:
+            return None
+        groups = _probe_groups(self.base.config.vocab_size, min(max_length, 12))
+        training = self.training
+        self.eval()
+        try:
+            row = pack(groups, causal=self.architecture == "decoder").to(self.device)
+            packed = self._forward_packed(row)
+            padded = self._forward_padded(pad(groups, pad_token_id=self.base.config.pad_token_id).to(self.device))
+        except UnsupportedAttentionError as error:
+            return str(error)
+        finally:
+            self.train(training)
+        difference = float(((packed - padded).abs() / padded.abs().clamp(min=1)).max())
+        if not difference <= _PROBE_TOLERANCE.get(self.dtype, 0.1):
+            return f"packed and padded rewards differ by {difference:.2g} in a probe"
+        window = _sliding_window(self.base.config)
+        seen = {key for call in row.calls for key in call.masks}
+        if window is not None and window < max_length and seen == {None}:
+            return f"a sliding window of {window:,} tokens that its attention does not announce"
+        return None
+
+
+class _Ends(NamedTuple):
+    """Where responses lie among hidden states: first and last token, [responses]; owner of each token, [tokens]."""
+
+    first: Tensor
+    last: Tensor
+    owner: Tensor | None
+
+
+PoolingFn = Callable[[PreTrainedModel, Tensor, _Ends], Tensor]
+
+
+def _pooling_of(model: PreTrainedModel) -> PoolingFn | None:
+    """Returns how this family turns hidden states into rewards; None if only its own forward knows."""
+    if isinstance(getattr(model, "score", None), nn.Module):
+        return _last_token_reward
+    if model.config.model_type == "bert":
+        return _bert_reward
+    if model.config.model_type == "modernbert":
+        return _modernbert_reward
+    return None
+
+
+def _in_float32(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(argument.float() for argument in args)
+
+
+def _head_modules(model: PreTrainedModel) -> list[nn.Module]:
+    names = {"bert": ("classifier",), "modernbert": ("head", "classifier")}.get(model.config.model_type, ("score",))
+    parts = [getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module)]
+    return [*parts, model.bert.pooler] if model.config.model_type == "bert" else parts
+
+
+def _last_token_reward(model: PreTrainedModel, hidden: Tensor, ends: _Ends) -> Tensor:
+    return cast("Tensor", model.score(hidden[ends.last])[:, 0])
+
+
+def _bert_reward(model: PreTrainedModel, hidden: Tensor, ends: _Ends) -> Tensor:
+    pooled = model.bert.pooler(hidden[ends.first][:, None])
+    return cast("Tensor", model.classifier(model.dropout(pooled))[:, 0])
+
+
+def _modernbert_reward(model: PreTrainedModel, hidden: Tensor, ends: _Ends) -> Tensor:
+    if model.config.classifier_pooling == "cls":
+        pooled = hidden[ends.first]
+    else:
+        assert ends.owner is not None  # encoders are never packed with sharing
+        sums = torch.zeros(len(ends.first), hidden.shape[1], device=hidden.device)
+        pooled = sums.index_add(0, ends.owner, hidden.float()) / (ends.last - ends.first + 1)[:, None]
+    return cast("Tensor", model.classifier(model.drop(model.head(pooled)))[:, 0])
+
+
+def _probe_groups(vocabulary: int, longest: int) -> list[list[EncodedResponse]]:
+    """Makes two groups with a shared prefix and one without, of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(min(1, vocabulary - 1), vocabulary, (count,), generator=generator).tolist())
+
+    prefix = tokens(max(longest // 2, 1))
+    shared = [EncodedResponse(prefix + tokens(max(count, 1))) for count in (longest // 2, longest // 4, 1)]
+    return [shared, [EncodedResponse(tokens(longest))], [EncodedResponse(prefix[:2] + tokens(1)) for _ in range(2)]]
+
+
+def _sliding_window(config: object) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) and getattr(config, "use_sliding_window", True) else None

@@ -1,0 +1,129 @@
+"""Packed rows against the model's own forward on one sequence at a time: rewards and gradients, family by family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from marginrm.encoding import EncodedResponse
+from marginrm.errors import HeadError
+from marginrm.reward_module import RewardModule
+from marginrm.rows import PackedRow, pad
+from support_models import DECODERS, tiny_checkpoint
+
+CASES = [
+    ("gpt_neox", {}),
+    *[(family, {"kv_heads": heads}) for family in DECODERS if family != "gpt_neox" for heads in (4, 2)],
+    ("mistral", {"sliding_window": 6}),
+    ("bert", {}),
+    ("modernbert", {}),
+    ("modernbert", {"classifier_pooling": "mean", "local_attention": 8}),
+]
+
+
+def groups_of(vocabulary: int, *, typed: bool = False) -> list[list[EncodedResponse]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def some(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, vocabulary, (count,), generator=generator).tolist())
+
+    def response(ids: tuple[int, ...]) -> EncodedResponse:
+        return EncodedResponse(ids, tuple(int(i > len(ids) // 2) for i in range(len(ids))) if typed else None)
+
+    prompt = some(20)
+    return [
+        [response(prompt + some(count)) for count in (3, 7, 15, 7)],
+        [response(some(60)), response(some(55))],
+        [response(some(30))],
+        [response((*prompt, 6, 7))] * 2,
+    ]
+
+
+def one_by_one(model: PreTrainedModel, groups: list[list[EncodedResponse]]) -> torch.Tensor:
+    rewards = []
+    for response in (response for group in groups for response in group):
+        inputs = {"input_ids": torch.tensor([response.ids])}
+        if response.type_ids:
+            inputs["token_type_ids"] = torch.tensor([response.type_ids])
+        rewards.append(model(**inputs).logits[0, 0])
+    return torch.stack(rewards)
+
+
+def load(path: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_packed_and_padded_rewards_and_gradients_are_those_of_the_model_itself(
+    tmp_path: Path, family: str, options: dict[str, object]
+) -> None:
+    path = tiny_checkpoint(tmp_path, family, **options)
+    reference, model = load(path), load(path)
+    groups = groups_of(model.config.vocab_size, typed=family == "bert")
+    expected = one_by_one(reference, groups)
+    weights = torch.linspace(-1, 1, len(expected))
+    (weights * expected).sum().backward()
+
+    module = RewardModule(model, max_length=512)
+    assert module.forward_path == "packed", module.forward_reason
+    row = module.collate(groups)
+    assert isinstance(row, PackedRow)
+    rewards = module(row)
+    (weights * rewards).sum().backward()
+
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(module(pad(groups, pad_token_id=0)), expected, atol=1e-5, rtol=0)
+    gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_shared_prompt_is_computed_once(tmp_path: Path) -> None:
+    module = RewardModule(load(tiny_checkpoint(tmp_path, "llama")), max_length=512)
+    prompt = tuple(range(5, 105))
+    row = module.collate([[EncodedResponse((*prompt, 6, index)) for index in range(8)]])
+    assert row.tokens == 101 + 8
+
+
+def test_gradient_checkpointing_keeps_the_gradients(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "qwen2")
+    gradients = []
+    for checkpointing in (False, True):
+        model = load(path).train()
+        module = RewardModule(model, max_length=512)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        module(module.collate(groups_of(model.config.vocab_size))).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_bfloat16_keeps_a_float32_head(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "llama")
+    exact = one_by_one(load(path), groups_of(300))
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16)
+    module = RewardModule(model.eval(), max_length=512)
+    assert module.dtype == torch.bfloat16
+    assert model.score.weight.dtype == torch.float32
+    rewards = module(module.collate(groups_of(300)))
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, exact, atol=0.1, rtol=0)
+
+
+def test_a_head_with_two_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match="2 values per sequence"):
+        RewardModule(load(tiny_checkpoint(tmp_path, "llama", num_labels=2)), max_length=512)
+
+
+def test_a_rope_that_depends_on_the_batch_takes_the_padded_path_and_says_why(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    module = RewardModule(load(tiny_checkpoint(tmp_path, "llama", rope_parameters=rope)), max_length=512)
+    assert module.forward_path == "padded"
+    assert "dynamic RoPE" in module.forward_reason
+    groups = groups_of(300)
+    torch.testing.assert_close(module(module.collate(groups)), one_by_one(module.base, groups), atol=1e-5, rtol=0)

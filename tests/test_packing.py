@@ -1,0 +1,105 @@
+"""The packing plan against a brute-force twin: what each token of a row sees must be what it would see alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marginrm.packing import ROOT, PackingPlan, cost, plan_row, plan_steps, shared_prefix
+
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7)
+groups = st.lists(st.lists(tokens, min_size=1, max_size=5), min_size=1, max_size=5)
+
+
+def visible(plan: PackingPlan, leaf: int) -> list[int]:
+    """Row indices of the whole sequence that ends in a leaf, by walking up the runs."""
+    run = plan.runs[leaf]
+    return [*plan.context(leaf), *range(run.start, run.start + run.length)]
+
+
+def brute_force_prefix(group: list[list[int]]) -> int:
+    length = 0
+    while all(len(member) > length + 1 for member in group) and len({member[length] for member in group}) == 1:
+        length += 1
+    return length if len(group) > 1 else 0
+
+
+@given(groups, st.booleans())
+def test_every_response_reads_back_its_own_tokens_at_their_own_positions(
+    batch: list[list[list[int]]], share: bool
+) -> None:
+    plan = plan_row(batch, share_prefix=share)
+    members = [member for group in batch for member in group]
+    assert len(plan.leaves) == len(members)
+    for leaf, member, last in zip(plan.leaves, members, plan.last, strict=True):
+        indices = visible(plan, leaf)
+        assert [plan.ids[index] for index in indices] == member
+        assert [plan.position_ids[index] for index in indices] == list(range(len(member)))
+        assert indices[-1] == last
+
+
+@given(groups)
+def test_the_row_holds_each_shared_prefix_once_and_nothing_else_twice(batch: list[list[list[int]]]) -> None:
+    plan = plan_row(batch, share_prefix=True)
+    assert len(plan.ids) == sum(cost(group, share_prefix=True) for group in batch)
+    assert len(plan.ids) == sum(run.length for run in plan.runs)
+    covered = [index for run in plan.runs for index in range(run.start, run.start + run.length)]
+    assert covered == list(range(len(plan.ids)))
+
+
+@given(groups)
+def test_without_sharing_every_response_is_a_root_of_its_own(batch: list[list[list[int]]]) -> None:
+    plan = plan_row(batch, share_prefix=False)
+    assert all(run.parent == ROOT for run in plan.runs)
+    assert len(plan.ids) == sum(len(member) for group in batch for member in group)
+
+
+@given(st.lists(tokens, min_size=1, max_size=6))
+def test_the_shared_prefix_is_the_longest_that_leaves_each_member_a_token(group: list[list[int]]) -> None:
+    assert shared_prefix(group) == brute_force_prefix(group)
+
+
+def test_a_plan_by_hand() -> None:
+    plan = plan_row([[[7, 8, 1], [7, 8, 2, 3]], [[5]]], share_prefix=True)
+    assert plan.ids == [7, 8, 1, 2, 3, 5]
+    assert plan.position_ids == [0, 1, 2, 2, 3, 0]
+    assert [(run.start, run.length, run.parent, run.offset) for run in plan.runs] == [
+        (0, 2, ROOT, 0),
+        (2, 1, 0, 2),
+        (3, 2, 0, 2),
+        (5, 1, ROOT, 0),
+    ]
+    assert plan.last == [2, 4, 5]
+
+
+def test_equal_responses_keep_one_token_each() -> None:
+    plan = plan_row([[[1, 2, 3], [1, 2, 3]]], share_prefix=True)
+    assert plan.ids == [1, 2, 3, 3]
+    assert plan.last == [2, 3]
+
+
+@given(groups, st.integers(1, 30), st.booleans())
+def test_steps_cover_everything_in_order_within_the_budget(
+    batch: list[list[list[int]]], budget: int, share: bool
+) -> None:
+    steps = list(plan_steps(batch, budget, share_prefix=share))
+    parts = [part for step in steps for part in step]
+    covered = [(part.group, index) for part in parts for index in range(part.start, part.stop)]
+    assert covered == [(number, index) for number, group in enumerate(batch) for index in range(len(group))]
+    for step in steps:
+        assert all(part.start < part.stop for part in step)
+        spent = sum(cost(batch[part.group][part.start : part.stop], share_prefix=share) for part in step)
+        alone = len(step) == 1 and step[0].stop - step[0].start == 1
+        assert spent <= budget or alone
+
+
+def test_a_group_over_the_budget_is_split_and_its_prefix_computed_again() -> None:
+    group = [[9] * 10 + [index] for index in range(6)]
+    steps = list(plan_steps([group], 13, share_prefix=True))
+    assert [(part.start, part.stop) for step in steps for part in step] == [(0, 3), (3, 6)]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_no_groups_make_no_steps(share: bool) -> None:
+    assert list(plan_steps([], 10, share_prefix=share)) == []
