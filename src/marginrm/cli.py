@@ -19,7 +19,7 @@ import typer
 from marginrm.errors import MarginRMError
 
 GROUP = "marginrm.commands"
-# What tells the extras apart when an import fails: packages that only one of them brings.
+# The extra that installs what a package of ours imports. The library's own commands need a model, as the service does.
 _EXTRAS = {"marginrm": "service", "marginrm_service": "service", "marginrm_training": "training"}
 
 _ORDER = ("serve", "score", "train", "evaluate", "calibrate", "compare", "best-of-n", "demo")
@@ -33,12 +33,11 @@ def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
     """
     app = typer.Typer(
         name="marginrm",
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         help="Margin-aware reward models: train, calibrate, score and serve.",
     )
-    app.callback()(_root)
+    app.callback(invoke_without_command=True)(_root)
     found = list(entry_points(group=GROUP)) if commands is None else list(commands)
     rank = {name: place for place, name in enumerate(_ORDER)}
     for entry in sorted(found, key=lambda entry: (rank.get(entry.name, len(rank)), entry.name)):
@@ -46,37 +45,38 @@ def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
     return app
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command and exits: 0 done, 1 a marginrm error (one line on stderr), 2 wrong usage, 130 interrupted.
+def main(argv: Sequence[str] | None = None, command: typer.Typer | None = None) -> NoReturn:
+    """Runs the command and exits: 0 done, 1 a marginrm error (one line on stderr), 2 wrong usage.
 
     Args:
         argv: Arguments without the program's name; by default those of the process.
+        command: What to run; by default `app`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments  # taken before and after the subcommand's name, as people type it
     try:
-        build_app()(args=arguments, prog_name="marginrm")
+        (command or app)(args=[argument for argument in arguments if argument != "--debug"], prog_name="marginrm")
     except MarginRMError as error:
         if debug:
             traceback.print_exc()
         else:
-            notes = [note for note in getattr(error, "__notes__", ()) if note]
-            sys.stderr.write(f"marginrm: error: {' '.join([str(error), *(f'({note})' for note in notes)])}\n")
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            sys.stderr.write(f"marginrm: error: {' '.join(str(error).split())}{notes}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("marginrm: interrupted\n")
-        sys.exit(130)
     sys.exit(0)
 
 
 def _root(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     del debug  # read by main, which is where errors arrive
     if show_version:
         typer.echo(f"marginrm {version('marginrm')}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def _add(app: typer.Typer, entry: EntryPoint) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from marginrm.errors import ManifestError
 
 MANIFEST_NAME = "reward_manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 # What decides a reward: weights, tokenizer, template, configuration and calibration. A README does not.
 _REVISION_GLOBS = (

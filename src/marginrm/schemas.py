@@ -18,6 +18,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 Text = Annotated[Any, WithJsonSchema({"type": "string"})]
 Prompt = Annotated[
@@ -51,7 +52,7 @@ _TRUNCATION = (
 )
 _TIE_BELOW = "Below this confidence both ways a comparison is a tie. At 0.5 only a margin of exactly 0 is one."
 
-_MODEL_EXAMPLE = {
+_MODEL_EXAMPLE: JsonDict = {
     "name": "default",
     "revision": "sha256:3f2a9c01d4be",
     "base_model": "marginrm-demo",
