@@ -21,8 +21,9 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from marginrm.errors import DataError
 
@@ -35,6 +36,7 @@ _HH_TURN = "\n\nAssistant:"
 _GOLD_FIELDS = ("win_prob", "gold", "quality")
 _PAIR_FORMS = '{"prompt", "chosen", "rejected"}, or two whole dialogues as {"chosen", "rejected"}'
 _GROUP_FORMS = '{"prompt", "responses", "rewards"?} or {"prompt", "candidates"}'
+_LARGEST = 10**300  # integers above do not fit a float
 _Row = TypeVar("_Row")
 
 
@@ -154,10 +156,7 @@ def parse_group(row: Mapping[str, Any], source: str) -> CandidateGroup:
         gold = [_number(value, source, f"rewards[{index}]") for index, value in enumerate(rewards or [None] * len(raw))]
     else:
         gold = [_gold(candidate, source, f"candidates[{index}]") for index, candidate in enumerate(raw)]
-    texts = [candidate.get("text") if isinstance(candidate, dict) else candidate for candidate in raw]
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{source}: field '{name}[{index}]' must be a text, not {_kind(text)}.")
+    texts = [_candidate_text(candidate, source, f"{name}[{index}]") for index, candidate in enumerate(raw)]
     known_gold = [value for value in gold if value is not None]
     if known_gold and len(known_gold) < len(texts):
         raise DataError(f"{source}: only {len(known_gold)} of {len(texts)} candidates have a gold value. All or none.")
@@ -197,7 +196,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path}: cannot be read: {reason}") from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
     with path.open("rb") as file:
         compressed = file.read(2) == _GZIP_MAGIC
     return gzip.open(path, "rb") if compressed else path.open("rb")
@@ -205,11 +204,13 @@ def _open(path: Path) -> IO[bytes]:
 
 def _object(line: bytes, source: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: is no UTF-8 (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{source}: is no JSON: {error.msg} (column {error.colno}).") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise DataError(f"{source}: has a number that is too long to read.") from error
     except RecursionError as error:
         raise DataError(f"{source}: is no JSON that can be read: too many nested brackets.") from error
     if not isinstance(row, dict):
@@ -268,6 +269,13 @@ def _split(value: Any, source: str, name: str) -> tuple[Prompt, str]:
     return messages[:-1], messages[-1]["content"]
 
 
+def _candidate_text(candidate: Any, source: str, name: str) -> str:
+    text = candidate.get("text") if isinstance(candidate, dict) else candidate
+    if not isinstance(text, str):
+        raise DataError(f"{source}: field '{name}' must be a text, or an object with one as 'text', not {_kind(text)}.")
+    return text
+
+
 def _gold(candidate: Any, source: str, name: str) -> float | None:
     if not isinstance(candidate, dict):
         return None
@@ -280,6 +288,8 @@ def _gold(candidate: Any, source: str, name: str) -> float | None:
 def _number(value: Any, source: str, name: str, *, low: float = -math.inf, high: float = math.inf) -> float | None:
     if value is None:
         return None
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise DataError(f"{source}: field '{name}' is too large.")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"{source}: field '{name}' must be a finite number, not {_kind(value)}.")
     if not low <= value <= high:

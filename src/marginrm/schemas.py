@@ -18,7 +18,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic.config import JsonDict
+
+from marginrm import schema_examples as examples
 
 Text = Annotated[Any, WithJsonSchema({"type": "string"})]
 Prompt = Annotated[
@@ -52,15 +53,6 @@ _TRUNCATION = (
 )
 _TIE_BELOW = "Below this confidence both ways a comparison is a tie. At 0.5 only a margin of exactly 0 is one."
 
-_MODEL_EXAMPLE: JsonDict = {
-    "name": "default",
-    "revision": "sha256:3f2a9c01d4be",
-    "base_model": "marginrm-demo",
-    "dtype": "float32",
-    "calibrated": True,
-    "temperature": 1.31,
-}
-
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -90,30 +82,7 @@ class ItemIn(_Request):
 class ScoreRequest(_Request):
     """Pairs to compare, single responses to score, or both."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "tie_below": 0.55,
-                    "pairs": [
-                        {
-                            "id": "a1",
-                            "prompt": "How do I boil an egg?",
-                            "chosen": "Lower it into boiling water, wait seven minutes, then cool it in cold water.",
-                            "rejected": "Eggs are eggs.",
-                        }
-                    ],
-                    "items": [
-                        {
-                            "id": "b1",
-                            "prompt": [{"role": "user", "content": "Name a prime number over ten."}],
-                            "response": "Eleven is prime.",
-                        }
-                    ],
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.SCORE_REQUEST]})
 
     model: str = Field(default="default", description=_MODEL)
     truncation: TruncationPolicy = Field(default="error", description=_TRUNCATION)
@@ -142,27 +111,7 @@ class PromptIn(_Request):
 class BestOfNRequest(_Request):
     """Prompts, each with its candidates to rank."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "top_k": 2,
-                    "tie_below": 0.55,
-                    "prompts": [
-                        {
-                            "id": "p1",
-                            "prompt": "How do I boil an egg?",
-                            "candidates": [
-                                "Eggs are eggs.",
-                                "Lower it into boiling water, wait seven minutes, then cool it in cold water.",
-                                "Boil it. Boil it. Boil it. Boil it.",
-                            ],
-                        }
-                    ],
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.BEST_OF_N_REQUEST]})
 
     model: str = Field(default="default", description=_MODEL)
     truncation: TruncationPolicy = Field(default="error", description=_TRUNCATION)
@@ -175,7 +124,7 @@ class BestOfNRequest(_Request):
 class ModelInfo(_Reply):
     """The model that made an answer."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_MODEL_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.MODEL]})
 
     name: str
     revision: str = Field(description="Names the content: the checkpoint's hash, or the commit on the Hub.")
@@ -209,20 +158,7 @@ class ErrorBody(_Reply):
 class ErrorReply(_Reply):
     """The one shape of every error reply."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "error": {
-                        "code": "unknown_model",
-                        "message": "No model is called 'big'; this server has: default.",
-                        "param": "model",
-                        "request_id": "0b6f2f3c",
-                    }
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.ERROR_REPLY]})
 
     error: ErrorBody
 
@@ -265,34 +201,7 @@ class ItemOut(ResponseOut):
 class ScoreResponse(_Reply):
     """Outcomes in the order asked."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": _MODEL_EXAMPLE,
-                    "pairs": [
-                        {
-                            "id": "a1",
-                            "index": 0,
-                            "margin": 0.87,
-                            "confidence": 0.66,
-                            "verdict": "chosen",
-                            "chosen": {"reward": 1.23, "tokens": 154, "truncated": False},
-                            "rejected": {"reward": 0.36, "tokens": 98, "truncated": False},
-                        }
-                    ],
-                    "items": [
-                        {
-                            "id": "b1",
-                            "index": 0,
-                            "error": {"code": "sequence_too_long", "message": "4,312 tokens; this model takes 2,048."},
-                        }
-                    ],
-                    "usage": {"responses": 2, "tokens": 252, "tokens_computed": 211},
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.SCORE_RESPONSE]})
 
     model: ModelInfo
     pairs: list[PairOut | ItemError] = Field(default_factory=list)
@@ -347,32 +256,7 @@ class PromptOut(_Reply):
 class BestOfNResponse(_Reply):
     """Outcomes in the order asked."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": _MODEL_EXAMPLE,
-                    "prompts": [
-                        {
-                            "id": "p1",
-                            "index": 0,
-                            "best": 1,
-                            "margin": 0.41,
-                            "confidence": 0.58,
-                            "tie": False,
-                            "ranking": [
-                                {"candidate": 1, "rank": 1, "reward": 2.10, "p_best": 0.52},
-                                {"candidate": 2, "rank": 2, "reward": 1.69, "p_best": 0.38},
-                            ],
-                            "mean": 1.4,
-                            "std": 0.7,
-                        }
-                    ],
-                    "usage": {"responses": 3, "tokens": 96, "tokens_computed": 60},
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.BEST_OF_N_RESPONSE]})
 
     model: ModelInfo
     prompts: list[PromptOut | ItemError]

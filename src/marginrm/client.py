@@ -1,0 +1,318 @@
+"""`RewardClient` and `AsyncRewardClient`: rewards, comparisons and rankings from a marginrm server. No torch needed.
+
+```python
+with RewardClient("http://127.0.0.1:8000") as client:
+    rewards = client.score(prompt, responses)
+    comparison = client.compare(prompt, chosen, rejected)
+    best = candidates[client.best_of_n(prompt, candidates).best]
+```
+
+Connections are kept and reused. What may pass (429, 502, 503, 504, a connection that breaks) is tried again with
+growing, jittered waits, and not before the server's `Retry-After`. Errors are drawn in `marginrm.client_errors`. What is
+sent and when is decided in `marginrm.client_calls`; here are the two loops that do it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+
+from marginrm.client_calls import Call, Calls, Group, Outcome, Pair, Prompt, Reply, Send, Wait
+from marginrm.client_errors import (
+    DeadlineError,
+    InvalidRequestError,
+    ItemScoreError,
+    NotFoundError,
+    OverloadedError,
+    ResponseError,
+    RewardClientError,
+    ServerError,
+    TransportError,
+    UnauthorizedError,
+    UnexpectedReplyError,
+)
+from marginrm.errors import ConfigError
+from marginrm.ranking import Comparison, Ranking
+from marginrm.schemas import ModelCard, TruncationPolicy
+
+__all__ = [
+    "AsyncRewardClient",
+    "DeadlineError",
+    "InvalidRequestError",
+    "ItemScoreError",
+    "NotFoundError",
+    "OverloadedError",
+    "ResponseError",
+    "RewardClient",
+    "RewardClientError",
+    "ServerError",
+    "TransportError",
+    "UnauthorizedError",
+    "UnexpectedReplyError",
+]
+
+_Result = TypeVar("_Result")
+
+
+class RewardClient:
+    """Asks a marginrm server, blocking. Threads may share one client.
+
+    Args:
+        base_url: Where the server is, such as `http://127.0.0.1:8000`.
+        model: Name of the served model.
+        api_key: Sent as a bearer token.
+        truncation: What the server does with a sequence that is too long: `error`, or cut the prompt (`prompt_left`).
+        timeout: Seconds for each connect, read and write.
+        deadline: Seconds for one request with all its retries; no limit by default.
+        max_retries: How often a request that may pass is sent again.
+        backoff: Seconds before the first retry; doubles with each, up to 8.
+        batch_size: Responses in one request of a batch verb, at most.
+        transport: An httpx transport of your own: proxies, certificates, an application in the same process.
+
+    Raises:
+        ConfigError: The URL or the key cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str = "default",
+        api_key: str | None = None,
+        truncation: TruncationPolicy = "error",
+        timeout: float = 60.0,
+        deadline: float | None = None,
+        max_retries: int = 4,
+        backoff: float = 0.25,
+        batch_size: int = 256,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._calls = _calls(model, truncation, timeout, deadline, max_retries, backoff, batch_size)
+        self._http = httpx.Client(base_url=_checked_url(base_url), headers=_headers(api_key), transport=transport)
+
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        """Returns one reward per response, in order.
+
+        Raises:
+            ItemScoreError: The prompt or a response could not be scored.
+            RewardClientError: No answer, or a refusal.
+        """
+        return self._run(self._calls.score(prompt, responses))
+
+    def compare(self, prompt: Prompt, chosen: str, rejected: str, *, tie_below: float = 0.5) -> Comparison:
+        """Returns margin, confidence and verdict. Raises as `score` does."""
+        return self._run(self._calls.compare(prompt, chosen, rejected, tie_below))
+
+    def best_of_n(
+        self, prompt: Prompt, candidates: Sequence[str], *, top_k: int | None = None, tie_below: float = 0.5
+    ) -> Ranking:
+        """Ranks candidates, best first. Raises as `score` does."""
+        return self._run(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
+
+    def score_pairs(self, pairs: Sequence[Pair], *, tie_below: float = 0.5) -> list[Comparison | ItemScoreError]:
+        """Compares many pairs.
+
+        Args:
+            pairs: `PreferencePair`s, or mappings with `prompt`, `chosen`, `rejected` and perhaps `id`.
+            tie_below: Below this confidence both ways a comparison is a tie.
+
+        Returns:
+            One outcome per pair, in order; an unusable pair's is its error.
+
+        Raises:
+            RewardClientError: No answer, or a refusal.
+        """
+        return self._run(self._calls.score_pairs(pairs, tie_below))
+
+    def best_of_n_many(
+        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+    ) -> list[Ranking | ItemScoreError]:
+        """Ranks the candidates of many prompts (`CandidateGroup`s, or mappings). Else as `score_pairs`."""
+        return self._run(self._calls.best_of_n_many(groups, top_k, tie_below))
+
+    def models(self) -> list[ModelCard]:
+        """Returns the served models. Raises as `score_pairs` does."""
+        return self._run(self._calls.models())
+
+    def ready(self) -> bool:
+        """Returns whether a server answers and is ready; never raises for one that is not."""
+        return self._run(self._calls.ready())
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Call[_Result]) -> _Result:
+        outcome: Outcome = None
+        try:
+            while True:
+                step = call.send(outcome)
+                if isinstance(step, Wait):
+                    time.sleep(step.seconds)
+                    outcome = None
+                else:
+                    outcome = self._send(step)
+        except StopIteration as stop:
+            result: _Result = stop.value
+            return result
+
+    def _send(self, step: Send) -> Reply | httpx.HTTPError:
+        try:
+            with self._http.stream(step.method, step.path, content=step.content, timeout=step.timeout) as response:
+                parts = []
+                for part in response.iter_bytes():
+                    parts.append(part)
+                    _check_deadline(step)
+                return Reply(response.status_code, response.headers, b"".join(parts))
+        except httpx.HTTPError as error:
+            return error
+
+
+class AsyncRewardClient:
+    """Asks a marginrm server from asyncio. Verbs, arguments and errors are those of `RewardClient`, awaited."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str = "default",
+        api_key: str | None = None,
+        truncation: TruncationPolicy = "error",
+        timeout: float = 60.0,  # noqa: ASYNC109 - httpx's, for each connect, read and write
+        deadline: float | None = None,
+        max_retries: int = 4,
+        backoff: float = 0.25,
+        batch_size: int = 256,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._calls = _calls(model, truncation, timeout, deadline, max_retries, backoff, batch_size)
+        self._http = httpx.AsyncClient(base_url=_checked_url(base_url), headers=_headers(api_key), transport=transport)
+
+    async def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        """As `RewardClient.score`."""
+        return await self._run(self._calls.score(prompt, responses))
+
+    async def compare(self, prompt: Prompt, chosen: str, rejected: str, *, tie_below: float = 0.5) -> Comparison:
+        """As `RewardClient.compare`."""
+        return await self._run(self._calls.compare(prompt, chosen, rejected, tie_below))
+
+    async def best_of_n(
+        self, prompt: Prompt, candidates: Sequence[str], *, top_k: int | None = None, tie_below: float = 0.5
+    ) -> Ranking:
+        """As `RewardClient.best_of_n`."""
+        return await self._run(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
+
+    async def score_pairs(self, pairs: Sequence[Pair], *, tie_below: float = 0.5) -> list[Comparison | ItemScoreError]:
+        """As `RewardClient.score_pairs`."""
+        return await self._run(self._calls.score_pairs(pairs, tie_below))
+
+    async def best_of_n_many(
+        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+    ) -> list[Ranking | ItemScoreError]:
+        """As `RewardClient.best_of_n_many`."""
+        return await self._run(self._calls.best_of_n_many(groups, top_k, tie_below))
+
+    async def models(self) -> list[ModelCard]:
+        """As `RewardClient.models`."""
+        return await self._run(self._calls.models())
+
+    async def ready(self) -> bool:
+        """As `RewardClient.ready`."""
+        return await self._run(self._calls.ready())
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, call: Call[_Result]) -> _Result:
+        outcome: Outcome = None
+        try:
+            while True:
+                step = call.send(outcome)
+                if isinstance(step, Wait):
+                    await asyncio.sleep(step.seconds)
+                    outcome = None
+                else:
+                    outcome = await self._send(step)
+        except StopIteration as stop:
+            result: _Result = stop.value
+            return result
+
+    async def _send(self, step: Send) -> Reply | httpx.HTTPError:
+        try:
+            async with self._http.stream(
+                step.method, step.path, content=step.content, timeout=step.timeout
+            ) as response:
+                parts = []
+                async for part in response.aiter_bytes():
+                    parts.append(part)
+                    _check_deadline(step)
+                return Reply(response.status_code, response.headers, b"".join(parts))
+        except httpx.HTTPError as error:
+            return error
+
+
+def _calls(
+    model: str,
+    truncation: TruncationPolicy,
+    timeout: float,
+    deadline: float | None,
+    max_retries: int,
+    backoff: float,
+    batch_size: int,
+) -> Calls:
+    return Calls(
+        model=model,
+        truncation=truncation,
+        timeout=timeout,
+        deadline=deadline,
+        max_retries=max_retries,
+        backoff=backoff,
+        batch_size=batch_size,
+    )
+
+
+def _check_deadline(step: Send) -> None:
+    """The timeout is for each read; a body that trickles in must not outlast the deadline all the same."""
+    if time.monotonic() > step.until:
+        raise httpx.ReadTimeout("the answer was still coming in when the deadline passed")
+
+
+def _checked_url(base_url: str) -> httpx.URL:
+    try:
+        url = httpx.URL(base_url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise ConfigError(f"base_url = {base_url!r} is no URL: {error}.") from error
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ConfigError(f"base_url = {base_url!r}: it must look like http://host:port.")
+    return url
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if api_key is not None:
+        if not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+            raise ConfigError("api_key must be printable ASCII.")
+        headers["Authorization"] = f"Bearer {api_key}"
+    return headers

@@ -1,0 +1,145 @@
+"""What a client call can raise, as one tree.
+
+```
+RewardClientError
+├── TransportError            no answer: connection refused, cut or timed out, after all retries
+│   └── DeadlineError             the call's overall deadline passed
+├── UnexpectedReplyError      an answer that no marginrm server gives: a proxy's page, another service
+├── ResponseError             an answer that says no: status, code, message, request_id, retry_after
+│   ├── InvalidRequestError       400, 413, 422
+│   ├── UnauthorizedError         401, 403
+│   ├── NotFoundError             404: no such model, or no such route
+│   ├── OverloadedError           429, 503: full or draining, after all retries
+│   └── ServerError               500, 502, 504
+└── ItemScoreError            one pair or candidate that could not be scored: index, id, code, message, param
+```
+
+All of them are `MarginRMError`s. Batch verbs return `ItemScoreError`s in their item's place and raise the others.
+"""
+
+from __future__ import annotations
+
+from marginrm.errors import MarginRMError
+
+
+class RewardClientError(MarginRMError):
+    """Base of everything that a client call raises."""
+
+    code = "client_error"
+
+
+class TransportError(RewardClientError):
+    """No answer came: the connection was refused, cut or timed out."""
+
+    code = "no_answer"
+
+
+class DeadlineError(TransportError):
+    """The call's overall deadline passed before an answer came."""
+
+    code = "deadline_exceeded"
+
+
+class UnexpectedReplyError(RewardClientError):
+    """The answer is none that a marginrm server gives."""
+
+    code = "unexpected_reply"
+
+
+class ResponseError(RewardClientError):
+    """The server refused or failed.
+
+    Args:
+        status: HTTP status.
+        code: The server's stable error code.
+        message: The server's message.
+        request_id: Of the refused request, to find it in the server's log.
+        retry_after: Seconds after which the server asked to come back, if it did.
+    """
+
+    code = "refused"
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(f"HTTP {status} {code}: {message}" + (f" (request {request_id})" if request_id else ""))
+        self.status = status
+        self.code = code  # type: ignore[misc]  # the server's code, more exact than the class's
+        self.message = message
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+
+class InvalidRequestError(ResponseError):
+    """400, 413 or 422: the request's shape or size is wrong. Sending it again cannot help."""
+
+
+class UnauthorizedError(ResponseError):
+    """401 or 403: the API key is missing or not accepted."""
+
+
+class NotFoundError(ResponseError):
+    """404: the server has no such model, or no such route."""
+
+
+class OverloadedError(ResponseError):
+    """429 or 503: the server is full or draining, and all retries were used or would come too late."""
+
+
+class ServerError(ResponseError):
+    """Any other 5xx: the server failed."""
+
+
+class ItemScoreError(RewardClientError):
+    """One item of a request could not be scored.
+
+    Args:
+        index: The item's position in what was asked: of the pair or prompt in a batch verb, of the response or
+            candidate in `score` and `best_of_n` where one of them is to blame.
+        code: The server's stable error code.
+        message: The server's message.
+        id: The item's id, if it had one.
+        param: The field that is wrong, if there is one.
+    """
+
+    code = "item_error"
+
+    def __init__(
+        self,
+        index: int,
+        code: str,
+        message: str,
+        id: str | None = None,  # noqa: A002 - the wire's word
+        param: str | None = None,
+    ) -> None:
+        super().__init__(f"item {index}: {code}: {message}")
+        self.index = index
+        self.code = code  # type: ignore[misc]  # as above
+        self.message = message
+        self.id = id
+        self.param = param
+
+
+_BY_STATUS: dict[int, type[ResponseError]] = {
+    400: InvalidRequestError,
+    401: UnauthorizedError,
+    403: UnauthorizedError,
+    404: NotFoundError,
+    413: InvalidRequestError,
+    422: InvalidRequestError,
+    429: OverloadedError,
+    503: OverloadedError,
+}
+
+
+def response_error(
+    status: int, code: str, message: str, request_id: str | None, retry_after: float | None
+) -> ResponseError:
+    """Returns the error of the class that fits the status."""
+    kind = _BY_STATUS.get(status, ServerError if status >= 500 else ResponseError)
+    return kind(status, code, message, request_id, retry_after)
