@@ -51,7 +51,9 @@ def run_tool(tool: str, *arguments: str) -> Outcome:
 def has_compose_plugin() -> bool:
     """Says whether `docker compose` works here; it needs no engine to check a file."""
     docker = find_tool("docker")
-    return docker is not None and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode
+    if docker is None:
+        return False
+    return subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode == 0
 
 
 def check_compose() -> list[Outcome]:
