@@ -134,6 +134,11 @@ class RewardModel:
         """Why that path."""
         return self.module.forward_reason
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what the members of a group share is computed once."""
+        return self.forward_path == "packed" and self.module.architecture == "decoder"
+
     def score(self, prompt: Prompt, responses: Sequence[str], truncation: Truncation = "error") -> list[float]:
         """Returns one reward per response, in order.
 
@@ -187,7 +192,7 @@ class RewardModel:
         for step in plan_steps(
             [[response.ids for response in group] for group in work],
             self.token_budget,
-            share_prefix=self._shares_prefixes,
+            share_prefix=self.shares_prefixes,
         ):
             rewards = self.forward([work[part.group][part.start : part.stop] for part in step])
             flat.extend(rewards)
@@ -238,7 +243,3 @@ class RewardModel:
                 "that they do not bear."
             )
         return differences[worst]
-
-    @property
-    def _shares_prefixes(self) -> bool:
-        return self.forward_path == "packed" and self.module.architecture == "decoder"

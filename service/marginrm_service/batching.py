@@ -1,0 +1,136 @@
+"""Which part of the waiting work goes into the next forward pass. Pure: no thread, no clock, no torch.
+
+Jobs take turns. In one turn a job puts in whole groups of up to a *quantum* of tokens, and one group at least. Groups
+stay whole, since each part of a group computes its prompt again; only a group that no step can hold is cut, and then
+a turn takes a slice of a quantum. Turns go round until the step is full. A job that was served goes behind those that
+came in while the step ran. So a lone pair is in the next step however many candidates another request has left, and
+that other request still gets its turn in every round.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from marginrm_service.job import Job
+
+QUANTA_PER_STEP = 4
+
+
+@dataclass(slots=True)
+class Portion:
+    """Members `start` to `stop` (exclusive) of one group of a job, which go into one step together."""
+
+    job: Job
+    group: int
+    start: int
+    stop: int
+
+
+class FairQueue:
+    """Jobs that wait, and whose turn it is.
+
+    Args:
+        budget: The most tokens that a step may compute. A single response above it gets a step to itself.
+    """
+
+    def __init__(self, budget: int) -> None:
+        if budget < 1:
+            raise ValueError(f"budget = {budget}: a step computes at least 1 token.")
+        self._budget = budget
+        self._quantum = max(budget // QUANTA_PER_STEP, 1)
+        self._waiting: deque[Job] = deque()
+        self._served: deque[Job] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._served)
+
+    def push(self, job: Job) -> None:
+        """Adds a job behind those that wait, and before those that the last step served."""
+        if not job.taken:
+            self._waiting.append(job)
+
+    def clear(self) -> list[Job]:
+        """Empties the queue and returns what was in it."""
+        jobs = [*self._waiting, *self._served]
+        self._waiting.clear()
+        self._served.clear()
+        return jobs
+
+    def take(self) -> list[Portion]:
+        """Returns the next step; empty only if no job waits. Abandoned jobs are dropped on the way."""
+        step = _Step(self._budget, self._quantum)
+        self._next_round()
+        while self._waiting:
+            job = self._waiting[0]
+            if job.abandoned:
+                self._waiting.popleft()
+            elif step.take_turn(job):
+                self._waiting.popleft()
+                if not job.taken:
+                    self._served.append(job)
+            else:
+                break
+            if not self._waiting:
+                self._next_round()
+        return step.portions
+
+    def _next_round(self) -> None:
+        self._waiting.extend(self._served)
+        self._served.clear()
+
+
+class _Step:
+    """A step while it is being filled."""
+
+    def __init__(self, budget: int, quantum: int) -> None:
+        self.portions: list[Portion] = []
+        self._budget = budget
+        self._quantum = quantum
+        self._room = budget
+        self._open: dict[tuple[int, int], Portion] = {}
+
+    def take_turn(self, job: Job) -> bool:
+        """Puts in what one turn of a job allows.
+
+        Returns:
+            Whether anything went in; if not, the step is full as far as this job is concerned.
+        """
+        allowance = self._quantum
+        took = False
+        while not job.taken:
+            members, cost = self._fitting(job, allowance, first=not took)
+            if not members:
+                break
+            self._put(job, members, cost)
+            allowance -= cost
+            took = True
+        return took
+
+    def _fitting(self, job: Job, allowance: int, *, first: bool) -> tuple[int, int]:
+        """Returns how many of the current group's next members may go in now, and what they cost."""
+        plan = job.plans[job.group]
+        if plan.cost <= self._budget:
+            fits = plan.cost <= self._room and (first or plan.cost <= allowance)
+            return (len(plan.lengths), plan.cost) if fits else (0, 0)
+        prompt = 0 if (id(job), job.group) in self._open else plan.shared
+        members = own = 0
+        for index in range(job.member, len(plan.lengths)):
+            grown = own + plan.lengths[index] - plan.shared
+            # A turn has room for one member, and an empty step for any: there is always progress.
+            turn_over = grown > allowance and not (first and not members)
+            step_full = prompt + grown > self._room and bool(members or self.portions)
+            if turn_over or step_full:
+                break
+            members, own = members + 1, grown
+        return members, prompt + own if members else 0
+
+    def _put(self, job: Job, members: int, cost: int) -> None:
+        key = (id(job), job.group)
+        if key in self._open:
+            self._open[key].stop += members
+        else:
+            self._open[key] = Portion(job, job.group, job.member, job.member + members)
+            self.portions.append(self._open[key])
+        job.advance(members)
+        self._room -= cost

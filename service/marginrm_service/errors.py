@@ -1,0 +1,95 @@
+"""What can go wrong between a request and its reward, beyond what the library knows of.
+
+```
+MarginRMError
+└── ServiceError
+    ├── UnknownModelError      no model of that name is served
+    ├── RequestTooLargeError   one request is more work than the queue may ever hold
+    ├── ForwardFailedError     the forward pass raised for this response, and only for it
+    ├── ClientGoneError        the client hung up before its answer was ready
+    └── UnavailableError       not now: try again after `retry_after` seconds
+        ├── NotReadyError          a model is loading, or could not be loaded
+        ├── DrainingError          the server is about to leave
+        ├── OverloadedError        the queue is full
+        └── EngineStoppedError     the worker of a model has ended
+```
+
+None of them knows of HTTP; `http_errors` keeps the one table.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from marginrm.errors import MarginRMError
+
+
+class ServiceError(MarginRMError):
+    """Base of the service's own errors."""
+
+    code: ClassVar[str] = "service_error"
+    param: ClassVar[str | None] = None
+
+
+class UnknownModelError(ServiceError):
+    """No model of that name is served."""
+
+    code = "unknown_model"
+    param = "model"
+
+
+class RequestTooLargeError(ServiceError):
+    """A single request holds more tokens than the queue may ever hold."""
+
+    code = "request_too_large"
+
+
+class ForwardFailedError(ServiceError):
+    """The forward pass raised for this response alone; others of its step were scored."""
+
+    code = "forward_failed"
+
+
+class ClientGoneError(ServiceError):
+    """The client closed its connection; nobody will read the answer."""
+
+    code = "client_gone"
+
+
+class UnavailableError(ServiceError):
+    """The server cannot take this request now.
+
+    Args:
+        message: What is the matter.
+        retry_after: Seconds after which a new try makes sense, at least 1.
+    """
+
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReadyError(UnavailableError):
+    """The model is loading, or could not be loaded."""
+
+    code = "not_ready"
+
+
+class DrainingError(UnavailableError):
+    """The server finishes what it has accepted and takes nothing more."""
+
+    code = "draining"
+
+
+class OverloadedError(UnavailableError):
+    """The queue is full."""
+
+    code = "overloaded"
+
+
+class EngineStoppedError(UnavailableError):
+    """A model's worker has ended, by a fault or because the model was unloaded."""
+
+    code = "engine_stopped"

@@ -1,0 +1,108 @@
+"""One request's work on its way through the engine: what is left to compute, what came out, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from marginrm.encoding import EncodedResponse
+from marginrm.errors import MarginRMError
+from marginrm.packing import cost, shared_prefix
+
+Group = Sequence[EncodedResponse]
+Outcome = float | MarginRMError
+
+
+@dataclass(slots=True)
+class GroupPlan:
+    """What batching needs to know of one group.
+
+    Attributes:
+        lengths: Tokens of each member.
+        shared: Leading tokens that all members share and that are computed once.
+        cost: Tokens to compute for the whole group in one step.
+    """
+
+    lengths: list[int]
+    shared: int
+    cost: int
+
+    @classmethod
+    def of(cls, group: Group, *, share_prefix: bool) -> GroupPlan:
+        """Measures a group. Takes time on large ones: call it off the event loop."""
+        ids = [member.ids for member in group]
+        return cls(
+            lengths=[len(member) for member in ids],
+            shared=shared_prefix(ids) if share_prefix else 0,
+            cost=cost(ids, share_prefix=share_prefix),
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """The encoded groups of one request.
+
+    The worker thread moves the cursor (`group`, `member`) under the queue's lock; everything below `outcomes` belongs
+    to the event loop, apart from `abandoned`, which the loop sets and the worker reads.
+
+    Attributes:
+        groups: Encoded responses, those with a common prompt together; no group is empty.
+        plans: One for each group.
+        group: The group to be taken next.
+        member: The first member of that group that was not taken yet.
+        outcomes: One per response: its reward, or the error that took its place.
+        remaining: Responses without an outcome.
+        computed: Tokens that the model computed for this job.
+        abandoned: Nobody waits for this any more: the queue drops it.
+        on_computed: Called with the number of tokens after each step that held a part of this job.
+        done: Resolved when no response is left, or failed with the reason why none will come.
+        queued_at: When it was queued, in seconds of `perf_counter`.
+        started_at: When its first part went into a step.
+        forward_seconds: Time of all the steps that held a part of it.
+    """
+
+    groups: Sequence[Group]
+    plans: list[GroupPlan]
+    group: int = 0
+    member: int = 0
+    outcomes: list[list[Outcome | None]] = field(init=False)
+    remaining: int = field(init=False)
+    computed: int = 0
+    abandoned: bool = False
+    on_computed: Callable[[int], None] | None = None
+    done: asyncio.Future[None] | None = None
+    queued_at: float = field(default_factory=perf_counter)
+    started_at: float | None = None
+    forward_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.outcomes = [[None] * len(group) for group in self.groups]
+        self.remaining = sum(len(group) for group in self.groups)
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], *, share_prefix: bool) -> Job:
+        """Makes a job of groups that are not empty. Takes time on large ones: call it off the event loop."""
+        return cls(groups, [GroupPlan.of(group, share_prefix=share_prefix) for group in groups])
+
+    @property
+    def cost(self) -> int:
+        """Tokens to compute for the whole job, if no group has to be cut."""
+        return sum(plan.cost for plan in self.plans)
+
+    @property
+    def taken(self) -> bool:
+        """Whether every response has gone into a step."""
+        return self.group >= len(self.plans)
+
+    def advance(self, members: int) -> None:
+        """Moves the cursor over the next members of the current group."""
+        self.member += members
+        if self.member >= len(self.plans[self.group].lengths):
+            self.group, self.member = self.group + 1, 0
+
+    def record(self, group: int, start: int, outcomes: Sequence[Outcome]) -> None:
+        """Keeps the outcomes of consecutive members of one group."""
+        self.outcomes[group][start : start + len(outcomes)] = outcomes
+        self.remaining -= len(outcomes)
