@@ -191,7 +191,7 @@ class AsyncRewardClient:
         model: str = "default",
         api_key: str | None = None,
         truncation: TruncationPolicy = "error",
-        timeout: float = 60.0,  # noqa: ASYNC109 - httpx's, for each connect, read and write
+        timeout: float = 60.0,
         deadline: float | None = None,
         max_retries: int = 4,
         backoff: float = 0.25,

@@ -190,11 +190,9 @@ class Calls:
                 raise error
             backoff = min(self.backoff_max, self.backoff * 2**attempt) * (1 + self.draw()) / 2
             wait = max(wait, backoff)
-            if wait > _LONGEST_WAIT:
-                raise error
-            if self.clock() + wait >= until:
-                if isinstance(error, TransportError):
-                    raise DeadlineError(f"No answer within {self.deadline:g} s. Last: {error}") from error
+            if isinstance(error, TransportError) and self.clock() + wait >= until:
+                raise DeadlineError(f"No answer within {self.deadline:g} s. Last: {error}") from error
+            if wait > _LONGEST_WAIT or self.clock() + wait >= until:
                 raise error
             yield Wait(wait)
         raise AssertionError("unreachable")  # pragma: no cover

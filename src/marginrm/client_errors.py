@@ -99,12 +99,11 @@ class ItemScoreError(RewardClientError):
     """One item of a request could not be scored.
 
     Args:
-        index: The item's position in what was asked: of the pair or prompt in a batch verb, of the response or
-            candidate in `score` and `best_of_n` where one of them is to blame.
+        index: Position of the pair or prompt in what was asked; 0 for the verbs that ask for one.
         code: The server's stable error code.
         message: The server's message.
         id: The item's id, if it had one.
-        param: The field that is wrong, if there is one.
+        param: The field that is wrong, such as `candidates[3]`, if there is one.
     """
 
     code = "item_error"
@@ -117,7 +116,7 @@ class ItemScoreError(RewardClientError):
         id: str | None = None,  # noqa: A002 - the wire's word
         param: str | None = None,
     ) -> None:
-        super().__init__(f"item {index}: {code}: {message}")
+        super().__init__(f"item {index}: {code}: {message}" + (f" ({param})" if param else ""))
         self.index = index
         self.code = code  # type: ignore[misc]  # as above
         self.message = message
