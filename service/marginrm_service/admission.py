@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
+from typing import Self
 
 from marginrm_service.errors import OverloadedError, RequestTooLargeError
 
@@ -82,7 +83,7 @@ class Permit:
         """Gives back the room of tokens that have been computed."""
         self.settle(max(self._tokens - tokens, 0))
 
-    def __enter__(self) -> Permit:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

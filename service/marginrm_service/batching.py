@@ -60,7 +60,8 @@ class FairQueue:
     def take(self) -> list[Portion]:
         """Returns the next step; empty only if no job waits. Abandoned jobs are dropped on the way."""
         step = _Step(self._budget, self._quantum)
-        self._next_round()
+        all_had_a_turn = False
+        self._start_round()
         while self._waiting:
             job = self._waiting[0]
             if job.abandoned:
@@ -72,10 +73,14 @@ class FairQueue:
             else:
                 break
             if not self._waiting:
-                self._next_round()
+                all_had_a_turn = True
+                self._start_round()
+        if all_had_a_turn:
+            self._served.extendleft(reversed(self._waiting))
+            self._waiting.clear()
         return step.portions
 
-    def _next_round(self) -> None:
+    def _start_round(self) -> None:
         self._waiting.extend(self._served)
         self._served.clear()
 

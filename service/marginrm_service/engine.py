@@ -128,7 +128,7 @@ class ScoringEngine:
                     self._model, [part.job.groups[part.group][part.start : part.stop] for part in portions]
                 )
                 self._post(self._deliver, portions, result, started, perf_counter() - started)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever ended it, nobody may wait for it
             _log.exception("Model %s: the worker has died", self._name)
             self._failure = error
             self._post(self._fail_all, "The model's worker has died.")

@@ -96,7 +96,7 @@ class _Isolating:
                 raise RuntimeError(f"the model gave {len(rewards)} rewards for {responses} responses")
             if all(map(math.isfinite, rewards)):
                 return list(rewards)
-        except Exception as error:  # whatever torch raises: see the module's docstring
+        except Exception as error:  # noqa: BLE001 - whatever torch raises, see the docstring above
             failure = error
         self.faults += 1
         if responses > 1:
