@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from marginrm_service.metrics import Metrics
+from marginrm_service.settings import Settings
+
 ROOT = Path(__file__).resolve().parent.parent
-DRAIN_S = 30
 UID = 10001
 
 
@@ -89,8 +91,15 @@ def test_probes_ask_the_right_routes(pod):
 
 
 def test_the_server_has_time_to_drain(server, pod):
-    assert int(server["stop_grace_period"].removesuffix("s")) > DRAIN_S
-    assert pod["terminationGracePeriodSeconds"] > DRAIN_S
+    drain = Settings.model_fields["drain_seconds"].default
+    assert int(server["stop_grace_period"].removesuffix("s")) > drain
+    assert pod["terminationGracePeriodSeconds"] > drain
+
+
+def test_kubernetes_sets_no_variable_that_the_server_reads(pod):
+    service = load_yaml("deploy/kubernetes/service.yaml")["metadata"]["name"]
+    prefix = Settings.model_config["env_prefix"]
+    assert not f"{service.upper()}_PORT".startswith(prefix) or pod["enableServiceLinks"] is False
 
 
 def test_signals_reach_the_server():
@@ -168,6 +177,21 @@ def test_the_dashboard_uses_the_provisioned_datasource_and_folder():
     assert {panel["datasource"]["uid"] for panel in dashboard()["panels"]} == {datasource["uid"]}
     assert f"./docker/grafana/dashboards:{provider['options']['path']}:ro" in mounts
     assert datasource["url"] == "http://prometheus:9090"
+
+
+def test_the_dashboard_asks_for_metrics_that_the_server_has():
+    registry = Metrics().registry
+    exported = {family.name for family in registry.collect()} | {
+        f"{family.name}_total" for family in registry.collect() if family.type == "counter"
+    }
+    asked = {
+        name.removesuffix("_bucket")
+        for panel in dashboard()["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\bmarginrm_\w+", target["expr"])
+    }
+    assert asked
+    assert sorted(asked - exported) == []
 
 
 def test_every_deployment_file_passes(check, capsys):
