@@ -1,0 +1,45 @@
+"""Encoded pairs -> what one training step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marginrm.reward_module import RewardModule
+from marginrm.rows import PackedRow, PaddedRows
+from marginrm_training.data import EncodedPair
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """The pairs of one micro-step.
+
+    Attributes:
+        row: Chosen and rejected of each pair, one group a pair, laid out for the forward pass.
+        given: Margins or strengths of the data, [pairs] float32, or None where the method reads none.
+    """
+
+    row: PackedRow | PaddedRows
+    given: Tensor | None
+
+    def to(self, device: torch.device | str, **_: object) -> PairBatch:
+        """Returns the batch on another device."""
+        return PairBatch(self.row.to(device), None if self.given is None else self.given.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class PairCollator:
+    """Makes batches for one module; the rewards come out as chosen, rejected, chosen, rejected, ..."""
+
+    module: RewardModule
+
+    def __call__(self, pairs: Sequence[EncodedPair]) -> dict[str, PairBatch]:
+        """Lays pairs out; a margin that only some rows have is an error long before (see `data`)."""
+        row = self.module.collate([[pair.chosen, pair.rejected] for pair in pairs])
+        values = [pair.given for pair in pairs if pair.given is not None]
+        if values and len(values) != len(pairs):
+            raise ValueError(f"{len(values)} of {len(pairs)} pairs have a margin")
+        return {"batch": PairBatch(row, torch.tensor(values, dtype=torch.float32) if values else None)}

@@ -1,0 +1,170 @@
+"""The commands of the training package. What needs torch is imported inside, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from marginrm.reward_model import RewardModel
+    from marginrm_training.data import Split
+
+Data = Annotated[Path, typer.Option("--data", help="Preference pairs, .jsonl or .jsonl.gz.", show_default=False)]
+Model = Annotated[str, typer.Option("--model", help="Checkpoint folder or Hub name.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: --set optim.learning_rate=2e-5. Repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines for people.")]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file, see examples/quickstart.toml.", show_default=False)],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the last saved step of this run.")] = True,
+) -> None:
+    """Train a reward model: checks the data, trains, calibrates, evaluates, and writes a checkpoint that serves."""
+    from marginrm_training.config import load_config
+    from marginrm_training.run import train as run
+
+    _quiet()
+    settings = load_config(config, overrides or ())
+    manifest = run(settings, resume=resume, dry_run=dry_run)
+    if manifest:
+        _show(manifest.metrics)
+        temperature = manifest.calibration.temperature if manifest.calibration else 1.0
+        typer.echo(f"temperature {temperature:.3f}\nwritten to {settings.output}")
+        typer.echo(f"serve it: marginrm serve --model {settings.output}")
+
+
+def evaluate(model: Model, data: Data, as_json: Json = False) -> None:
+    """Measure a checkpoint on preference pairs: accuracy, NLL, calibration, by strength, and what length explains."""
+    from marginrm.reward_model import RewardModel
+    from marginrm_training.evaluation import evaluate as measure
+    from marginrm_training.evaluation import score_pairs
+
+    _quiet()
+    loaded = RewardModel.from_pretrained(model)
+    split = _pairs(loaded, data)
+    metrics = measure(score_pairs(loaded, split.pairs, progress=True), split.pairs, loaded.temperature)
+    _show(metrics, as_json=as_json)
+
+
+def calibrate(model: Model, data: Data) -> None:
+    """Fit the temperature of any reward model on preference pairs, and write it into its manifest."""
+    from marginrm.calibration import calibrate as fit
+    from marginrm.errors import ModelError
+    from marginrm.reward_model import RewardModel
+    from marginrm_training.evaluation import score_pairs
+    from marginrm_training.export import recalibrated
+
+    _quiet()
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ModelError(f"{model} is no folder. The manifest is written beside the weights, so save the model first.")
+    loaded = RewardModel.from_pretrained(folder, dtype="float32")
+    split = _pairs(loaded, data)
+    calibration = fit(score_pairs(loaded, split.pairs, progress=True).d.tolist())
+    recalibrated(loaded, folder.name, calibration, split.pairs).save(folder)
+    typer.echo(
+        f"temperature {calibration.temperature:.3f} from {calibration.n:,} pairs; "
+        f"ECE {calibration.ece_before:.4f} -> {calibration.ece_after:.4f}"
+    )
+    if calibration.note:
+        typer.echo(calibration.note)
+
+
+def compare(
+    first: Annotated[str, typer.Option("--first", help="Checkpoint folder or Hub name.", show_default=False)],
+    second: Annotated[str, typer.Option("--second", help="The one to compare it with.", show_default=False)],
+    data: Data,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints on the same pairs: both accuracies, and a paired bootstrap of their difference."""
+    from marginrm.reward_model import RewardModel
+    from marginrm_training.comparison import compare as measure
+    from marginrm_training.evaluation import score_pairs
+
+    _quiet()
+    margins = []
+    for path in (first, second):
+        model = RewardModel.from_pretrained(path)
+        margins.append(score_pairs(model, _pairs(model, data).pairs, progress=True).d)
+    _show(measure(*margins), as_json=as_json)
+
+
+def best_of_n(model: Model, data: Data, as_json: Json = False) -> None:
+    """Measure Best-of-N: the quality of the candidate the model picks, for N = 1, 2, 4, ... candidates per prompt."""
+    from marginrm.preferences import read_groups
+    from marginrm.reward_model import RewardModel
+    from marginrm_training.best_of_n import best_of_n_curve
+    from marginrm_training.candidates import score_groups
+
+    _quiet()
+    scored = score_groups(RewardModel.from_pretrained(model), list(read_groups(data)))
+    typer.echo(scored.summary(), err=True)
+    points = best_of_n_curve(scored.rewards, scored.gold, scored.lengths)
+    if as_json:
+        typer.echo(json.dumps([{name: getattr(point, name) for name in point.__slots__} for point in points]))
+        return
+    typer.echo(f"{'N':>4} {'KL':>6} {'model':>8} {'longest':>8} {'oracle':>8} {'random':>8}")
+    for point in points:
+        typer.echo(
+            f"{point.n:>4} {point.kl:>6.2f} {point.model:>8.4f} {point.longest:>8.4f} "
+            f"{point.oracle:>8.4f} {point.random:>8.4f}"
+        )
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Where to write the checkpoint.")] = Path("checkpoints/demo"),
+    if_missing: Annotated[bool, typer.Option("--if-missing", help="Do nothing if there is one already.")] = False,
+    seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
+) -> None:
+    """Train the demo reward model: a tiny model on made-up graded preferences, in about two minutes on two cores."""
+    from marginrm.manifest import MANIFEST_NAME
+
+    if if_missing and (output / MANIFEST_NAME).is_file():
+        return
+    from marginrm_training.demo.build import build_demo
+
+    _quiet()
+    report = build_demo(output, seed)
+    typer.echo(report)
+
+
+def _pairs(model: RewardModel, data: Path) -> Split:
+    from marginrm.errors import DataError
+    from marginrm_training.data import encode_pairs, read
+    from marginrm_training.margins import MarginMethod
+
+    split = encode_pairs(data.name, read(str(data)), model.encoder, MarginMethod())
+    typer.echo(split.summary(), err=True)
+    if not split.pairs:
+        raise DataError(f"{data}: no usable pairs. {split.summary()}")
+    return split
+
+
+def _show(metrics: dict[str, float], *, as_json: bool = False) -> None:
+    if as_json:
+        typer.echo(json.dumps(metrics, indent=2))
+        return
+    width = max(len(name) for name in metrics)
+    for name, value in metrics.items():
+        typer.echo(f"{name:<{width}}  {value:,.0f}" if name == "pairs" else f"{name:<{width}}  {value:.4f}")
+
+
+def _quiet() -> None:
+    """Leaves the terminal to our own progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    for noisy in ("httpx", "huggingface_hub", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,182 @@
+"""A training run as a TOML file: every key is checked, every default says where it comes from.
+
+Sources of the defaults: *paper* is arXiv 2404.04932; *OpenRLHF* and *Llama 2* (arXiv 2307.09288) fill in what it leaves
+open; *ours* is a choice of this project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from marginrm.errors import ConfigError
+from marginrm_training.margins import MarginMethod, named
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """[model]: what is trained."""
+
+    path: str = Field(description="Folder or Hub name of a language model, an encoder or a reward model.")
+    max_length: int | None = Field(None, description="Most tokens a sequence may have; the model's own limit if unset.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights. float32 trains safely. ours")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
+    trust_remote_code: bool = Field(False, description="Whether code that comes with the checkpoint may run.")
+
+
+class DataConfig(_Section):
+    """[data]: what it is trained on."""
+
+    train: str = Field(description="File of preference pairs (.jsonl, .jsonl.gz).")
+    calibration: str | None = Field(None, description="Pairs to fit the temperature on; else split off by prompt.")
+    test: str | None = Field(None, description="Pairs to report on; else split off by prompt.")
+    calibration_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to calibrate on. ours")
+    test_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to report on. ours")
+    limit: int | None = Field(None, ge=1, description="Use this many training pairs at most, drawn at random.")
+    too_long: Literal["drop", "prompt_left"] = Field(
+        "drop", description="What happens to pairs over max_length; drops are counted, prompt_left cuts the prompt."
+    )
+
+
+class MethodConfig(_Section):
+    """[method]: a preset, and changes to it."""
+
+    preset: str = Field("margin", description="See `marginrm_training.margins.PRESETS`.")
+    loss: Literal["margin", "scaled_bt", "soft_label"] | None = None
+    estimator: (
+        Literal["none", "fixed", "column", "strength", "batch_mean", "ema_mean", "deficit", "zscore_exp"] | None
+    ) = None
+    filter: Literal["none", "below_mean"] | None = None
+    scale: float | None = Field(None, description="lambda. paper: 1")
+    cap: float | None = Field(None, ge=0, description="m_max. paper: none; preset `margin`: 1, Llama 2's small top.")
+    fixed: float | None = Field(None, ge=0, description="The margin of the `fixed` estimator.")
+    threshold_std: float | None = Field(None, description="c in mu_B + c * std. paper: 0")
+    ema: float | None = Field(None, gt=0, lt=1, description="Decay of the running mean for small batches, e.g. 0.9.")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Share of the steps over which the margin fades in.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong.")
+    centring: float = Field(0.0, ge=0, description="Factor on (r_c + r_r)^2, which pins the rewards' offset.")
+
+    def method(self) -> MarginMethod:
+        """Returns the preset with this section's changes.
+
+        Raises:
+            ConfigError: The preset is unknown.
+        """
+        names = {field.name for field in fields(MarginMethod)}
+        changes = {name: value for name, value in self.model_dump(exclude_none=True).items() if name in names}
+        return named(self.preset, **changes)
+
+
+class OptimConfig(_Section):
+    """[optim]: how it is trained."""
+
+    epochs: float = Field(1.0, gt=0, description="paper: 1; more overfits (Llama 2)")
+    learning_rate: float = Field(9e-6, gt=0, description="paper, OpenRLHF: 9e-6. Small encoders want about 5e-5.")
+    pairs_per_step: int = Field(128, ge=1, description="Pairs per optimiser step. OpenRLHF: 128")
+    train_batch: int = Field(16, ge=1, description="Pairs per forward pass: the reference batch of mu_B. ours")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW. OpenRLHF")
+    weight_decay: float = Field(0.0, ge=0, description="OpenRLHF: 0")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Llama 2, OpenRLHF: 0.03")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="The cosine ends here. Llama 2: 0.1")
+    clip: float = Field(1.0, gt=0, description="Largest gradient norm. OpenRLHF: 1")
+
+
+class TrainConfig(_Section):
+    """A whole run."""
+
+    output: str = Field(description="Folder for the checkpoint; it is written when training ends.")
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1, description="Steps between log lines.")
+    save_every: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
+    loggers: tuple[str, ...] = Field((), description='transformers loggers: "tensorboard", "wandb", ...')
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a run from a TOML file.
+
+    Args:
+        path: The file.
+        overrides: `section.key=value` settings that win over the file; values are TOML, or plain text.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is wrong; the message names file, key and cure.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}. Give the path of a TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> TrainConfig:
+    """Checks a run given as nested tables; `source` stands in front of every message."""
+    try:
+        config = TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {_explained(detail)}" for detail in error.errors())) from None
+    config.method.method()
+    return config
+
+
+def expand(path: str) -> str:
+    """Expands `~` and environment variables in a path of the config.
+
+    Raises:
+        ConfigError: A variable is not set.
+    """
+    expanded = os.path.expandvars(path)
+    if "$" in expanded:
+        raise ConfigError(f"{path}: the environment variable is not set. Export it, or write the path itself.")
+    return str(Path(expanded).expanduser()) if expanded.startswith("~") else expanded
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, name = key.strip().split(".")
+    table = raw
+    for section in sections:
+        table = table.setdefault(section, {})
+    table[name] = value
+
+
+def _explained(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(detail["loc"][:-1])
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
+        return f"{where} is not a setting. {hint}"
+    if detail["type"] == "missing":
+        return f"{where} is missing: {detail['msg'].lower()}."
+    return f"{where}: {detail['msg']} (got {detail['input']!r})"
+
+
+def _keys_at(sections: Sequence[str | int]) -> list[str]:
+    section: Any = TrainConfig
+    for name in sections:
+        section = section.model_fields[str(name)].annotation
+    return list(section.model_fields)

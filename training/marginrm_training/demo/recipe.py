@@ -1,0 +1,35 @@
+"""The demo model's shape and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRecipe:
+    """Hyper-parameters of the demo, tuned once on its own calibration prompts.
+
+    Attributes:
+        vocabulary: Tokens of the BPE tokenizer, trained on the demo's own texts.
+        hidden: Width; the feed-forward part is four times as wide.
+        layers: Transformer layers.
+        heads: Attention heads.
+        max_length: Most tokens a sequence may have.
+        learning_rate: Peak, AdamW.
+        epochs: Passes over the training pairs.
+        pairs_per_step: Pairs per optimiser step, which is also the reference batch.
+        preset: Of the margin method.
+    """
+
+    vocabulary: int = 4096
+    hidden: int = 192
+    layers: int = 3
+    heads: int = 6
+    max_length: int = 512
+    learning_rate: float = 1.5e-3
+    epochs: float = 2.0
+    pairs_per_step: int = 32
+    preset: str = "margin"
+
+
+RECIPE = DemoRecipe()

@@ -1,0 +1,232 @@
+"""Target margins: how large a difference the loss asks of each pair, and which pairs it asks.
+
+The method (arXiv 2404.04932) takes the batch's own mean difference, its *reward confidence*, as the margin, and asks it
+only of pairs below that mean. Nothing here carries a gradient: estimators and filters see detached values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from marginrm.errors import ConfigError
+
+Estimator = Literal["none", "fixed", "column", "strength", "batch_mean", "ema_mean", "deficit", "zscore_exp"]
+Filter = Literal["none", "below_mean"]
+LossName = Literal["margin", "scaled_bt", "soft_label"]
+
+ESTIMATED: frozenset[Estimator] = frozenset({"batch_mean", "ema_mean", "deficit", "zscore_exp"})
+SMALLEST_REFERENCE_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MarginMethod:
+    """What the loss asks of each pair.
+
+    Attributes:
+        loss: `margin` softplus(m - d); `scaled_bt` m * softplus(-d); `soft_label` with p = strength.
+        estimator: Where m comes from; exactly one source.
+        filter: `below_mean` asks m only of pairs with d < mu_B + c * std; the others keep plain Bradley-Terry.
+        scale: lambda, the factor on an estimated mean.
+        cap: m_max, the largest margin asked, or None for no cap.
+        fixed: The margin of the `fixed` estimator.
+        threshold_std: c of the filter.
+        ema: Decay of the running mean for reference batches that are too small, or None to refuse those.
+        steps: (smallest strength, margin) pairs, highest first, that turn graded labels into margins.
+    """
+
+    loss: LossName = "margin"
+    estimator: Estimator = "none"
+    filter: Filter = "none"
+    scale: float = 1.0
+    cap: float | None = None
+    fixed: float = 0.0
+    threshold_std: float = 0.0
+    ema: float | None = None
+    steps: tuple[tuple[float, float], ...] = ()
+
+
+# Strength at which Llama 2's annotators' four grades begin: significantly better, better, slightly, negligibly. The
+# paper gives grades and no probabilities, so these bounds are our choice.
+_GRADES = (0.95, 0.8, 0.65, 0.0)
+
+PRESETS: dict[str, MarginMethod] = {
+    "bt": MarginMethod(),
+    "margin_unfiltered": MarginMethod(estimator="batch_mean"),
+    "paper": MarginMethod(estimator="batch_mean", filter="below_mean"),
+    "margin": MarginMethod(estimator="batch_mean", filter="below_mean", cap=1.0),
+    # Llama 2, table 27.
+    "llama2_small": MarginMethod(
+        estimator="strength", steps=tuple(zip(_GRADES, (1.0, 2 / 3, 1 / 3, 0.0), strict=True))
+    ),
+    "llama2_large": MarginMethod(estimator="strength", steps=tuple(zip(_GRADES, (3.0, 2.0, 1.0, 0.0), strict=True))),
+    "column": MarginMethod(estimator="column"),
+    "scaled_bt": MarginMethod(loss="scaled_bt", estimator="strength"),
+    "soft_label": MarginMethod(loss="soft_label", estimator="strength"),
+}
+
+
+@dataclass(slots=True)
+class RunningMean:
+    """Bias-corrected exponential moving average of the mean difference, for reference batches that are too small.
+
+    Attributes:
+        decay: Weight of the past.
+        total: Weighted sum so far.
+        weight: Sum of the weights so far, which corrects the bias towards 0.
+    """
+
+    decay: float
+    total: float = 0.0
+    weight: float = 0.0
+
+    def update(self, mean: float) -> float:
+        """Takes in one batch's mean and returns the average."""
+        self.total = self.decay * self.total + (1 - self.decay) * mean
+        self.weight = self.decay * self.weight + (1 - self.decay)
+        return self.total / self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the reference batch says: the pairs of one micro-step, gathered over all ranks.
+
+    Attributes:
+        mean: mu_B, the mean difference.
+        std: Its standard deviation (population).
+        pairs: |B|.
+    """
+
+    mean: float
+    std: float
+    pairs: int
+
+    @classmethod
+    def of(cls, d: Tensor) -> Reference:
+        """Measures detached differences, [pairs]."""
+        values = d.detach().double()
+        return cls(float(values.mean()), float(values.std(correction=0)), values.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The margins asked in one step.
+
+    Attributes:
+        margins: m of each pair after the filter, [pairs], float32, without gradient.
+        fired: Share of the pairs that the filter let through; 1 without a filter, 0 without a margin.
+        mean: The mean target margin.
+    """
+
+    margins: Tensor
+    fired: float
+    mean: float = field(default=0.0)
+
+
+def target_margins(
+    method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None = None, warmup: float = 1.0
+) -> Targets:
+    """Returns the margin that each pair is asked for.
+
+    Args:
+        method: Estimator, filter, scale and cap.
+        d: Differences of this rank's pairs, [pairs]; detached here.
+        reference: Mean and deviation of the reference batch (for `ema_mean`, the running mean in its place).
+        given: The data's margins or strengths, [pairs], for `column` and `strength`.
+        warmup: Factor from 0 to 1 while the margin is faded in.
+
+    Raises:
+        ConfigError: The estimator needs a column that the batch does not have.
+    """
+    values = d.detach().float()
+    raw = _ESTIMATORS[method.estimator](method, values, reference, given)
+    capped = raw.clamp(min=0.0, max=method.cap) * warmup
+    passes = torch.ones_like(values, dtype=torch.bool)
+    if method.filter == "below_mean":
+        passes = values < reference.mean + method.threshold_std * reference.std
+    if method.estimator == "none":
+        passes = torch.zeros_like(passes)
+    margins = torch.where(passes, capped, torch.zeros_like(capped))
+    return Targets(margins, float(passes.float().mean()), float(margins.mean()))
+
+
+def strengths_to_margins(strengths: Tensor, steps: tuple[tuple[float, float], ...]) -> Tensor:
+    """Turns graded labels into margins by the first step whose bound they reach, [pairs]; none: the strength itself."""
+    if not steps:
+        return strengths
+    margins = torch.zeros_like(strengths)
+    for bound, margin in reversed(steps):
+        margins = torch.where(strengths >= bound, torch.full_like(margins, margin), margins)
+    return margins
+
+
+def check_reference_batch(method: MarginMethod, pairs: int) -> None:
+    """Refuses reference batches in which the filter means nothing: with one pair, d is its own mean and never below it.
+
+    Raises:
+        ConfigError: The margin is estimated from fewer than 8 pairs and there is no running mean to lean on.
+    """
+    if method.estimator in ESTIMATED and pairs < SMALLEST_REFERENCE_BATCH and method.ema is None:
+        raise ConfigError(
+            f"The margin is estimated from {pairs} pairs a step, too few to mean anything: raise `train_batch` (times "
+            f"ranks) to {SMALLEST_REFERENCE_BATCH} or more, or set `ema = 0.9` under [method]."
+        )
+
+
+def named(preset: str, **changes: object) -> MarginMethod:
+    """Returns a preset with changes.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset = {preset!r} is unknown. Choose one of: {', '.join(PRESETS)}.")
+    return replace(PRESETS[preset], **changes)  # type: ignore[arg-type]  # the config has checked names and types
+
+
+EstimatorFn = Callable[[MarginMethod, Tensor, Reference, "Tensor | None"], Tensor]
+
+
+def _none(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+    return torch.zeros_like(d)
+
+
+def _fixed(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+    return torch.full_like(d, method.fixed)
+
+
+def _from_data(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+    if given is None:
+        column = "margin" if method.estimator == "column" else "strength"
+        raise ConfigError(f"The method takes its margins from the data, whose rows have no {column!r}.")
+    return strengths_to_margins(given.float(), method.steps)
+
+
+def _batch_mean(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+    return torch.full_like(d, method.scale * reference.mean)
+
+
+def _deficit(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+    return method.scale * (reference.mean - d)
+
+
+def _zscore_exp(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+    """AMaPO's form (arXiv 2511.09385): larger margins for pairs further below the mean."""
+    deviation = max(reference.std, 1e-6)
+    return method.scale * torch.exp((reference.mean - d) / deviation)
+
+
+_ESTIMATORS: dict[Estimator, EstimatorFn] = {
+    "none": _none,
+    "fixed": _fixed,
+    "column": _from_data,
+    "strength": _from_data,
+    "batch_mean": _batch_mean,
+    "ema_mean": _batch_mean,
+    "deficit": _deficit,
+    "zscore_exp": _zscore_exp,
+}
