@@ -96,6 +96,13 @@ def test_the_server_has_time_to_drain(server, pod):
     assert pod["terminationGracePeriodSeconds"] > drain
 
 
+def test_threads_follow_the_cores_asked_for(pod):
+    container = pod["containers"][0]
+    threads = {variable["name"]: variable["valueFrom"]["resourceFieldRef"]["resource"] for variable in container["env"]}
+    assert threads == {"OMP_NUM_THREADS": "requests.cpu"}
+    assert container["resources"]["requests"]["cpu"].isdigit(), "a fraction would be rounded up"
+
+
 def test_kubernetes_sets_no_variable_that_the_server_reads(pod):
     service = load_yaml("deploy/kubernetes/service.yaml")["metadata"]["name"]
     prefix = Settings.model_config["env_prefix"]
