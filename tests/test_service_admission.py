@@ -39,8 +39,10 @@ def test_requests_are_bounded_too():
 
 
 def test_what_never_fits_is_not_sent_round_in_circles():
-    with pytest.raises(RequestTooLargeError, match="several parts"):
-        Admission(max_tokens=100, max_requests=1).enter(101)
+    door = Admission(max_tokens=100, max_requests=1)
+    with door.enter(100) as permit, pytest.raises(RequestTooLargeError, match="several parts"):
+        permit.settle(101)
+    assert (door.tokens, door.requests) == (0, 0)
 
 
 def test_the_wait_is_bounded():

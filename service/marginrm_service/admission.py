@@ -38,13 +38,7 @@ class Admission:
 
         Raises:
             OverloadedError: There is no room now.
-            RequestTooLargeError: There never will be.
         """
-        if tokens > self.max_tokens:
-            raise RequestTooLargeError(
-                f"This request is about {tokens:,} tokens of work, and the queue holds {self.max_tokens:,}. "
-                "Send it in several parts."
-            )
         if self.requests >= self.max_requests or self.tokens + tokens > self.max_tokens:
             raise OverloadedError(
                 f"The queue is full ({self.requests:,} requests, {self.tokens:,} tokens).",
@@ -75,13 +69,25 @@ class Permit:
         admission.requests += 1
 
     def settle(self, tokens: int) -> None:
-        """Puts the exact cost in the place of the expected one."""
+        """Puts the exact cost in the place of the expected one.
+
+        Raises:
+            RequestTooLargeError: The queue could not even hold this request alone.
+        """
+        if tokens > self._admission.max_tokens:
+            raise RequestTooLargeError(
+                f"This request is {tokens:,} tokens of work, and the queue holds {self._admission.max_tokens:,}. "
+                "Send it in several parts."
+            )
+        self._hold(tokens)
+
+    def _hold(self, tokens: int) -> None:
         self._admission.tokens += tokens - self._tokens
         self._tokens = tokens
 
     def spend(self, tokens: int) -> None:
         """Gives back the room of tokens that have been computed."""
-        self.settle(max(self._tokens - tokens, 0))
+        self._hold(max(self._tokens - tokens, 0))
 
     def __enter__(self) -> Self:
         return self
@@ -89,5 +95,5 @@ class Permit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.settle(0)
+        self._hold(0)
         self._admission.requests -= 1

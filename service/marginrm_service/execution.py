@@ -74,9 +74,7 @@ def run_step(model: ForwardModel, groups: Sequence[Group]) -> StepResult:
         outcomes, computed = _run_padded(run, groups, model.token_budget)
     else:
         outcomes = regroup(run(groups), groups)
-        computed = [
-            cost([member.ids for member in group], share_prefix=model.shares_prefixes) for group in groups
-        ]
+        computed = [cost([member.ids for member in group], share_prefix=model.shares_prefixes) for group in groups]
     return StepResult(outcomes, computed, run.faults)
 
 
@@ -148,9 +146,7 @@ def padded_chunks(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield chunk
 
 
-def _run_padded(
-    run: _Isolating, groups: Sequence[Group], budget: int
-) -> tuple[list[list[Outcome]], list[int]]:
+def _run_padded(run: _Isolating, groups: Sequence[Group], budget: int) -> tuple[list[list[Outcome]], list[int]]:
     places = [(number, index) for number, group in enumerate(groups) for index in range(len(group))]
     responses = [groups[number][index] for number, index in places]
     flat: list[Outcome] = [0.0] * len(places)

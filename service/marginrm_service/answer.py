@@ -1,0 +1,48 @@
+"""What a request asks of a model, and what comes out of it, before either has the shape of a route."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from marginrm.errors import MarginRMError
+from marginrm.schemas import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt and the responses to score for it, as the client sent them: of any type."""
+
+    prompt: Any
+    responses: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A response's reward, its length in tokens, and whether its prompt was cut."""
+
+    reward: float
+    tokens: int
+    truncated: bool
+
+
+Result = Scored | MarginRMError
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Where a request's time went, in seconds."""
+
+    tokenise: float
+    queue: float
+    forward: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came out of a request: for each ask one result per response."""
+
+    results: list[list[Result]]
+    usage: Usage
+    stages: Stages

@@ -1,0 +1,62 @@
+"""The application, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from marginrm_service import http_errors, operations, pages, routes
+from marginrm_service.middleware import RequestContext
+from marginrm_service.service import Service
+from marginrm_service.settings import Settings
+
+_DESCRIPTION = """Scores responses to prompts with a reward model that knows how sure it is.
+
+`/score` compares pairs and scores single responses, `/best-of-n` ranks candidates. Every error, on every route, has
+the shape `{"error": {"code", "message", "param", "request_id"}}`.
+"""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Builds the application. It answers at once, and is ready when its models are.
+
+    If a model cannot be served, the app stays up, unready, and `/readyz` says why; whoever runs it can end the process
+    by `app.state.service.registry.on_failure`.
+
+    Args:
+        settings: By default read from the environment.
+
+    Raises:
+        ConfigError: A setting in the environment is not acceptable.
+    """
+    service = Service(settings or Settings.load())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.registry.load_all())
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await service.close()
+
+    app = FastAPI(
+        title="marginrm",
+        version=version("marginrm"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        max_body_size=service.settings.max_body_bytes,
+    )
+    app.state.service = service
+    app.add_middleware(RequestContext, metrics=service.metrics)
+    http_errors.install(app)
+    app.include_router(routes.router)
+    app.include_router(operations.router)
+    app.include_router(pages.router)
+    return app

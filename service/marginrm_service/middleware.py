@@ -1,0 +1,88 @@
+"""Around every request: its id, its time, its line in the log, its count in the metrics, and the last net under it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from http import HTTPStatus
+from time import perf_counter
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from marginrm_service.http_errors import internal_error
+from marginrm_service.logs import request_id
+from marginrm_service.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# Routes that are asked every few seconds by machines: their lines would hide all others.
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+}
+
+
+class RequestContext:
+    """Gives each request an id, measures and logs it, and answers 500 where nothing else has answered.
+
+    A client's `X-Request-ID` is taken over if it is short and plain, else a new id is made; the reply carries it. The
+    log has the route's template, since the path itself is the client's text.
+
+    Args:
+        app: The application.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        identity = _request_id(scope)
+        token = request_id.set(identity)
+        started = perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = identity
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:  # noqa: BLE001 - the last net: no fault of ours reaches a client, or stays unseen
+            _log.error("A request failed unexpectedly", exc_info=error)
+            if not status:
+                await internal_error()(scope, receive, send_with_headers)
+        finally:
+            self._finish(scope, status, perf_counter() - started)
+            request_id.reset(token)
+
+    def _finish(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.requests.labels(route, method, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        if route not in _QUIET or status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            _log.info(
+                "request", extra={"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)}
+            )
+
+
+def _request_id(scope: Scope) -> str:
+    asked = Headers(scope=scope).get("x-request-id")
+    return asked if asked and _ACCEPTED_ID.fullmatch(asked) else secrets.token_hex(8)

@@ -1,0 +1,211 @@
+"""The models of a server by name: loading, self-test, warm-up, lookup, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, TypeVar
+
+from marginrm.errors import MarginRMError, ModelError
+from marginrm.schemas import ModelCard
+from marginrm_service.errors import NotReadyError, UnknownModelError
+from marginrm_service.job import Job
+from marginrm_service.metrics import Metrics
+from marginrm_service.served import ServedModel
+from marginrm_service.settings import DEFAULT_MODEL, ModelSpec, Settings
+
+if TYPE_CHECKING:
+    from marginrm.reward_model import RewardModel
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_RETRY_WHILE_LOADING = 5  # seconds
+_NAME_SHOWN = 64  # characters of an unknown name that an error repeats
+
+
+class ModelRegistry:
+    """The models that are served. Belongs to the event loop.
+
+    The first model also answers to `default`, unless another one has that name.
+
+    Args:
+        settings: What to load and how.
+        metrics: Where to count.
+
+    Attributes:
+        failure: Why loading ended, if it failed.
+        on_failure: Called when it did.
+        on_ready: Called once all models are loaded.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._specs = {spec.name: spec for spec in settings.models}
+        self._served: dict[str, ServedModel] = {}
+        self.failure: MarginRMError | None = None
+        self.on_failure: Callable[[], None] = _nothing
+        self.on_ready: Callable[[], None] = _nothing
+        for name in self._specs:
+            metrics.ready.labels(name).set(0)
+
+    async def load_all(self) -> None:
+        """Loads every model of the settings, one after the other, and stops at the first that cannot be served."""
+        for spec in self._specs.values():
+            try:
+                self._served[spec.name] = await self._load(spec)
+            except Exception as error:
+                self.failure = _as_model_error(error)
+                self.failure.add_note(f"model {spec.name!r}, from {spec.path}")
+                _log.error("Model %r cannot be served: %s", spec.name, self.failure, exc_info=error)
+                self.on_failure()
+                return
+        self.on_ready()
+
+    async def _load(self, spec: ModelSpec) -> ServedModel:
+        started = perf_counter()
+        _log.info("Loading model %r from %s", spec.name, spec.path)
+        model, difference = await _in_daemon_thread(lambda: load_model(spec, self._settings))
+        served = ServedModel(
+            model,
+            self._metrics,
+            max_queue_tokens=self._settings.max_queue_tokens,
+            max_queue_requests=self._settings.max_queue_requests,
+        )
+        served.start()
+        await warm_up(served)
+        card = served.card()
+        golden = "no golden samples" if difference is None else f"golden samples reproduced within {difference:.2g}"
+        _log.info(
+            "Model %r is ready after %.1f s: %s, %s; %s; %s; at most %s tokens",
+            *(card.name, perf_counter() - started, card.revision, card.dtype, card.forward_reason, golden),
+            f"{card.max_length:,}",
+            extra={"calibrated": card.calibrated},
+        )
+        self._metrics.ready.labels(card.name).set(1)
+        self._metrics.model_info.labels(
+            card.name, card.revision, card.dtype, card.forward_path, str(card.calibrated).lower()
+        ).set(1)
+        return served
+
+    def get(self, name: str) -> ServedModel:
+        """Returns a model that takes requests.
+
+        Raises:
+            UnknownModelError: There is no such model.
+            NotReadyError: It is loading, or its worker has ended.
+        """
+        if name == DEFAULT_MODEL and name not in self._specs and self._specs:
+            name = next(iter(self._specs))
+        if name not in self._specs:
+            known = ", ".join(self._specs)
+            raise UnknownModelError(f"No model is called {name[:_NAME_SHOWN]!r}; this server has: {known}.")
+        served = self._served.get(name)
+        if served is None:
+            raise NotReadyError(f"Model {name!r} is still loading.", retry_after=_RETRY_WHILE_LOADING)
+        return served
+
+    def check_ready(self) -> None:
+        """Returns if every model takes requests.
+
+        Raises:
+            NotReadyError: One does not; the message says which and why.
+        """
+        if self.failure:
+            raise NotReadyError(f"Loading failed: {self.failure}", retry_after=60)
+        for name in self._specs:
+            served = self.get(name)
+            if not served.alive:
+                raise NotReadyError(f"The worker of model {name!r} has ended.", retry_after=60)
+
+    def cards(self) -> list[ModelCard]:
+        """Returns the cards of the models that are loaded."""
+        return [served.card() for served in self._served.values()]
+
+    def refresh_gauges(self) -> None:
+        """Puts the present state of all queues into the metrics."""
+        for served in self._served.values():
+            served.refresh_gauges()
+            self._metrics.ready.labels(served.name).set(served.alive)
+
+    async def close(self, drain_seconds: float) -> None:
+        """Finishes what was accepted, as far as the time allows, and ends all workers."""
+        await asyncio.gather(*(served.close(drain_seconds) for served in self._served.values()))
+
+
+def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float | None]:
+    """Loads a model and makes it reproduce its golden samples.
+
+    Returns:
+        The model, and by how much a golden reward differed at most; None if the checkpoint has no golden samples.
+
+    Raises:
+        ModelError: It cannot be loaded, or does not reproduce them.
+    """
+    from marginrm.reward_model import RewardModel
+
+    model = RewardModel.from_pretrained(
+        spec.path,
+        name=spec.name,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_length=settings.max_length,
+        trust_remote_code=settings.trust_remote_code,
+        token_budget=settings.token_budget,
+    )
+    return model, model.verify_golden()
+
+
+async def warm_up(served: ServedModel) -> None:
+    """Scores once in the worker thread, so that no client waits for what is set up at the first forward pass.
+
+    Raises:
+        MarginRMError: The model cannot score.
+    """
+    group = [served.encoder.encode("Are you there?", response, "prompt_left") for response in ("Yes, I am.", "No.")]
+    job = Job.of([group], share_prefix=served.shares_prefixes)
+    await served.run(job)
+    failures = [outcome for outcomes in job.outcomes for outcome in outcomes if isinstance(outcome, MarginRMError)]
+    if failures:
+        raise ModelError(f"The first forward pass failed: {failures[0]}") from failures[0]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _as_model_error(error: Exception) -> MarginRMError:
+    if isinstance(error, MarginRMError):
+        return error
+    return ModelError(f"{type(error).__name__} while loading: {error}")
+
+
+async def _in_daemon_thread(function: Callable[[], T]) -> T:
+    """Runs a function in a thread that does not keep the process from leaving."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Sequence[T], error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result[0])
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Sequence[T], BaseException | None] = ([function()], None)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            outcome = ((), error)
+        try:
+            loop.call_soon_threadsafe(settle, *outcome)
+        except RuntimeError:
+            _log.debug("The event loop was gone before a model was loaded")
+
+    threading.Thread(target=run, name="load-model", daemon=True).start()
+    return await future

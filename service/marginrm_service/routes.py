@@ -1,0 +1,102 @@
+"""The native routes: `/score`, `/best-of-n`, `/v1/models`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+
+from marginrm.encoding import Truncation
+from marginrm.errors import MarginRMError
+from marginrm.schemas import (
+    BestOfNRequest,
+    BestOfNResponse,
+    ErrorReply,
+    ItemError,
+    ModelList,
+    PairOut,
+    PromptOut,
+    ScoreRequest,
+    ScoreResponse,
+)
+from marginrm_service.answer import Answer, Ask, Stages
+from marginrm_service.disconnects import while_connected
+from marginrm_service.http_errors import error_response, status_of
+from marginrm_service.replies import best_of_n_asks, best_of_n_reply, score_asks, score_reply
+from marginrm_service.scoring import score as score_asked
+from marginrm_service.served import ServedModel
+from marginrm_service.service import Service, ServiceOf
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorReply, "description": "The body is no JSON."},
+    404: {"model": ErrorReply, "description": "No model of that name."},
+    413: {"model": ErrorReply, "description": "The body, or the work in it, is too large."},
+    422: {"model": ErrorReply, "description": "Wrong shape; or the only item's text is unusable."},
+    429: {"model": ErrorReply, "description": "The queue is full; try again after `Retry-After` seconds."},
+    503: {"model": ErrorReply, "description": "Loading or leaving; try again after `Retry-After` seconds."},
+}
+
+router = APIRouter()
+
+
+@router.post("/score", response_model=ScoreResponse, responses=ERRORS, tags=["scoring"])
+async def score(body: ScoreRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores preference pairs and single responses.
+
+    A pair gets a margin, reward(chosen) - reward(rejected), and a confidence, the calibrated probability that chosen
+    is better. An item that cannot be scored gets an `error` in its place, and its neighbours are scored all the same.
+    """
+    model = service.registry.get(body.model)
+    answer = await ask(service, model, request, score_asks(body), body.truncation)
+    reply = score_reply(body, answer, model.info)
+    service.metrics.comparisons(model.name, [pair for pair in reply.pairs if isinstance(pair, PairOut)])
+    return _lone_error([*reply.pairs, *reply.items], answer) or _json(reply, answer.stages)
+
+
+@router.post("/best-of-n", response_model=BestOfNResponse, responses=ERRORS, tags=["scoring"])
+async def best_of_n(body: BestOfNRequest, request: Request, service: ServiceOf) -> Response:
+    """Ranks the candidates of one or many prompts, best first.
+
+    The candidates of a prompt share its computation. `p_best` is the probability that a candidate is the best of all,
+    `margin` and `confidence` are those of the best over the runner-up. A candidate that cannot be scored is listed
+    under `errors`, and the others are ranked without it.
+    """
+    model = service.registry.get(body.model)
+    answer = await ask(service, model, request, best_of_n_asks(body), body.truncation)
+    reply = best_of_n_reply(body, answer, model.info)
+    service.metrics.comparisons(model.name, [prompt for prompt in reply.prompts if isinstance(prompt, PromptOut)])
+    return _lone_error(reply.prompts, answer) or _json(reply, answer.stages)
+
+
+@router.get("/v1/models", tags=["models"])
+async def models(service: ServiceOf) -> ModelList:
+    """Lists the models that are loaded, in OpenAI's shape, with how each computes and whether it is calibrated."""
+    return ModelList(data=service.registry.cards())
+
+
+async def ask(
+    service: Service, model: ServedModel, request: Request, asks: Sequence[Ask], truncation: Truncation
+) -> Answer:
+    """Scores what a route asks, for as long as its client stays. Raises as `scoring.score` does."""
+    answer = await while_connected(request, score_asked(model, asks, truncation, service.pool))
+    service.metrics.answer(model.name, answer)
+    return answer
+
+
+def _lone_error(outcomes: Sequence[BaseModel], answer: Answer) -> Response | None:
+    """Returns the error reply to a request whose only item failed, where a status says more than a 200 would."""
+    if len(outcomes) != 1 or not isinstance(outcomes[0], ItemError):
+        return None
+    body = outcomes[0].error
+    error = next(result for result in answer.results[0] if isinstance(result, MarginRMError))
+    return error_response(status_of(error), body.code, body.message, param=body.param)
+
+
+def _json(reply: BaseModel, stages: Stages) -> Response:
+    timing = ", ".join(
+        f"{stage};dur={seconds * 1000:.2f}"
+        for stage, seconds in (("tokenise", stages.tokenise), ("queue", stages.queue), ("forward", stages.forward))
+    )
+    return Response(reply.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})

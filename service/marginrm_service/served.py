@@ -1,0 +1,101 @@
+"""A model that is being served: its weights, its engine, its door, and what it says of itself."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from marginrm.encoding import Encoder
+from marginrm.schemas import ModelCard, ModelInfo
+from marginrm_service.admission import Admission, Permit
+from marginrm_service.engine import ScoringEngine, StepReport
+from marginrm_service.errors import OverloadedError
+from marginrm_service.job import Job
+from marginrm_service.metrics import Metrics
+
+if TYPE_CHECKING:  # torch takes seconds to import; the server listens before that
+    from marginrm.reward_model import RewardModel
+
+_SMOOTHING = 0.1  # weight of the newest request in characters per token
+
+
+class ServedModel:
+    """One loaded model with its engine. Belongs to the event loop.
+
+    Args:
+        model: The loaded reward model.
+        metrics: Where to count.
+        max_queue_tokens: The most tokens that may wait.
+        max_queue_requests: The most requests that may wait.
+    """
+
+    def __init__(self, model: RewardModel, metrics: Metrics, *, max_queue_tokens: int, max_queue_requests: int) -> None:
+        self.info: ModelInfo = model.info
+        self.encoder: Encoder = model.encoder
+        self.shares_prefixes: bool = model.shares_prefixes
+        self._model = model
+        self._metrics = metrics
+        self._created = int(time.time())
+        self._door = Admission(max_tokens=max_queue_tokens, max_requests=max_queue_requests)
+        self._engine = ScoringEngine(model, name=model.info.name, on_step=self._measure)
+        self._characters_per_token = 4.0
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self.info.name
+
+    @property
+    def alive(self) -> bool:
+        """Whether its worker takes jobs."""
+        return self._engine.alive
+
+    def start(self) -> None:
+        """Starts the worker on the running event loop."""
+        self._engine.start()
+
+    async def close(self, drain_seconds: float) -> None:
+        """Finishes what was accepted, as far as the time allows, and ends the worker."""
+        await self._engine.close(drain_seconds)
+
+    def admit(self, characters: int) -> Permit:
+        """Lets a request in, by what its characters will probably cost in tokens.
+
+        Raises:
+            OverloadedError: There is no room now.
+        """
+        expected = min(int(characters / self._characters_per_token), self._door.max_tokens)
+        try:
+            return self._door.enter(expected)
+        except OverloadedError as error:
+            self._metrics.rejections.labels(self.name, error.code).inc()
+            raise
+
+    def learn(self, characters: int, tokens: int) -> None:
+        """Takes note of what some characters really cost in tokens."""
+        if characters and tokens:
+            self._characters_per_token += _SMOOTHING * (characters / tokens - self._characters_per_token)
+
+    async def run(self, job: Job) -> None:
+        """Computes a job. Raises as `ScoringEngine.run` does."""
+        await self._engine.run(job)
+
+    def card(self) -> ModelCard:
+        """Returns what `/v1/models` says of it."""
+        return ModelCard(
+            **self.info.model_dump(),
+            id=self.name,
+            created=self._created,
+            forward_path="packed" if self._model.forward_path == "packed" else "padded",
+            forward_reason=self._model.forward_reason,
+            max_length=self.encoder.max_length,
+        )
+
+    def refresh_gauges(self) -> None:
+        """Puts the queue's present state into the metrics."""
+        self._metrics.queue_tokens.labels(self.name).set(self._door.tokens)
+        self._metrics.queue_requests.labels(self.name).set(self._door.requests)
+
+    def _measure(self, report: StepReport) -> None:
+        self._door.measured(report.computed, report.seconds)
+        self._metrics.step(self.name, report)

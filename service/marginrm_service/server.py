@@ -1,0 +1,102 @@
+"""The process: a socket, an app, signals, and an end that loses nothing that was accepted."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from marginrm.errors import ConfigError
+from marginrm_service import logs
+from marginrm_service.app import create_app
+from marginrm_service.service import Service
+from marginrm_service.settings import Settings
+
+_log = logging.getLogger(__name__)
+_BACKLOG = 2048
+
+
+def run(settings: Settings) -> None:
+    """Serves until a signal ends it. Returns after a clean end, so that the process exits with 0.
+
+    The first SIGTERM or SIGINT turns readiness off, finishes accepted requests within the drain time, and returns; a
+    second one returns now.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+        ModelError: A model cannot be served.
+    """
+    logs.configure(settings.log_format, settings.log_level)
+    listener = listen(settings.host, settings.port)
+    app = create_app(settings)
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # it would write paths, which are the client's text; RequestContext writes routes
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=75,  # longer than the usual 60 s of load balancers, so that they hang up first
+        timeout_graceful_shutdown=int(settings.drain_seconds) + 1,
+    )
+    server = _Server(config, service)
+    url = address(settings.host, listener.getsockname()[1])
+    _log.info("Listening on %s; scoring starts when the models are loaded", url)
+    service.registry.on_failure = server.leave
+    service.registry.on_ready = lambda: _log.info("Ready. Open %s to try it, %s/docs for the API", url, url)
+    server.run(sockets=[listener])
+    if service.registry.failure:
+        raise service.registry.failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the listening socket.
+
+    Raises:
+        ConfigError: It cannot be opened; the message says what to do.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        cures = {
+            errno.EADDRINUSE: "Another process listens there: end it, or take another --port (0 takes a free one).",
+            errno.EACCES: "Ports below 1024 need rights that this user lacks: take a higher --port.",
+            errno.EADDRNOTAVAIL: "This machine has no such address: 127.0.0.1 is for this machine only, 0.0.0.0 for all.",
+        }
+        cure = cures.get(error.errno or 0, "Is --host a name or address of this machine?")
+        raise ConfigError(f"Cannot listen on {host}:{port} ({error.strerror}). {cure}") from error
+    return listener
+
+
+def address(host: str, port: int) -> str:
+    """Returns the URL to open: of this machine, where the server listens on all addresses."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves readiness to us and takes any second signal for "now"."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def leave(self) -> None:
+        """Begins the end; called a second time, cuts it short."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._service.draining = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes SIGTERM and SIGINT. uvicorn would raise them again at the end, and the process would not exit with 0."""
+        _log.info("%s: %s", signal.Signals(sig).name, "leaving now" if self.should_exit else "finishing, then leaving")
+        self.leave()
