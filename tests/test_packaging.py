@@ -19,6 +19,9 @@ COMMANDS = {"score", "serve", "train", "evaluate", "calibrate", "compare", "best
 EXTRAS = ("service", "training", "dev")
 TORCHLESS = ("client", "errors", "manifest", "preferences", "ranking", "schemas")
 
+# torch's accelerator libraries follow the build that a machine takes, so they are not ours to pin.
+OF_THE_BUILD = re.compile(r"(nvidia|cuda)-.*|.*triton.*")
+
 
 def read_pins() -> dict[str, str]:
     """Name -> version, from constraints.txt."""
@@ -35,6 +38,8 @@ def closure(name: str, extras: frozenset[str], seen: dict[str, frozenset[str]]) 
     seen[name] = seen.get(name, frozenset()) | extras
     for text in requires(name) or []:
         requirement = Requirement(text)
+        if OF_THE_BUILD.fullmatch(requirement.name):
+            continue
         environments = [{"extra": extra} for extra in seen[name] | {""}]
         if requirement.marker is None or any(requirement.marker.evaluate(e) for e in environments):
             closure(requirement.name, frozenset(requirement.extras), seen)
