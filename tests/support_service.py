@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from marginrm.encoding import EncodedResponse
+from marginrm.encoding import EncodedResponse, Encoder
+from marginrm.schemas import ModelInfo
 
 Groups = Sequence[Sequence[EncodedResponse]]
 
@@ -41,7 +42,7 @@ class FakeModel:
     shares_prefixes: bool = True
     poisoned: int | None = None
     nan_token: int | None = None
-    on_forward: Callable[[Groups], None] = lambda groups: None
+    on_forward: Callable[[Groups], None] = lambda _: None
     steps: list[Groups] = field(default_factory=list)
 
     def forward(self, groups: Groups) -> list[float]:
@@ -68,3 +69,30 @@ class Gate:
 
     def open(self, steps: int = 1) -> None:
         self._passes.release(steps)
+
+
+class FakeRewardModel(FakeModel):
+    """A `RewardModel` for the registry: a real tokenizer, and rewards from `reward_of`."""
+
+    def __init__(self, name: str = "default", temperature: float = 2.0, max_length: int = 512, **misbehaviour) -> None:
+        from support_models import decoder_tokenizer
+
+        super().__init__(token_budget=512, **misbehaviour)
+        self.encoder = Encoder(decoder_tokenizer(), max_length=max_length, architecture="decoder")
+        self.info = ModelInfo(
+            name=name,
+            revision="sha256:fake",
+            base_model="fake",
+            dtype="float32",
+            calibrated=True,
+            temperature=temperature,
+        )
+        self.forward_reason = "a fake computes nothing"
+
+    def expect(self, prompt: str, response: str) -> float:
+        return reward_of(self.encoder.encode(prompt, response))
+
+    def token_of(self, text: str) -> int:
+        """The id of a text that is one token, to poison responses with."""
+        (token,) = self.encoder.tokenizer.encode(text, add_special_tokens=False)
+        return token

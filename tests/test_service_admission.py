@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from marginrm_service.admission import Admission
 from marginrm_service.errors import OverloadedError, RequestTooLargeError
 

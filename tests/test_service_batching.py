@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from marginrm_service.batching import QUANTA_PER_STEP, FairQueue, Portion
 from marginrm_service.job import Job
 from support_service import sized_group

@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+
 from marginrm_service.engine import ScoringEngine, StepReport
 from marginrm_service.errors import EngineStoppedError, ForwardFailedError
 from marginrm_service.job import Job

@@ -7,11 +7,11 @@ import logging
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from marginrm.errors import NonFiniteRewardError
 from marginrm_service.errors import ForwardFailedError
 from marginrm_service.execution import halves, padded_chunks, run_step
 from support_service import FakeModel, group, reward_of, sized_group
-
-from marginrm.errors import NonFiniteRewardError
 
 BAD = 666
 

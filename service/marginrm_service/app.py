@@ -10,7 +10,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from marginrm_service import http_errors, operations, pages, routes
-from marginrm_service.middleware import RequestContext
+from marginrm_service.middleware import BodyLimit, RequestContext
 from marginrm_service.service import Service
 from marginrm_service.settings import Settings
 
@@ -51,10 +51,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        max_body_size=service.settings.max_body_bytes,
     )
     app.state.service = service
-    app.add_middleware(RequestContext, metrics=service.metrics)
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(RequestContext, metrics=service.metrics)  # the outermost
     http_errors.install(app)
     app.include_router(routes.router)
     app.include_router(operations.router)

@@ -97,6 +97,8 @@ async def _on_invalid_request(request: Request, error: Exception) -> JSONRespons
         position = first["loc"][-1]
         reason = first.get("ctx", {}).get("error", "it ends too early")
         return error_response(400, "malformed_json", f"The body is no JSON: {reason} at character {position}.")
+    if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
+        return error_response(400, "malformed_json", "The body is empty. Send a JSON object; GET /docs has examples.")
     if not _is_json(request.headers.get("content-type")):
         return error_response(
             415, "unsupported_media_type", "Send the body as JSON, with the header Content-Type: application/json."

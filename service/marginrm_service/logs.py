@@ -33,6 +33,16 @@ def configure(log_format: Literal["text", "json"], level: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def adopt_transformers() -> None:
+    """Makes transformers log as everything else does, and draws its progress bars only for people. Imports it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, message, request_id, and what was passed as `extra`."""
 

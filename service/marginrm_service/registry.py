@@ -6,11 +6,13 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
 from marginrm.errors import MarginRMError, ModelError
 from marginrm.schemas import ModelCard
+from marginrm_service import logs
 from marginrm_service.errors import NotReadyError, UnknownModelError
 from marginrm_service.job import Job
 from marginrm_service.metrics import Metrics
@@ -45,31 +47,38 @@ class ModelRegistry:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._specs = {spec.name: spec for spec in settings.models}
+        self._specs = settings.models
+        self._names = dict.fromkeys(spec.name for spec in settings.models)  # in order; the first is the default
         self._served: dict[str, ServedModel] = {}
         self.failure: MarginRMError | None = None
         self.on_failure: Callable[[], None] = _nothing
         self.on_ready: Callable[[], None] = _nothing
-        for name in self._specs:
+        for name in self._names:
             metrics.ready.labels(name).set(0)
 
     async def load_all(self) -> None:
         """Loads every model of the settings, one after the other, and stops at the first that cannot be served."""
-        for spec in self._specs.values():
+        for spec in self._specs:
+            started = perf_counter()
+            _log.info("Loading model %r from %s", spec.name, spec.path)
             try:
-                self._served[spec.name] = await self._load(spec)
-            except Exception as error:
+                model, golden = await _in_daemon_thread(partial(load_model, spec, self._settings))
+                await self.add(model)
+            except Exception as error:  # noqa: BLE001 - whatever the checkpoint's fault is, the server says so and ends
                 self.failure = _as_model_error(error)
                 self.failure.add_note(f"model {spec.name!r}, from {spec.path}")
                 _log.error("Model %r cannot be served: %s", spec.name, self.failure, exc_info=error)
                 self.on_failure()
                 return
+            self._announce(model, golden, perf_counter() - started)
         self.on_ready()
 
-    async def _load(self, spec: ModelSpec) -> ServedModel:
-        started = perf_counter()
-        _log.info("Loading model %r from %s", spec.name, spec.path)
-        model, difference = await _in_daemon_thread(lambda: load_model(spec, self._settings))
+    async def add(self, model: RewardModel) -> None:
+        """Serves a model that is in memory, under the name in its `info`, once it has scored for the first time.
+
+        Raises:
+            MarginRMError: It cannot score.
+        """
         served = ServedModel(
             model,
             self._metrics,
@@ -78,19 +87,22 @@ class ModelRegistry:
         )
         served.start()
         await warm_up(served)
+        self._names.setdefault(served.name)
+        self._served[served.name] = served
         card = served.card()
-        golden = "no golden samples" if difference is None else f"golden samples reproduced within {difference:.2g}"
-        _log.info(
-            "Model %r is ready after %.1f s: %s, %s; %s; %s; at most %s tokens",
-            *(card.name, perf_counter() - started, card.revision, card.dtype, card.forward_reason, golden),
-            f"{card.max_length:,}",
-            extra={"calibrated": card.calibrated},
-        )
-        self._metrics.ready.labels(card.name).set(1)
         self._metrics.model_info.labels(
             card.name, card.revision, card.dtype, card.forward_path, str(card.calibrated).lower()
         ).set(1)
-        return served
+
+    def _announce(self, model: RewardModel, golden: float | None, seconds: float) -> None:
+        info = model.info
+        _log.info(
+            "Model %r is loaded after %.1f s: %s, %s; %s; %s; %s; at most %s tokens",
+            *(info.name, seconds, info.revision, info.dtype, model.forward_reason),
+            "no golden samples to reproduce" if golden is None else f"golden samples reproduced within {golden:.2g}",
+            f"calibrated, T = {info.temperature:.3g}" if info.calibrated else "not calibrated, T = 1",
+            f"{model.encoder.max_length:,}",
+        )
 
     def get(self, name: str) -> ServedModel:
         """Returns a model that takes requests.
@@ -99,10 +111,10 @@ class ModelRegistry:
             UnknownModelError: There is no such model.
             NotReadyError: It is loading, or its worker has ended.
         """
-        if name == DEFAULT_MODEL and name not in self._specs and self._specs:
-            name = next(iter(self._specs))
-        if name not in self._specs:
-            known = ", ".join(self._specs)
+        if name == DEFAULT_MODEL and name not in self._names and self._names:
+            name = next(iter(self._names))
+        if name not in self._names:
+            known = ", ".join(self._names)
             raise UnknownModelError(f"No model is called {name[:_NAME_SHOWN]!r}; this server has: {known}.")
         served = self._served.get(name)
         if served is None:
@@ -117,7 +129,7 @@ class ModelRegistry:
         """
         if self.failure:
             raise NotReadyError(f"Loading failed: {self.failure}", retry_after=60)
-        for name in self._specs:
+        for name in self._names:
             served = self.get(name)
             if not served.alive:
                 raise NotReadyError(f"The worker of model {name!r} has ended.", retry_after=60)
@@ -146,6 +158,7 @@ def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float 
     Raises:
         ModelError: It cannot be loaded, or does not reproduce them.
     """
+    logs.adopt_transformers()
     from marginrm.reward_model import RewardModel
 
     model = RewardModel.from_pretrained(

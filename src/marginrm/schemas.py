@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -43,6 +44,18 @@ Prompt = Annotated[
 ]
 TruncationPolicy = Literal["error", "prompt_left"]
 
+
+def _well_formed(text: str) -> str:
+    """An id is written back as UTF-8, which has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("has a lone surrogate, which is no valid Unicode") from None
+    return text
+
+
+Id = Annotated[str, AfterValidator(_well_formed)]
+
 _PROMPT = "One user message as a string, or a list of messages that ends before the response."
 _ID = "Yours; the answer repeats it."
 _INDEX = "Position in the request's list, from 0."
@@ -65,7 +78,7 @@ class _Reply(BaseModel):
 class PairIn(_Request):
     """A preference pair to score."""
 
-    id: str | None = Field(default=None, description=_ID)
+    id: Id | None = Field(default=None, description=_ID)
     prompt: Prompt = Field(description=_PROMPT)
     chosen: Text = Field(description="The response that is said to be better.")
     rejected: Text = Field(description="The response that is said to be worse.")
@@ -74,7 +87,7 @@ class PairIn(_Request):
 class ItemIn(_Request):
     """A single response to score."""
 
-    id: str | None = Field(default=None, description=_ID)
+    id: Id | None = Field(default=None, description=_ID)
     prompt: Prompt = Field(description=_PROMPT)
     response: Text = Field(description="The response to score.")
 
@@ -103,7 +116,7 @@ class ScoreRequest(_Request):
 class PromptIn(_Request):
     """A prompt and the candidates to choose from."""
 
-    id: str | None = Field(default=None, description=_ID)
+    id: Id | None = Field(default=None, description=_ID)
     prompt: Prompt = Field(description=_PROMPT)
     candidates: list[Text] = Field(min_length=1, description="Responses to rank.")
 
