@@ -35,30 +35,24 @@ class AttentionCall:
     """Runs that are computed together, padded on the right to the longest.
 
     Attributes:
-        query: Row indices of the queries, [runs, longest]; padding repeats the run's last token.
-        context: Row indices of the tokens that all these runs share as ancestors, [context], possibly empty.
         lengths: Tokens of each run, [runs].
+        longest: The most tokens of a run.
+        context: Tokens of the ancestors that all these runs share, possibly 0.
         causal: Whether a token sees only what comes before it.
         ragged: Whether the runs differ in length.
         masks: The masks made so far, by window.
     """
 
-    query: Tensor
-    context: Tensor
     lengths: Tensor
+    longest: int
+    context: int
     causal: bool
     ragged: bool
     masks: dict[int | None, Tensor | None] = field(default_factory=dict, compare=False)
 
     def to(self, device: torch.device) -> AttentionCall:
-        """Returns the call with its indices on another device."""
-        return replace(
-            self,
-            query=self.query.to(device),
-            context=self.context.to(device),
-            lengths=self.lengths.to(device),
-            masks={},
-        )
+        """Returns the call on another device."""
+        return replace(self, lengths=self.lengths.to(device), masks={})
 
     def mask(self, window: int | None) -> Tensor | None:
         """Returns the mask for a window (None: no window), made once for all layers."""
@@ -72,10 +66,10 @@ class AttentionCall:
         Args:
             window: Tokens see each other only at a distance below this one, in positions.
         """
-        longest, before = self.query.shape[1], self.context.shape[0]
+        longest, before = self.longest, self.context
         if window is None and self.causal and before == 0:
             return None  # the caller asks for a causal kernel instead
-        device = self.query.device
+        device = self.lengths.device
         own = torch.arange(longest, device=device) + before
         keys = torch.arange(before + longest, device=device)
         distance = own[:, None] - keys[None, :]
@@ -91,25 +85,56 @@ class AttentionCall:
         return torch.where(padded[:, :, None], keys == 0, seen & real[:, None, :])[:, None]
 
 
-def attention_calls(plan: PackingPlan, *, causal: bool) -> tuple[AttentionCall, ...]:
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """Which tokens of a row the calls read, and where their results go; the same for every layer.
+
+    Attributes:
+        calls: The calls.
+        queries: Row indices of all calls' queries, end to end, [sum of runs * longest].
+        keys: Row indices of all calls' keys, context before own, [sum of runs * (context + longest)].
+        order: Where each row token's result lies among the results of all calls, [tokens].
+    """
+
+    calls: tuple[AttentionCall, ...]
+    queries: Tensor
+    keys: Tensor
+    order: Tensor
+
+    def to(self, device: torch.device) -> AttentionLayout:
+        """Returns the layout on another device."""
+        return AttentionLayout(
+            tuple(call.to(device) for call in self.calls),
+            self.queries.to(device),
+            self.keys.to(device),
+            self.order.to(device),
+        )
+
+
+def attention_layout(plan: PackingPlan, *, causal: bool) -> AttentionLayout:
     """Groups a plan's runs into as few calls as exactness and little padding allow.
 
     Runs with the same parent form one call; runs without a parent are sorted by length and share a call with those of
     about the same length.
     """
-    return tuple(_call(plan, indices, causal=causal) for indices in _batches(plan))
-
-
-def row_order(plan: PackingPlan, calls: tuple[AttentionCall, ...]) -> Tensor:
-    """Returns, for each row index, where its result lies among the results of all calls laid end to end, [tokens]."""
+    calls, queries, keys = [], [], []
     order = torch.empty(len(plan.ids), dtype=torch.long)
     base = 0
-    for call in calls:
-        runs, longest = call.query.shape
-        real = torch.arange(longest)[None, :] < call.lengths[:, None]
-        order[call.query[real]] = torch.arange(base, base + runs * longest).view(runs, longest)[real]
-        base += runs * longest
-    return order
+    for indices in _batches(plan):
+        runs = [plan.runs[index] for index in indices]
+        lengths = torch.tensor([run.length for run in runs])
+        longest = int(lengths.max())
+        starts = torch.tensor([run.start for run in runs])
+        # Padding repeats a run's last token; its results are never read.
+        own = starts[:, None] + torch.minimum(torch.arange(longest)[None, :], lengths[:, None] - 1)
+        context = torch.tensor(plan.context(indices[0]), dtype=torch.long).expand(len(runs), -1)
+        real = torch.arange(longest)[None, :] < lengths[:, None]
+        order[own[real]] = torch.arange(base, base + own.numel()).view_as(own)[real]
+        base += own.numel()
+        queries.append(own.flatten())
+        keys.append(torch.cat([context, own], dim=1).flatten())
+        calls.append(AttentionCall(lengths, longest, context.shape[1], causal, bool((lengths != longest).any())))
+    return AttentionLayout(tuple(calls), torch.cat(queries), torch.cat(keys), order)
 
 
 def packed_attention(
@@ -149,11 +174,21 @@ def packed_attention(
         if kwargs.get(option) is not None:
             raise UnsupportedAttentionError(f"attention with {option}")
     window = kwargs.get("sliding_window")
-    # [tokens, heads, head size]: one gather then fetches whole tokens.
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    results = [_run_call(call, query, key, value, scaling, dropout, window) for call in row.calls]
-    flat = torch.cat([result.flatten(0, 1) for result in results])
-    return flat[row.order][None], None
+    layout: AttentionLayout = row.layout
+    # One gather for all calls: its gradient is one scatter, where a gather per call would fill a whole row each.
+    queries = _gathered(query, layout.queries, [call.lengths.numel() * call.longest for call in layout.calls])
+    sizes = [call.lengths.numel() * (call.context + call.longest) for call in layout.calls]
+    keys, values = _gathered(key, layout.keys, sizes), _gathered(value, layout.keys, sizes)
+    results = [
+        _run_call(call, own, seen, read, scaling, dropout, window)
+        for call, own, seen, read in zip(layout.calls, queries, keys, values, strict=True)
+    ]
+    return torch.cat(results).index_select(0, layout.order)[None], None
+
+
+def _gathered(tensor: Tensor, index: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Fetches tokens of [1, heads, tokens, head size] into one [tokens, heads, head size] per call."""
+    return torch.split(tensor[0].transpose(0, 1).index_select(0, index), sizes)
 
 
 def _run_call(
@@ -165,21 +200,21 @@ def _run_call(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """Returns the attention of one call, [runs, longest, heads, head size]."""
-    runs = call.query.shape[0]
-    index = torch.cat([call.context.expand(runs, -1), call.query], dim=1) if len(call.context) else call.query
+    """Returns the attention of one call, [runs * longest, heads, head size]."""
+    runs = call.lengths.numel()
     mask = call.mask(window)
+    query, key, value = (tensor.view(runs, -1, *tensor.shape[1:]).transpose(1, 2) for tensor in (query, key, value))
     result = F.scaled_dot_product_attention(
-        query[call.query].transpose(1, 2),
-        key[index].transpose(1, 2),
-        value[index].transpose(1, 2),
+        query,
+        key,
+        value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=call.causal and mask is None and call.query.shape[1] > 1,
+        is_causal=call.causal and mask is None and call.longest > 1,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return result.transpose(1, 2)
+    return result.transpose(1, 2).flatten(0, 1)
 
 
 def _batches(plan: PackingPlan) -> Iterator[list[int]]:
@@ -199,21 +234,6 @@ def _batches(plan: PackingPlan) -> Iterator[list[int]]:
     if batch:
         yield batch
     yield from siblings.values()
-
-
-def _call(plan: PackingPlan, indices: list[int], *, causal: bool) -> AttentionCall:
-    runs = [plan.runs[index] for index in indices]
-    longest = max(run.length for run in runs)
-    lengths = torch.tensor([run.length for run in runs])
-    starts = torch.tensor([run.start for run in runs])
-    within = torch.minimum(torch.arange(longest)[None, :], lengths[:, None] - 1)
-    return AttentionCall(
-        query=starts[:, None] + within,
-        context=torch.tensor(plan.context(indices[0]), dtype=torch.long),
-        lengths=lengths,
-        causal=causal,
-        ragged=bool((lengths != longest).any()),
-    )
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

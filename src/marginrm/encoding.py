@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
@@ -28,9 +27,10 @@ Architecture = Literal["decoder", "encoder"]
 
 _SENTINEL = "\ue000"  # a private-use character, which no response starts with
 
-# Some templates print today's date, which would make a reward depend on the day. They get this one instead (the date
-# that Llama 3's own template falls back to).
-_TEMPLATE_DATE = datetime(2024, 7, 26)  # noqa: DTZ001 - a template prints it without a zone
+# Some templates print today's date, which would make a reward depend on the day. This macro goes before them and takes
+# the place of the function that they ask; the date is the one that Llama 3's own template falls back to.
+_FIXED_DATE = "26 Jul 2024"
+_DATELESS = "{%- macro strftime_now(format) -%}" + _FIXED_DATE + "{%- endmacro -%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._templated = architecture == "decoder" and bool(tokenizer.chat_template)
+        self._chat_template = _dateless(tokenizer.get_chat_template()) if self._templated else None
         self._bos = self._leading_bos()
 
     def encode(self, prompt: Prompt, response: str, truncation: Truncation = "error") -> EncodedResponse:
@@ -157,10 +158,9 @@ class Encoder:
 
     def describe(self) -> EncodingInfo:
         """Returns what a manifest records of the encoding, so that a server can tell whether it reads as trained."""
-        template = self.tokenizer.chat_template if self._templated else None
         return EncodingInfo(
             architecture=self.architecture,
-            template_hash=template_hash(str(template)) if template else None,
+            template_hash=template_hash(self._chat_template) if self._chat_template else None,
             max_length=self.max_length,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
@@ -203,7 +203,7 @@ class Encoder:
     def _template(self, messages: list[dict[str, str]]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, strftime_now=_TEMPLATE_DATE.strftime, date_string="26 Jul 2024"
+                messages, tokenize=False, chat_template=self._chat_template, date_string=_FIXED_DATE
             )
         except TemplateError as error:
             raise InvalidTextError(
@@ -263,6 +263,10 @@ class Encoder:
         if types is not None:
             del types[cut]
         return EncodedResponse(tuple(draft.ids), tuple(types) if types is not None else None, truncated=True)
+
+
+def _dateless(template: str) -> str:
+    return _DATELESS + template if "strftime_now" in template else template
 
 
 def _common_length(first: str, second: str) -> int:

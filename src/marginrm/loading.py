@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -84,7 +84,8 @@ def load_for_scoring(
         )
     tokenizer = _tokenizer(path, options)
     limit = length_limit(config, tokenizer, max_length)
-    module = RewardModule(classifier.to(target), max_length=limit).eval()
+    classifier.to(target)  # type: ignore[arg-type]  # transformers wraps it untyped
+    module = RewardModule(classifier, max_length=limit).eval()
     return module, Encoder(tokenizer, max_length=limit, architecture=module.architecture)
 
 
@@ -254,6 +255,6 @@ def _ensure_padding(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         _log.info("Added a padding token, since this tokenizer has none of its own")
-        if len(tokenizer) > classifier.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > cast("nn.Embedding", classifier.get_input_embeddings()).num_embeddings:
             classifier.resize_token_embeddings(len(tokenizer))
     classifier.config.pad_token_id = tokenizer.pad_token_id

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-TokenIds = Sequence[int]
+TokenIds = tuple[int, ...]
 Group = Sequence[TokenIds]
 ROOT = -1
 
@@ -100,7 +100,7 @@ def plan_row(groups: Sequence[Group], *, share_prefix: bool) -> PackingPlan:
     runs: list[Run] = []
     leaves: list[int] = []
 
-    def append(tokens: TokenIds, parent: int, offset: int) -> int:
+    def append(tokens: Sequence[int], parent: int, offset: int) -> int:
         runs.append(Run(len(ids), len(tokens), parent, offset))
         ids.extend(tokens)
         position_ids.extend(range(offset, offset + len(tokens)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class RewardModule(nn.Module):
     def __init__(self, classifier: PreTrainedModel, *, max_length: int) -> None:
         super().__init__()
         self.classifier = classifier
-        self.training = classifier.training
+        self.train(classifier.training)
         if self.base.config.num_labels != 1:
             raise HeadError(
                 f"The model's head gives {self.base.config.num_labels} values per sequence; a reward model gives 1 "
@@ -103,7 +103,7 @@ class RewardModule(nn.Module):
         return cast("nn.Module", getattr(self.base, self.base.base_model_prefix))
 
     def _forward_packed(self, row: PackedRow) -> Tensor:
-        inputs = {} if row.type_ids is None else {"token_type_ids": row.type_ids}
+        inputs: dict[str, Any] = {} if row.type_ids is None else {"token_type_ids": row.type_ids}
         if self.architecture == "decoder":
             inputs["use_cache"] = False
         hidden = self._backbone(
@@ -117,7 +117,7 @@ class RewardModule(nn.Module):
         return self._reward(hidden, _Ends(row.first, row.last, row.owner))
 
     def _forward_padded(self, rows: PaddedRows) -> Tensor:
-        inputs = {} if rows.type_ids is None else {"token_type_ids": rows.type_ids}
+        inputs: dict[str, Any] = {} if rows.type_ids is None else {"token_type_ids": rows.type_ids}
         if self._pool is None:
             logits = self.base(input_ids=rows.ids, attention_mask=rows.mask, **inputs).logits
             return cast("Tensor", logits.float()[:, 0])
@@ -186,7 +186,7 @@ class RewardModule(nn.Module):
         if not difference <= _PROBE_TOLERANCE.get(self.dtype, 0.1):
             return f"packed and padded rewards differ by {difference:.2g} in a probe"
         window = _sliding_window(self.base.config)
-        seen = {key for call in row.calls for key in call.masks}
+        seen = {key for call in row.layout.calls for key in call.masks}
         if window is not None and window < max_length and seen == {None}:
             return f"a sliding window of {window:,} tokens that its attention does not announce"
         return None
@@ -200,7 +200,7 @@ class _Ends(NamedTuple):
     owner: Tensor | None
 
 
-PoolingFn = Callable[[PreTrainedModel, Tensor, _Ends], Tensor]
+PoolingFn = Callable[[Any, Tensor, _Ends], Tensor]
 
 
 def _pooling_of(model: PreTrainedModel) -> PoolingFn | None:
@@ -219,21 +219,22 @@ def _in_float32(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _head_modules(model: PreTrainedModel) -> list[nn.Module]:
-    names = {"bert": ("classifier",), "modernbert": ("head", "classifier")}.get(model.config.model_type, ("score",))
-    parts = [getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module)]
-    return [*parts, model.bert.pooler] if model.config.model_type == "bert" else parts
+    paths = {"bert": ("bert.pooler", "classifier"), "modernbert": ("head", "classifier")}
+    names = paths.get(model.config.model_type, ("score",))
+    found = dict(model.named_modules())
+    return [found[name] for name in names if name in found]
 
 
-def _last_token_reward(model: PreTrainedModel, hidden: Tensor, ends: _Ends) -> Tensor:
+def _last_token_reward(model: Any, hidden: Tensor, ends: _Ends) -> Tensor:
     return cast("Tensor", model.score(hidden[ends.last])[:, 0])
 
 
-def _bert_reward(model: PreTrainedModel, hidden: Tensor, ends: _Ends) -> Tensor:
+def _bert_reward(model: Any, hidden: Tensor, ends: _Ends) -> Tensor:
     pooled = model.bert.pooler(hidden[ends.first][:, None])
     return cast("Tensor", model.classifier(model.dropout(pooled))[:, 0])
 
 
-def _modernbert_reward(model: PreTrainedModel, hidden: Tensor, ends: _Ends) -> Tensor:
+def _modernbert_reward(model: Any, hidden: Tensor, ends: _Ends) -> Tensor:
     if model.config.classifier_pooling == "cls":
         pooled = hidden[ends.first]
     else:

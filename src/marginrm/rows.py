@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from marginrm.attention import AttentionCall, attention_calls, row_order
+from marginrm.attention import AttentionLayout, attention_layout
 from marginrm.encoding import EncodedResponse
 from marginrm.packing import plan_row
 
@@ -26,8 +26,7 @@ class PackedRow:
         first: Row index of each response's first token, [responses]; with sharing it may be common to several.
         last: Row index of each response's last token, [responses].
         owner: The response that each token belongs to, [tokens]; None with sharing, where a token has many.
-        calls: The attention calls of the row.
-        order: Where each token's result lies among the results of all calls, [tokens].
+        layout: How attention goes over the row.
     """
 
     ids: Tensor
@@ -36,8 +35,7 @@ class PackedRow:
     first: Tensor
     last: Tensor
     owner: Tensor | None
-    calls: tuple[AttentionCall, ...]
-    order: Tensor
+    layout: AttentionLayout
 
     @property
     def tokens(self) -> int:
@@ -60,8 +58,7 @@ class PackedRow:
             first=self.first.to(target),
             last=self.last.to(target),
             owner=None if self.owner is None else self.owner.to(target),
-            calls=tuple(call.to(target) for call in self.calls),
-            order=self.order.to(target),
+            layout=self.layout.to(target),
         )
 
 
@@ -108,7 +105,6 @@ def pack(groups: Sequence[EncodedGroup], *, causal: bool) -> PackedRow:
     """
     plan = plan_row([[response.ids for response in group] for group in groups], share_prefix=causal)
     responses = [response for group in groups for response in group]
-    calls = attention_calls(plan, causal=causal)
     lengths = torch.tensor([len(response.ids) for response in responses])
     typed = not causal and any(response.type_ids is not None for response in responses)
     type_ids = [kind for response in responses for kind in response.type_ids or ()] if typed else None
@@ -119,8 +115,7 @@ def pack(groups: Sequence[EncodedGroup], *, causal: bool) -> PackedRow:
         first=torch.tensor([(plan.context(leaf) or [plan.runs[leaf].start])[0] for leaf in plan.leaves]),
         last=torch.tensor(plan.last),
         owner=None if causal else torch.arange(len(responses)).repeat_interleave(lengths),
-        calls=calls,
-        order=row_order(plan, calls),
+        layout=attention_layout(plan, causal=causal),
     )
 
 

@@ -13,7 +13,7 @@ from random import Random
 from marginrm_training.demo.degradations import CHANGING, CUTTING, REPLACING, Degradation
 from marginrm_training.demo.texts import Text, texts
 
-TRAIN_PAIRS = 6000
+TRAIN_PAIRS = 4800
 _VARIANTS = 24
 _PAIRS_PER_PROMPT = 60
 _SMALLEST_MARGIN = 0.25

@@ -21,13 +21,13 @@ class DemoRecipe:
         preset: Of the margin method.
     """
 
-    vocabulary: int = 4096
+    vocabulary: int = 1024
     hidden: int = 192
-    layers: int = 3
+    layers: int = 4
     heads: int = 6
     max_length: int = 512
     learning_rate: float = 1.5e-3
-    epochs: float = 2.0
+    epochs: float = 1.0
     pairs_per_step: int = 32
     preset: str = "margin"
 
