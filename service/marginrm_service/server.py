@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import socket
 from types import FrameType
@@ -24,7 +25,7 @@ def run(settings: Settings) -> None:
     """Serves until a signal ends it. Returns after a clean end, so that the process exits with 0.
 
     The first SIGTERM or SIGINT turns readiness off, finishes accepted requests within the drain time, and returns; a
-    second one returns now.
+    second one ends the process now, with 1.
 
     Raises:
         ConfigError: The address cannot be listened on.
@@ -51,6 +52,9 @@ def run(settings: Settings) -> None:
     server.run(sockets=[listener])
     if service.registry.failure:
         raise service.registry.failure
+    if server.force_exit:
+        logging.shutdown()
+        os._exit(1)  # accepted requests are lost, and Python's own end would wait for the threads that compute them
 
 
 def listen(host: str, port: int) -> socket.socket:
