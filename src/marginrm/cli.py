@@ -34,6 +34,7 @@ def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
     app = typer.Typer(
         name="marginrm",
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich would read the extras in square brackets as markup
         context_settings={"help_option_names": ["-h", "--help"]},
         help="Margin-aware reward models: train, calibrate, score and serve.",
     )

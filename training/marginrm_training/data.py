@@ -89,7 +89,7 @@ def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed
     held_out = {prompt_key(pair.prompt) for name in ("calibration", "test") for pair in parts[name]}
     kept = [pair for pair in parts["train"] if prompt_key(pair.prompt) not in held_out]
     leaked["prompts that are also held out"] = len(parts["train"]) - len(kept)
-    random.Random(f"{seed}:order").shuffle(kept)  # noqa: S311 - no secret
+    random.Random(f"{seed}:order").shuffle(kept)
     train = encode_pairs("train", kept, encoder, method, config.too_long, limit=config.limit)
     train.dropped += leaked
     others = {
@@ -146,7 +146,7 @@ def split_by_prompt(
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Splits off about this share of the prompts, with all their pairs; returns what was split off and the rest."""
     keys = sorted({prompt_key(pair.prompt) for pair in pairs})
-    random.Random(seed).shuffle(keys)  # noqa: S311 - no secret
+    random.Random(seed).shuffle(keys)
     taken = set(keys[: max(1, math.ceil(share * len(keys)))])
     off = [pair for pair in pairs if prompt_key(pair.prompt) in taken]
     rest = [pair for pair in pairs if prompt_key(pair.prompt) not in taken]

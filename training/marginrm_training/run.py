@@ -103,7 +103,7 @@ def method_info(config: TrainConfig, method: MarginMethod, history: list[dict[st
         loss=method.loss,
         estimator=method.estimator,
         filter=method.filter,
-        **{"lambda": method.scale},
+        scale=method.scale,
         cap=method.cap,
         options=options,
         fire_rate=float(np.mean([entry["fire_rate"] for entry in history])) if history else None,

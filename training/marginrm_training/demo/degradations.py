@@ -136,20 +136,19 @@ def _parts(answer: str) -> list[str]:
 
 # An answer is first replaced, then changed, then cut: the order in which they apply.
 REPLACING = (
-    Degradation("off the subject", "replaced", 2.5, _off_subject),
+    Degradation("off the subject", "replaced", 2.0, _off_subject),
     Degradation("needless refusal", "replaced", 3.0, _refusal),
 )
 CHANGING = (
     Degradation("wrong form", "form", 0.5, _wrong_form),
-    Degradation("repeats itself", "repeats", 0.75, _repeated(1)),
-    Degradation("repeats itself a lot", "repeats", 1.5, _repeated(3)),
-    Degradation("filler", "filler", 0.5, _filler),
-    Degradation("hedges", "hedges", 0.5, _hedged),
+    Degradation("repeats itself", "repeats", 1.5, _repeated(3)),
+    Degradation("filler", "filler", 1.0, _filler),
+    Degradation("hedges", "hedges", 0.75, _hedged),
     Degradation("gibberish", "gibberish", 1.5, _gibberish),
     Degradation("garbled", "garbled", 1.0, _garbled(0.15)),
     Degradation("badly garbled", "garbled", 2.0, _garbled(0.5)),
-    Degradation("shouts", "shouts", 0.75, _shouted),
-    Degradation("rude", "rude", 1.25, _rude),
+    Degradation("shouts", "shouts", 1.0, _shouted),
+    Degradation("rude", "rude", 1.5, _rude),
 )
 CUTTING = (
     Degradation("cut short", "cut", 1.0, _cut_short(0.75)),

@@ -13,11 +13,11 @@ from random import Random
 from marginrm_training.demo.degradations import CHANGING, CUTTING, REPLACING, Degradation
 from marginrm_training.demo.texts import Text, texts
 
-TRAIN_PAIRS = 4800
+TRAIN_PAIRS = 5600
 _VARIANTS = 24
 _PAIRS_PER_PROMPT = 60
-_SMALLEST_MARGIN = 0.25
-_REPLACED, _CUT = 0.15, 0.3  # shares of the spoilt answers
+_SMALLEST_MARGIN = 0.5
+_REPLACED, _CUT = 0.12, 0.3  # shares of the spoilt answers
 
 
 @dataclass(frozen=True, slots=True)

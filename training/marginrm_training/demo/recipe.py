@@ -28,7 +28,7 @@ class DemoRecipe:
     max_length: int = 512
     learning_rate: float = 1.5e-3
     epochs: float = 1.0
-    pairs_per_step: int = 32
+    pairs_per_step: int = 16
     preset: str = "margin"
 
 
