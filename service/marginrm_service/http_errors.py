@@ -66,6 +66,12 @@ def internal_error() -> JSONResponse:
     return error_response(500, "internal_error", _INTERNAL)
 
 
+def unfinished() -> JSONResponse:
+    """Builds the reply to a request that was accepted and will not be finished."""
+    error = errors.DrainingError("The server left before this request was done. Send it again.")
+    return error_response(503, error.code, str(error), headers={"Retry-After": str(error.retry_after)})
+
+
 async def _on_marginrm_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MarginRMError)
     status = status_of(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from marginrm_service.http_errors import internal_error
+from marginrm_service.http_errors import internal_error, unfinished
 from marginrm_service.logs import request_id
 from marginrm_service.metrics import Metrics
 
@@ -65,6 +66,9 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # the server leaves, and did not finish this request in time
+            if not status:
+                await unfinished()(scope, receive, send_with_headers)
         except Exception as error:  # noqa: BLE001 - the last net: no fault of ours reaches a client, or stays unseen
             _log.error("A request failed unexpectedly", exc_info=error)
             if not status:

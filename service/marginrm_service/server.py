@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -52,9 +53,6 @@ def run(settings: Settings) -> None:
     server.run(sockets=[listener])
     if service.registry.failure:
         raise service.registry.failure
-    if server.force_exit:
-        logging.shutdown()
-        os._exit(1)  # accepted requests are lost, and Python's own end would wait for the threads that compute them
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -99,6 +97,18 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self._service.draining = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the server; after a second signal without waiting for what was accepted, which is told 503."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            tasks = set(self.server_state.tasks)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=1)
+            logging.shutdown()
+            os._exit(1)  # Python's own end would wait for the threads that still compute
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Takes SIGTERM and SIGINT. uvicorn would raise them again at the end, and the process would not exit with 0."""
