@@ -170,7 +170,7 @@ class RewardModel:
         return ranking.rank(self.score(prompt, candidates), self.temperature, tie_below, top_k)
 
     def score_encoded(
-        self, groups: Sequence[EncodedGroup], progress: Callable[[int], None] | None = None
+        self, groups: Sequence[EncodedGroup], progress: Callable[[int], object] | None = None
     ) -> list[list[float]]:
         """Scores encoded groups in as many forward passes as the token budget asks for.
 

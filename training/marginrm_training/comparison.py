@@ -47,5 +47,5 @@ def compare(first: Floats, second: Floats, *, resamples: int = 2000, seed: int =
 def mcnemar(only_first: int, only_second: int) -> float:
     """Returns the exact two-sided p-value that the discordant pairs fall like a fair coin (McNemar, 1947)."""
     total, fewer = only_first + only_second, min(only_first, only_second)
-    tail = math.fsum(math.comb(total, count) for count in range(fewer + 1)) / 2**total
+    tail = sum(math.comb(total, count) for count in range(fewer + 1)) / (1 << total)
     return min(1.0, 2 * tail)

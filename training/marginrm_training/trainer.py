@@ -106,12 +106,12 @@ class MarginTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, PairBatch],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns the mean loss of one micro-step's pairs."""
-        batch = inputs["batch"].to(self.args.device)
+        batch: PairBatch = inputs["batch"].to(self.args.device)
         rewards = model(batch.row)
         chosen, rejected = rewards[0::2], rewards[1::2]
         d = chosen - rejected

@@ -53,11 +53,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: DemoRecipe, seed: in
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cache=False,
-        num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
+    config.num_labels = 1
     torch.manual_seed(seed)
     model = GPTNeoXForSequenceClassification(config)
     with torch.no_grad():
