@@ -84,8 +84,9 @@ def generate_pairs(seed: int = 0, train_pairs: int = TRAIN_PAIRS) -> DemoData:
 def generate_groups(seed: int = 0, candidates: int = 16) -> list[DemoGroup]:
     """Returns Best-of-N groups on the test prompts."""
     groups = []
-    for text in split_prompts(seed)[2]:
-        pool = answers_to(text, seed)
+    test = split_prompts(seed)[2]
+    for text in test:
+        pool = answers_to(text, test, seed)
         chosen = Random(f"{seed}:group:{text.prompt}").sample(pool, min(candidates, len(pool)))
         groups.append(
             DemoGroup(text.prompt, tuple(answer.text for answer in chosen), tuple(answer.quality for answer in chosen))
@@ -101,10 +102,14 @@ def split_prompts(seed: int) -> tuple[list[Text], list[Text], list[Text]]:
     return order[test + calibration :], order[test : test + calibration], order[:test]
 
 
-def answers_to(text: Text, seed: int) -> list[Answer]:
-    """Returns the good answer to a prompt and spoilt ones, all different."""
+def answers_to(text: Text, split: Sequence[Text], seed: int) -> list[Answer]:
+    """Returns the good answer to a prompt and spoilt ones, all different.
+
+    Answers that are off the subject come from the same split: an answer held out for a test must not be seen in
+    training, and least of all as a bad one.
+    """
     random = Random(f"{seed}:answers:{text.prompt}")
-    others = [other for other in texts() if other.subject != text.subject]
+    others = [other for other in split if other.subject != text.subject]
     found = {text.answer: Answer(text.answer, 0.0, ())}
     for _ in range(_VARIANTS * 3):
         if len(found) >= _VARIANTS:
@@ -159,7 +164,7 @@ def _pairs_of(entries: Sequence[Text], seed: int, count: int) -> tuple[DemoPair,
     """Draws pairs in which the longer answer is right as often as the shorter, at every size of margin."""
     buckets: dict[tuple[int, bool], list[DemoPair]] = {}
     for text in entries:
-        pool = answers_to(text, seed)
+        pool = answers_to(text, entries, seed)
         random = Random(f"{seed}:pairs:{text.prompt}")
         possible = [
             (first, second)
