@@ -13,11 +13,12 @@ from random import Random
 from marginrm_training.demo.degradations import CHANGING, CUTTING, REPLACING, Degradation
 from marginrm_training.demo.texts import Text, texts
 
-TRAIN_PAIRS = 5600
+TRAIN_PAIRS = 4800
 _VARIANTS = 24
 _PAIRS_PER_PROMPT = 60
 _SMALLEST_MARGIN = 0.5
-_REPLACED, _CUT = 0.12, 0.3  # shares of the spoilt answers
+_REPLACED, _CUT = 0.08, 0.35  # shares of the spoilt answers
+_MARGIN_BUCKETS = 5  # 0 to 1, 1 to 2, ... and everything from 4 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +155,8 @@ def write_jsonl(pairs: Iterable[DemoPair], path: Path) -> None:
 def _drawn(random: Random) -> list[Degradation]:
     """Draws what to do to an answer: replace it, or change it in one to three ways and perhaps cut it."""
     if random.random() < _REPLACED:
-        return [random.choice(REPLACING)]
-    drawn = {change.kind: change for change in random.sample(CHANGING, random.choice((1, 1, 2, 2, 3)))}
+        return random.choices(REPLACING, weights=(1, 3))
+    drawn = {change.kind: change for change in random.sample(CHANGING, random.choice((1, 1, 2, 3, 4)))}
     cut = [random.choice(CUTTING)] if random.random() < _CUT else []
     return [*drawn.values(), *cut]
 
@@ -175,15 +176,12 @@ def _pairs_of(entries: Sequence[Text], seed: int, count: int) -> tuple[DemoPair,
             better, worse = (first, second) if first.quality > second.quality else (second, first)
             pair = DemoPair(text.prompt, better.text, worse.text, better.quality - worse.quality)
             longer = len(pair.chosen) > len(pair.rejected)
-            buckets.setdefault((min(int(pair.true_margin), 3), longer), []).append(pair)
+            buckets.setdefault((min(int(pair.true_margin), _MARGIN_BUCKETS - 1), longer), []).append(pair)
     random = Random(f"{seed}:balance:{count}")
-    sizes = {margin: min(len(buckets.get((margin, side), ())) for side in (True, False)) for margin in range(4)}
-    share = min(1.0, count / (2 * sum(sizes.values())))
-    drawn = [
-        pair
-        for margin, size in sizes.items()
-        for side in (True, False)
-        for pair in random.sample(buckets.get((margin, side), []), int(size * share))
-    ]
+    drawn: list[DemoPair] = []
+    for margin in range(_MARGIN_BUCKETS):
+        sides = [buckets.get((margin, longer), []) for longer in (True, False)]
+        size = min(count // (2 * _MARGIN_BUCKETS), *map(len, sides))
+        drawn += [pair for side in sides for pair in random.sample(side, size)]
     random.shuffle(drawn)
     return tuple(drawn)
