@@ -1,0 +1,61 @@
+"""Calibration: a known temperature is found again, and the measures are those of their definitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marginrm.calibration import calibrate, fit_temperature
+from marginrm.errors import DataError, NonFiniteRewardError
+
+
+def nll(margins: Sequence[float], temperature: float) -> float:
+    return float(np.logaddexp(0, -np.asarray(margins) / temperature).mean())
+
+
+def known(temperature: float, count: int = 20_000) -> list[float]:
+    """Margins of pairs whose labels follow sigmoid(d / T): the sign says whether the label agrees."""
+    generator = np.random.default_rng(0)
+    size = np.abs(generator.normal(0, 2 * temperature, count))
+    right = generator.random(count) < 1 / (1 + np.exp(-size / temperature))
+    return list(np.where(right, size, -size))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_known_temperature_is_found_again(temperature: float) -> None:
+    margins = known(temperature)
+    assert fit_temperature(margins) == pytest.approx(temperature, rel=0.05)
+    found = calibrate(margins)
+    assert found.ece_after < 0.02
+    assert found.nll_after <= found.nll_before + 1e-12
+
+
+@given(st.lists(st.floats(-5, 5), min_size=4, max_size=30))
+def test_no_temperature_on_a_grid_is_better(margins: list[float]) -> None:
+    best = nll(margins, fit_temperature(margins))
+    assert all(best <= nll(margins, math.exp(step / 10)) + 1e-9 for step in range(-41, 42))
+
+
+def test_twice_the_margins_have_twice_the_temperature() -> None:
+    margins = known(1.0, 500)
+    assert fit_temperature([2 * d for d in margins]) == pytest.approx(2 * fit_temperature(margins))
+
+
+def test_the_measures_by_hand() -> None:
+    d = math.log(3)  # confidence 0.75
+    found = calibrate([d, d, d, -d], temperature=1.0)  # right in 0.75 of the cases
+    assert found.ece_before == pytest.approx(0.0, abs=1e-9)
+    assert found.brier_before == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
+    assert found.n == 4
+
+
+def test_no_margins_or_no_numbers_are_refused() -> None:
+    with pytest.raises(DataError):
+        fit_temperature([])
+    with pytest.raises(NonFiniteRewardError):
+        fit_temperature([1.0, math.nan])
