@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DemoRecipe:
-    """Hyper-parameters of the demo, tuned once on its own calibration prompts.
+    """Hyper-parameters of the demo; docs/experiments.md says what they reach.
 
     Attributes:
         vocabulary: Tokens of the BPE tokenizer, trained on the demo's own texts.
