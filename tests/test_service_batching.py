@@ -65,7 +65,7 @@ def test_a_lone_pair_is_in_the_next_step_behind_a_huge_request():
     pair = job((10, [5, 5]))
     queue.push(pair)
     step = queue.take()
-    assert [portion.job is pair for portion in step] == [True, False]
+    assert [(portion.job is pair, portion.stop - portion.start) for portion in step] == [(True, 2), (False, 2)]
 
 
 def test_a_huge_request_is_served_although_small_ones_keep_coming():
@@ -138,12 +138,14 @@ class Twin:
         line = arrived + [name for name in self.last_step if name in line]
         self.last_step = []
         turns = dict.fromkeys(line, 0)
-        while line:
-            # Fewest turns first, then the order of the line.
-            name = min((n for n in line if self.todo[n]), key=lambda n: (turns[n], line.index(n)), default=None)
-            if name is None or not self.turn(name, step):
-                break
-            turns[name] += 1
+        full = completed = False
+        while not full and not completed and any(self.todo[name] for name in line):
+            for name in [name for name in line if self.todo[name]]:
+                full = not self.turn(name, step)
+                if full:
+                    break
+                turns[name] += 1
+            completed = not all(self.todo[name] for name in line)
         had = {name for name, _, _ in step}
         rest = [name for name in line if self.todo[name]]
         self.last_step = sorted((n for n in rest if n in had), key=lambda n: (turns[n], line.index(n)))

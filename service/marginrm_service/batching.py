@@ -2,9 +2,10 @@
 
 Jobs take turns. In one turn a job puts in whole groups of up to a *quantum* of tokens, and one group at least. Groups
 stay whole, since each part of a group computes its prompt again; only a group that no step can hold is cut, and then
-a turn takes a slice of a quantum. Turns go round until the step is full. A job that was served goes behind those that
-came in while the step ran. So a lone pair is in the next step however many candidates another request has left, and
-that other request still gets its turn in every round.
+a turn takes a slice of a quantum. Turns go round until the step is full, but no second time if the step completes a
+job, which would have to wait for it. A job that was served goes behind those that came in while the step ran. So a
+lone pair is in the next step, and that step is short, however many candidates another request has left; and that other
+request still gets its turn in every step.
 """
 
 from __future__ import annotations
@@ -60,29 +61,26 @@ class FairQueue:
     def take(self) -> list[Portion]:
         """Returns the next step; empty only if no job waits. Abandoned jobs are dropped on the way."""
         step = _Step(self._budget, self._quantum)
-        all_had_a_turn = False
-        self._start_round()
-        while self._waiting:
-            job = self._waiting[0]
-            if job.abandoned:
-                self._waiting.popleft()
-            elif step.take_turn(job):
-                self._waiting.popleft()
-                if not job.taken:
-                    self._served.append(job)
-            else:
-                break
-            if not self._waiting:
-                all_had_a_turn = True
-                self._start_round()
-        if all_had_a_turn:
+        rounds = 0
+        while self._take_round(step):
+            rounds += 1
+        if rounds:  # who waits now had a turn in an earlier round
             self._served.extendleft(reversed(self._waiting))
             self._waiting.clear()
         return step.portions
 
-    def _start_round(self) -> None:
+    def _take_round(self, step: _Step) -> bool:
+        """Gives each job a turn; returns whether another round may follow."""
         self._waiting.extend(self._served)
         self._served.clear()
+        while self._waiting:
+            job = self._waiting[0]
+            if not job.abandoned and not step.take_turn(job):
+                return False
+            self._waiting.popleft()
+            if not job.taken and not job.abandoned:
+                self._served.append(job)
+        return bool(self._served) and not step.completes_a_job
 
 
 class _Step:
@@ -90,6 +88,7 @@ class _Step:
 
     def __init__(self, budget: int, quantum: int) -> None:
         self.portions: list[Portion] = []
+        self.completes_a_job = False
         self._budget = budget
         self._quantum = quantum
         self._room = budget
@@ -110,6 +109,7 @@ class _Step:
             self._put(job, members, cost)
             allowance -= cost
             took = True
+        self.completes_a_job |= job.taken
         return took
 
     def _fitting(self, job: Job, allowance: int, *, first: bool) -> tuple[int, int]:

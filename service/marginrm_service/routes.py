@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -38,6 +39,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorReply, "description": "Loading or leaving; try again after `Retry-After` seconds."},
 }
 
+_LARGE = 256  # responses from which on a reply takes milliseconds to make
+
+ReplyT = TypeVar("ReplyT", bound=BaseModel)
 router = APIRouter()
 
 
@@ -50,9 +54,9 @@ async def score(body: ScoreRequest, request: Request, service: ServiceOf) -> Res
     """
     model = service.registry.get(body.model)
     answer = await ask(service, model, request, score_asks(body), body.truncation)
-    reply = score_reply(body, answer, model.info)
+    reply, content = await shape(service, answer, lambda: score_reply(body, answer, model.info))
     service.metrics.comparisons(model.name, [pair for pair in reply.pairs if isinstance(pair, PairOut)])
-    return _lone_error([*reply.pairs, *reply.items], answer) or _json(reply, answer.stages)
+    return _lone_error([*reply.pairs, *reply.items], answer) or _json(content, answer.stages)
 
 
 @router.post("/best-of-n", response_model=BestOfNResponse, responses=ERRORS, tags=["scoring"])
@@ -65,9 +69,9 @@ async def best_of_n(body: BestOfNRequest, request: Request, service: ServiceOf) 
     """
     model = service.registry.get(body.model)
     answer = await ask(service, model, request, best_of_n_asks(body), body.truncation)
-    reply = best_of_n_reply(body, answer, model.info)
+    reply, content = await shape(service, answer, lambda: best_of_n_reply(body, answer, model.info))
     service.metrics.comparisons(model.name, [prompt for prompt in reply.prompts if isinstance(prompt, PromptOut)])
-    return _lone_error(reply.prompts, answer) or _json(reply, answer.stages)
+    return _lone_error(reply.prompts, answer) or _json(content, answer.stages)
 
 
 @router.get("/v1/models", tags=["models"])
@@ -85,6 +89,18 @@ async def ask(
     return answer
 
 
+async def shape(service: Service, answer: Answer, make: Callable[[], ReplyT]) -> tuple[ReplyT, str]:
+    """Makes a reply and its JSON; large ones in a thread, so that the event loop stays free for others."""
+
+    def run() -> tuple[ReplyT, str]:
+        reply = make()
+        return reply, reply.model_dump_json()
+
+    if answer.usage.responses < _LARGE:
+        return run()
+    return await asyncio.get_running_loop().run_in_executor(service.pool, run)
+
+
 def _lone_error(outcomes: Sequence[BaseModel], answer: Answer) -> Response | None:
     """Returns the error reply to a request whose only item failed, where a status says more than a 200 would."""
     if len(outcomes) != 1 or not isinstance(outcomes[0], ItemError):
@@ -94,9 +110,9 @@ def _lone_error(outcomes: Sequence[BaseModel], answer: Answer) -> Response | Non
     return error_response(status_of(error), body.code, body.message, param=body.param)
 
 
-def _json(reply: BaseModel, stages: Stages) -> Response:
+def _json(content: str, stages: Stages) -> Response:
     timing = ", ".join(
         f"{stage};dur={seconds * 1000:.2f}"
         for stage, seconds in (("tokenise", stages.tokenise), ("queue", stages.queue), ("forward", stages.forward))
     )
-    return Response(reply.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
+    return Response(content, media_type="application/json", headers={"Server-Timing": timing})
