@@ -13,9 +13,10 @@ from random import Random
 import pytest
 
 from marginrm.preferences import read_pairs
-from marginrm_training.demo.degradations import ALL, Degradation
+from marginrm_training.demo.degradations import ALL, CUTTING, REPLACING, Degradation
 from marginrm_training.demo.preferences import (
     DemoData,
+    answers_to,
     flip_labels,
     generate_groups,
     generate_pairs,
@@ -90,6 +91,14 @@ def test_every_degradation_changes_what_it_is_given(degradation: Degradation) ->
 def test_severities_add_up() -> None:
     answer = spoil(texts()[0], texts()[-1], ALL[2:5], Random(0))
     assert answer.quality == -sum(degradation.severity for degradation in ALL[2:5])
+
+
+def test_no_change_is_cut_away_again() -> None:
+    train = split_prompts(0)[0]
+    cuts = {degradation.name for degradation in (*REPLACING, *CUTTING)}
+    spoilt = [answer.degradations for text in train[:40] for answer in answers_to(text, train, 0)]
+    assert any(set(names) & cuts and len(names) > 1 for names in spoilt)
+    assert all(not set(names[1:]) & cuts for names in spoilt)
 
 
 def test_groups_hold_gold_qualities_of_held_out_prompts() -> None:

@@ -93,12 +93,11 @@ def load_for_training(
     path: str | Path,
     *,
     seed: int,
-    dtype: DtypeName = "float32",
     max_length: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[RewardModule, Encoder]:
-    """Loads any backbone, with a fresh reward head where the checkpoint has none, ready to be trained.
+    """Loads any backbone in float32, with a fresh reward head where the checkpoint has none, ready to be trained.
 
     The seed is set before the head is drawn from N(0, 1/(hidden + 1)) (its standard deviation, as OpenRLHF does), and
     every dropout is off. A padding token that is missing or equal to EOS is added and saved, since other software
@@ -107,7 +106,6 @@ def load_for_training(
     Args:
         path: A folder or a name on the Hub: a language model, an encoder or a reward model.
         seed: Of the new head's weights.
-        dtype: Of the weights.
         max_length: As for `load_for_scoring`.
         trust_remote_code: As for `load_for_scoring`.
         revision: As for `load_for_scoring`.
@@ -124,7 +122,7 @@ def load_for_training(
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    classifier, missing = _classifier(path, config, resolve_dtype(dtype, torch.device("cpu")), options)
+    classifier, missing = _classifier(path, config, torch.float32, options)
     tokenizer = _tokenizer(path, options)
     _ensure_padding(classifier, tokenizer)
     if missing:

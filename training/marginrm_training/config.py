@@ -29,7 +29,9 @@ class ModelConfig(_Section):
 
     path: str = Field(description="Folder or Hub name of a language model, an encoder or a reward model.")
     max_length: int | None = Field(None, description="Most tokens a sequence may have; the model's own limit if unset.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights. float32 trains safely. ours")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of matrix products; with bfloat16 weights, head and loss stay float32. ours"
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
     trust_remote_code: bool = Field(False, description="Whether code that comes with the checkpoint may run.")
 

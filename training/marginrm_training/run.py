@@ -41,7 +41,6 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     module, encoder = load_for_training(
         expand(config.model.path),
         seed=config.seed,
-        dtype=config.model.dtype,
         max_length=config.model.max_length,
         trust_remote_code=config.model.trust_remote_code,
     )

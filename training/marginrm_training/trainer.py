@@ -266,7 +266,7 @@ def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> Traini
         # A last batch too small for its mean to say anything is left out; with an EMA it can stay.
         dataloader_drop_last=estimated and 0 < last < SMALLEST_REFERENCE_BATCH and config.method.ema is None,
         activation_checkpointing=config.model.gradient_checkpointing,
-        bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),
+        bf16=config.model.dtype == "bfloat16",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         save_steps=config.save_every,

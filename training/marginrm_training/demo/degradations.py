@@ -33,6 +33,13 @@ _REFUSALS = (
     "As an assistant I am not able to answer this.",
     "I would rather not talk about this topic. Please ask somebody else.",
 )
+_ASIDES = (
+    "That reminds me of something else entirely:",
+    "By the way, to change the subject:",
+    "Speaking of other things that you did not ask about:",
+)
+_AGAIN = ("As I said before:", "Let me say that again:", "Once more, to repeat it:")
+_MOJIBAKE = ("\u00c3\u00a9", "\u00e2\u20ac\u2122", "\u00ef\u00bf\u00bd", "\u00c2\u00a0")  # what a wrong decoding leaves
 _SYLLABLES = ("blor", "zint", "quag", "fep", "muxo", "drel", "vash", "kib", "wozz", "prun")
 
 
@@ -53,27 +60,32 @@ class Degradation:
     apply: Callable[[str, Text, Text, Random], str]
 
 
-def _cut_short(share: float) -> Callable[[str, Text, Text, Random], str]:
-    def apply(answer: str, text: Text, other: Text, random: Random) -> str:
-        words = answer.split(" ")
-        keep = max(2, int(len(words) * (share + random.uniform(-0.08, 0.08))))
-        return " ".join(words[:keep]).rstrip(" .,;:!?\n")
+def _cut_short(answer: str, text: Text, other: Text, random: Random) -> str:
+    words = answer.split(" ")
+    return _first_words(words, int(len(words) * random.uniform(0.5, 0.8)))
 
-    return apply
+
+def _cut_to_a_stub(answer: str, text: Text, other: Text, random: Random) -> str:
+    return _first_words(answer.split(" "), random.randint(6, 9))
+
+
+def _first_words(words: list[str], count: int) -> str:
+    return " ".join(words[: max(2, count)]).rstrip(" .,;:!?\n")
 
 
 def _off_subject(answer: str, text: Text, other: Text, random: Random) -> str:
-    return other.answer
+    separator = "\n" if "\n" in answer else " "
+    parts = _parts(answer)
+    aside = f"{random.choice(_ASIDES)} {random.choice(_parts(other.answer))}"
+    return separator.join([*parts, aside])
 
 
-def _repeated(times: int) -> Callable[[str, Text, Text, Random], str]:
-    def apply(answer: str, text: Text, other: Text, random: Random) -> str:
-        separator = "\n" if "\n" in answer else " "
-        parts = _parts(answer)
-        index = random.randrange(len(parts))
-        return separator.join(parts[: index + 1] + [parts[index]] * times + parts[index + 1 :])
-
-    return apply
+def _repeated(answer: str, text: Text, other: Text, random: Random) -> str:
+    separator = "\n" if "\n" in answer else " "
+    parts = _parts(answer)
+    index = random.randrange(len(parts))
+    again = [f"{random.choice(_AGAIN)} {parts[index]}"] * 2
+    return separator.join([*parts[: index + 1], *again, *parts[index + 1 :]])
 
 
 def _rude(answer: str, text: Text, other: Text, random: Random) -> str:
@@ -95,11 +107,9 @@ def _hedged(answer: str, text: Text, other: Text, random: Random) -> str:
 def _garbled(share: float) -> Callable[[str, Text, Text, Random], str]:
     def apply(answer: str, text: Text, other: Text, random: Random) -> str:
         words = answer.split(" ")
-        long = [index for index, word in enumerate(words) if len(word) > 3]
-        for index in random.sample(long, max(1, int(share * len(long)))):
-            letters = list(words[index])
-            random.shuffle(letters)
-            words[index] = "".join(letters)
+        for index in random.sample(range(len(words)), max(1, round(share * len(words)))):
+            at = random.randrange(len(words[index]) + 1)
+            words[index] = words[index][:at] + random.choice(_MOJIBAKE) + words[index][at + 1 :]
         return " ".join(words)
 
     return apply
@@ -134,14 +144,16 @@ def _parts(answer: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?]) ", answer) if part]
 
 
-# An answer is first replaced, then changed, then cut: the order in which they apply.
-REPLACING = (
-    Degradation("off the subject", "replaced", 2.0, _off_subject),
-    Degradation("needless refusal", "replaced", 3.0, _refusal),
+# An answer is first replaced or cut and then changed: a change that is cut away again would cost quality unseen.
+REPLACING = (Degradation("needless refusal", "replaced", 3.0, _refusal),)
+CUTTING = (
+    Degradation("cut short", "cut", 1.0, _cut_short),
+    Degradation("cut to a stub", "cut", 2.0, _cut_to_a_stub),
 )
 CHANGING = (
     Degradation("wrong form", "form", 0.5, _wrong_form),
-    Degradation("repeats itself", "repeats", 1.5, _repeated(3)),
+    Degradation("off the subject", "subject", 1.25, _off_subject),
+    Degradation("repeats itself", "repeats", 1.5, _repeated),
     Degradation("filler", "filler", 1.0, _filler),
     Degradation("hedges", "hedges", 0.75, _hedged),
     Degradation("gibberish", "gibberish", 1.5, _gibberish),
@@ -150,8 +162,4 @@ CHANGING = (
     Degradation("shouts", "shouts", 1.0, _shouted),
     Degradation("rude", "rude", 1.5, _rude),
 )
-CUTTING = (
-    Degradation("cut short", "cut", 1.0, _cut_short(0.75)),
-    Degradation("cut very short", "cut", 2.0, _cut_short(0.4)),
-)
-ALL = (*REPLACING, *CHANGING, *CUTTING)
+ALL = (*REPLACING, *CUTTING, *CHANGING)

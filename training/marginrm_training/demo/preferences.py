@@ -153,12 +153,12 @@ def write_jsonl(pairs: Iterable[DemoPair], path: Path) -> None:
 
 
 def _drawn(random: Random) -> list[Degradation]:
-    """Draws what to do to an answer: replace it, or change it in one to three ways and perhaps cut it."""
+    """Draws what to do to an answer: replace it, or perhaps cut it and change it in up to four ways."""
     if random.random() < _REPLACED:
-        return random.choices(REPLACING, weights=(1, 3))
+        return [random.choice(REPLACING)]
     drawn = {change.kind: change for change in random.sample(CHANGING, random.choice((1, 1, 2, 3, 4)))}
     cut = [random.choice(CUTTING)] if random.random() < _CUT else []
-    return [*drawn.values(), *cut]
+    return [*cut, *drawn.values()]
 
 
 def _pairs_of(entries: Sequence[Text], seed: int, count: int) -> tuple[DemoPair, ...]:

@@ -25,11 +25,11 @@ class DemoRecipe:
     hidden: int = 192
     layers: int = 4
     heads: int = 6
-    max_length: int = 512
+    max_length: int = 1024
     learning_rate: float = 1.5e-3
     epochs: float = 1.0
     pairs_per_step: int = 16
-    preset: str = "margin"
+    preset: str = "soft_label"
 
 
 RECIPE = DemoRecipe()
