@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from marginrm import RewardModel
-from marginrm.errors import ConfigError, DataError, ManifestError
+from marginrm.errors import ConfigError, ManifestError
 from marginrm.loading import load_for_training
 from marginrm.manifest import Manifest
 from marginrm_training.config import TrainConfig, parse_config
-from marginrm_training.data import encode_pairs, load_splits, read, split_by_prompt
+from marginrm_training.data import encode_pairs, load_splits, read
 from marginrm_training.evaluation import score_pairs
-from marginrm_training.margins import PRESETS, MarginMethod
+from marginrm_training.margins import PRESETS
 from marginrm_training.run import train
 from marginrm_training.trainer import MarginTrainer
 from support_models import tiny_checkpoint
@@ -140,36 +140,6 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, make: Make, capsys: pytest.Cap
 def test_trap_a_reference_batch_too_small_stops_before_the_first_step(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"ema = 0\.9"):
         train(make(train_batch=4, pairs_per_step=4))
-
-
-def test_drops_are_counted_by_reason(tmp_path: Path, make: Make) -> None:
-    _, encoder = load_for_training(make().model.path, seed=0, max_length=64)
-    same = {"prompt": "p", "chosen": "a", "rejected": "a"}
-    long = {"prompt": "p", "chosen": "word " * 100, "rejected": "a"}
-    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    split = encode_pairs(
-        "train", read(str(write(tmp_path / "x.jsonl", [same, long, pair, pair]))), encoder, MarginMethod()
-    )
-    assert len(split.pairs) == 1
-    assert split.dropped == {"with equal responses": 1, "too long": 1, "duplicates": 1}
-
-
-@pytest.mark.parametrize("missing", [0, 2])
-def test_trap_a_margin_missing_in_any_row_is_named_by_its_line(tmp_path: Path, make: Make, missing: int) -> None:
-    content = [{"prompt": "p", "chosen": f"a{index}", "rejected": "b", "margin": 1.0} for index in range(3)]
-    del content[missing]["margin"]
-    _, encoder = load_for_training(make().model.path, seed=0)
-    path = write(tmp_path / "x.jsonl", content)
-    with pytest.raises(DataError, match=rf"x\.jsonl:{missing + 1}: this row has no 'margin'"):
-        encode_pairs("train", read(str(path)), encoder, PRESETS["column"])
-
-
-def test_a_split_by_prompt_keeps_all_pairs_of_a_prompt_together(tmp_path: Path) -> None:
-    pairs = read(str(write(tmp_path / "x.jsonl", rows(64))))
-    off, rest = split_by_prompt(pairs, 0.25, seed="0")
-    assert len(off) + len(rest) == len(pairs)
-    assert len(off) == 16
-    assert not {pair.prompt for pair in off} & {pair.prompt for pair in rest}
 
 
 def test_an_edited_manifest_is_refused(tmp_path: Path, make: Make) -> None:

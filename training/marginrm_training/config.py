@@ -39,7 +39,17 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """[data]: what it is trained on."""
 
-    train: str = Field(description="File of preference pairs (.jsonl, .jsonl.gz).")
+    train: str = Field(
+        description="Preference pairs: a .jsonl, .parquet or .csv file (.gz too), a folder of them, or a data set: "
+        "a folder that save_to_disk wrote, owner/name, owner/name:split or owner/name:subset:split."
+    )
+    format: Literal["pairs", "hh_rlhf", "shp"] = Field("pairs", description="What the rows of every source look like.")
+    stream: int | None = Field(
+        None, ge=1, description="Take this many rows of the training data set as they come; the rest stays unread."
+    )
+    ignore_margins: bool = Field(
+        False, description="Whether rows may have a `margin` that the method does not read. Else that is an error."
+    )
     calibration: str | None = Field(None, description="Pairs to fit the temperature on; else split off by prompt.")
     test: str | None = Field(None, description="Pairs to report on; else split off by prompt.")
     calibration_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to calibrate on. ours")

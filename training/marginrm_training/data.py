@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
 from marginrm.errors import DataError, EncodingError, SequenceTooLongError
 from marginrm.manifest import DataFile
-from marginrm.preferences import PreferencePair, read_pairs
+from marginrm.preferences import PreferencePair
 from marginrm_training.config import DataConfig, expand
+from marginrm_training.drops import Drops
 from marginrm_training.margins import MarginMethod
+from marginrm_training.sources import Stream, read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,20 @@ class Split:
     Attributes:
         name: `train`, `calibration` or `test`.
         pairs: The pairs.
-        dropped: How many rows were left out, by reason.
+        dropped: The rows that were left out.
         truncated: How many pairs had their prompt cut.
     """
 
     name: str
     pairs: list[EncodedPair]
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: Drops = field(default_factory=Drops)
     truncated: int = 0
 
     def summary(self) -> str:
         """Returns one line for people."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        left_out = f"; left out: {self.dropped}" if self.dropped.places else ""
         cut = f"; {self.truncated:,} prompts cut" if self.truncated else ""
-        return f"{self.name}: {len(self.pairs):,} pairs" + (f"; left out: {reasons}" if reasons else "") + cut
+        return f"{self.name}: {len(self.pairs):,} pairs{left_out}{cut}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,40 +73,76 @@ def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed
     """Reads and encodes the data of a run; splits by prompt what has no file of its own.
 
     Raises:
-        DataError: A file cannot be read, a row is malformed, a margin is missing in any row, or nothing is left.
+        DataError: A file cannot be read, a row is malformed, a margin is missing in any row or comes from two sources,
+            or nothing is left.
     """
-    rows = read(config.train)
-    parts = {"train": rows}
-    for name, path, share in (
-        ("calibration", config.calibration, config.calibration_share),
-        ("test", config.test, config.test_share),
-    ):
-        if path:
-            parts[name] = read(path)
-        else:
-            parts[name], parts["train"] = split_by_prompt(parts["train"], share, seed=f"{seed}:{name}")
-    leaked = Counter[str]()
-    held_out = {prompt_key(pair.prompt) for name in ("calibration", "test") for pair in parts[name]}
-    kept = [pair for pair in parts["train"] if prompt_key(pair.prompt) not in held_out]
-    leaked["prompts that are also held out"] = len(parts["train"]) - len(kept)
-    random.Random(f"{seed}:order").shuffle(kept)
-    train = encode_pairs("train", kept, encoder, method, config.too_long, limit=config.limit)
-    train.dropped += leaked
-    others = {
-        name: encode_pairs(name, parts[name], encoder, MarginMethod(), config.too_long)
-        for name in ("calibration", "test")
+    places = {"train": config.train, "calibration": config.calibration, "test": config.test}
+    stream = Stream(config.stream, seed) if config.stream else None
+    sources = {
+        name: read_source(place, expand(place), config.format, stream if name == "train" else None)
+        for name, place in places.items()
+        if place
     }
-    for split in (train, *others.values()):
-        if not split.pairs:
-            raise DataError(f"{config.train}: no usable pairs for {split.name}. {split.summary()}")
-    used = {config.train: train, config.calibration: others["calibration"], config.test: others["test"]}
-    files = tuple(data_file(path, len(split.pairs)) for path, split in used.items() if path)
-    return Splits(train, others["calibration"], others["test"], files)
+    check_margins(sources["train"].pairs, method, ignore=config.ignore_margins)
+    parts = {name: source.pairs for name, source in sources.items()}
+    for name, share in (("calibration", config.calibration_share), ("test", config.test_share)):
+        if name not in parts:
+            parts[name], parts["train"] = split_by_prompt(parts["train"], share, seed=f"{seed}:{name}")
+    splits: dict[str, Split] = {}
+    held_out: set[str] = set()
+    for name in ("test", "calibration", "train"):
+        kept, leaked = without_prompts(parts[name], held_out)
+        if name == "train":
+            random.Random(f"{seed}:order").shuffle(kept)
+        used = method if name == "train" else MarginMethod()
+        limit = config.limit if name == "train" else None
+        splits[name] = encode_pairs(name, kept, encoder, used, config.too_long, limit)
+        splits[name].dropped.update(leaked)
+        if name in sources:
+            splits[name].dropped.update(sources[name].dropped)
+        if not splits[name].pairs:
+            raise DataError(f"{places[name] or config.train}: nothing is left of it. {splits[name].summary()}")
+        held_out |= {prompt_key(pair.prompt) for pair in kept}
+    files = tuple(
+        DataFile(path=source.name, sha256=source.sha256, rows=source.rows, pairs_used=len(splits[name].pairs))
+        for name, source in sources.items()
+    )
+    return Splits(splits["train"], splits["calibration"], splits["test"], files)
 
 
 def read(path: str) -> list[PreferencePair]:
-    """Reads all pairs of a file; a malformed row stops with its path:line."""
-    return list(read_pairs(Path(expand(path))))
+    """Reads all pairs of a file, folder or data set; a malformed row stops with its path:line."""
+    return read_source(path, expand(path)).pairs
+
+
+def check_margins(pairs: Sequence[PreferencePair], method: MarginMethod, *, ignore: bool = False) -> None:
+    """Checks that every target margin has exactly one source, in every row.
+
+    Raises:
+        DataError: The method reads margins or strengths and a row has none, or rows bring margins although the method
+            takes its own, which `ignore` allows.
+    """
+    for pair in pairs:
+        _given(pair, method)
+    own = method.estimator not in ("column", "none")
+    conflicting = next((pair for pair in pairs if pair.margin is not None), None)
+    if own and conflicting and not ignore:
+        raise DataError(
+            f"{conflicting.source}: this row has a 'margin', and the method takes its margins from {method.estimator!r}: "
+            'one source, please. Choose the preset "column", or set data.ignore_margins = true.'
+        )
+
+
+def without_prompts(pairs: Sequence[PreferencePair], held_out: AbstractSet[str]) -> tuple[list[PreferencePair], Drops]:
+    """Returns the pairs whose prompts are not held out for another split, and the others as drops."""
+    leaked = Drops()
+    kept = []
+    for pair in pairs:
+        if prompt_key(pair.prompt) in held_out:
+            leaked.add("with a held-out prompt", pair.source)
+        else:
+            kept.append(pair)
+    return kept, leaked
 
 
 def encode_pairs(
@@ -132,7 +168,7 @@ def encode_pairs(
         outcomes = encoder.encode_group(pair.prompt, [pair.chosen, pair.rejected], truncation)
         reason = _unusable(pair, outcomes, seen)
         if reason:
-            split.dropped[reason] += 1
+            split.dropped.add(reason, pair.source)
             continue
         chosen, rejected = (outcome for outcome in outcomes if isinstance(outcome, EncodedResponse))
         seen.add((chosen.ids, rejected.ids))
@@ -156,16 +192,6 @@ def split_by_prompt(
 def prompt_key(prompt: Prompt) -> str:
     """Returns a text that is equal for equal prompts, strings or messages."""
     return prompt if isinstance(prompt, str) else json.dumps([dict(message) for message in prompt], sort_keys=True)
-
-
-def data_file(path: str, used: int) -> DataFile:
-    """Returns what the manifest records of a file."""
-    digest = hashlib.sha256()
-    with Path(expand(path)).open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    rows = sum(1 for _ in read_pairs(Path(expand(path))))
-    return DataFile(path=path, sha256=digest.hexdigest(), rows=rows, pairs_used=used)
 
 
 def _given(pair: PreferencePair, method: MarginMethod) -> float | None:

@@ -1,0 +1,79 @@
+"""Rows of published preference data -> pairs, for the forms that are not columns `prompt`, `chosen`, `rejected`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from marginrm.errors import DataError
+from marginrm.preferences import PreferencePair, parse_pair
+
+Form = Literal["pairs", "hh_rlhf", "shp"]
+Parser = Callable[[Mapping[str, Any], str], PreferencePair]
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_SHP_FIELDS = ("history", "human_ref_A", "human_ref_B", "labels")
+
+
+class UnusableRowError(DataError):
+    """A row of published data that is known to be no pair: it is left out and counted, and does not stop the run.
+
+    Args:
+        source: `path:line`.
+        reason: What is wrong with it, in a few words.
+    """
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"{source}: {reason}")
+        self.source = source
+        self.reason = reason
+
+
+def parse_hh_rlhf(row: Mapping[str, Any], source: str) -> PreferencePair:
+    r"""Reads a pair of Anthropic's HH-RLHF (arXiv 2204.05862): two dialogues of `\n\nHuman:` and `\n\nAssistant:` turns.
+
+    The prompt becomes messages, so that a chat template applies. A few published rows differ before the last assistant
+    turn, so they compare answers to different prompts.
+
+    Raises:
+        UnusableRowError: The dialogues answer different prompts.
+        DataError: The row has another form.
+    """
+    for name in ("chosen", "rejected"):
+        text = row.get(name)
+        if not isinstance(text, str) or not _HH_TURN.match(text):
+            raise DataError(f"{source}: field '{name}' is no HH-RLHF dialogue. Use format = \"pairs\" for other data.")
+    chosen_head, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
+    rejected_head, _, rejected = row["rejected"].rpartition("\n\nAssistant:")
+    if not chosen_head or chosen_head != rejected_head:
+        raise UnusableRowError(source, "answers to different prompts")
+    parts = _HH_TURN.split(chosen_head)[1:]
+    roles, contents = parts[0::2], parts[1::2]
+    messages = [
+        {"role": _HH_ROLES[role], "content": content.strip()} for role, content in zip(roles, contents, strict=True)
+    ]
+    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+    return parse_pair(rest | {"prompt": messages, "chosen": chosen.strip(), "rejected": rejected.strip()}, source)
+
+
+def parse_shp(row: Mapping[str, Any], source: str) -> PreferencePair:
+    """Reads a pair of Stanford's SHP (arXiv 2110.08420): a post, two comments, and `labels` = 1 if A was preferred.
+
+    The ratio of the comments' votes (`score_ratio`) stays in `extra`; it is no probability and no margin.
+
+    Raises:
+        DataError: The row has another form.
+    """
+    absent = [name for name in _SHP_FIELDS if name not in row]
+    if absent or row["labels"] not in (0, 1):
+        wrong = f"lacks {', '.join(absent)}" if absent else "has labels other than 0 and 1"
+        raise DataError(f'{source}: {wrong}, so it is no SHP row. Use format = "pairs" for other data.')
+    first, second = row["human_ref_A"], row["human_ref_B"]
+    chosen, rejected = (first, second) if row["labels"] == 1 else (second, first)
+    rest = {key: value for key, value in row.items() if key not in _SHP_FIELDS}
+    return parse_pair(rest | {"prompt": row["history"], "chosen": chosen, "rejected": rejected}, source)
+
+
+PARSERS: dict[Form, Parser] = {"pairs": parse_pair, "hh_rlhf": parse_hh_rlhf, "shp": parse_shp}
