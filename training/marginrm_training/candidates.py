@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,54 +13,60 @@ from marginrm.errors import DataError
 from marginrm.preferences import CandidateGroup
 from marginrm.reward_model import RewardModel
 
+UNSCORED = -math.inf  # what a candidate that the model cannot read counts as in a race; never shown as a reward
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroups:
     """For each usable prompt, its candidates in order.
 
     Attributes:
-        rewards: The model's rewards.
+        rewards: The model's rewards; `UNSCORED` for candidates that alone are over the model's limit.
         gold: The data's gold qualities.
         lengths: Lengths in characters.
         truncated: Candidates whose prompt was cut to fit.
-        too_long: Candidates left out because they alone are over the model's limit.
     """
 
     rewards: list[list[float]]
     gold: list[list[float]]
     lengths: list[list[int]]
     truncated: int
-    too_long: int
 
     def summary(self) -> str:
         """Returns one line for people."""
-        count = sum(len(group) for group in self.rewards)
+        rewards = [reward for group in self.rewards for reward in group]
         return (
-            f"{len(self.rewards):,} prompts, {count:,} candidates; {self.truncated:,} with a cut prompt, "
-            f"{self.too_long:,} left out as too long for the model"
+            f"{len(self.rewards):,} prompts, {len(rewards):,} candidates; {self.truncated:,} with a cut prompt, "
+            f"{rewards.count(UNSCORED):,} too long for the model, which therefore never picks them"
         )
 
 
 def score_groups(model: RewardModel, groups: Sequence[CandidateGroup]) -> ScoredGroups:
     """Scores every candidate that fits the model, cutting prompts from the left where that makes one fit.
 
+    The others stay in the race, unpicked: leaving them out would make the race easier for the model alone.
+
     Raises:
         DataError: A group has no gold qualities.
     """
     encoded: list[list[EncodedResponse]] = []
-    gold: list[list[float]] = []
-    lengths: list[list[int]] = []
-    too_long = 0
+    places: list[list[int]] = []
     for group in groups:
         if group.gold is None:
             raise DataError(f"{group.source}: the candidates have no gold quality (win_prob, gold or quality).")
         outcomes = model.encoder.encode_group(group.prompt, group.candidates, "prompt_left")
         kept = [(index, found) for index, found in enumerate(outcomes) if isinstance(found, EncodedResponse)]
-        too_long += len(outcomes) - len(kept)
+        places.append([index for index, _ in kept])
         encoded.append([found for _, found in kept])
-        gold.append([group.gold[index] for index, _ in kept])
-        lengths.append([len(group.candidates[index]) for index, _ in kept])
     with tqdm(total=sum(len(group) for group in encoded), desc="scoring", unit="response") as bar:
-        rewards = model.score_encoded(encoded, progress=bar.update)
-    truncated = sum(response.truncated for group in encoded for response in group)
-    return ScoredGroups(rewards, gold, lengths, truncated, too_long)
+        scored = model.score_encoded(encoded, progress=bar.update)
+    rewards = [[UNSCORED] * len(group.candidates) for group in groups]
+    for row, indices, values in zip(rewards, places, scored, strict=True):
+        for index, value in zip(indices, values, strict=True):
+            row[index] = value
+    return ScoredGroups(
+        rewards,
+        [list(group.gold or ()) for group in groups],
+        [[len(candidate) for candidate in group.candidates] for group in groups],
+        sum(response.truncated for group in encoded for response in group),
+    )

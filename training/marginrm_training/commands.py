@@ -18,6 +18,10 @@ Model = Annotated[str, typer.Option("--model", help="Checkpoint folder or Hub na
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: --set optim.learning_rate=2e-5. Repeatable.")
 ]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Most tokens a sequence may have; the checkpoint's own limit if unset.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines for people.")]
 
 
@@ -43,14 +47,14 @@ def train(
         typer.echo(f"serve it: marginrm serve --model {settings.output}")
 
 
-def evaluate(model: Model, data: Data, as_json: Json = False) -> None:
+def evaluate(model: Model, data: Data, max_length: MaxLength = None, as_json: Json = False) -> None:
     """Measure a checkpoint on preference pairs: accuracy, NLL, calibration, by strength, and what length explains."""
     from marginrm.reward_model import RewardModel
     from marginrm_training.evaluation import evaluate as measure
     from marginrm_training.evaluation import score_pairs
 
     _quiet()
-    loaded = RewardModel.from_pretrained(model)
+    loaded = RewardModel.from_pretrained(model, max_length=max_length)
     split = _pairs(loaded, data)
     metrics = measure(score_pairs(loaded, split.pairs, progress=True), split.pairs, loaded.temperature)
     _show(metrics, as_json=as_json)
@@ -99,7 +103,7 @@ def compare(
     _show(measure(*margins), as_json=as_json)
 
 
-def best_of_n(model: Model, data: Data, as_json: Json = False) -> None:
+def best_of_n(model: Model, data: Data, max_length: MaxLength = None, as_json: Json = False) -> None:
     """Measure Best-of-N: the quality of the candidate the model picks, for N = 1, 2, 4, ... candidates per prompt."""
     from marginrm.preferences import read_groups
     from marginrm.reward_model import RewardModel
@@ -107,7 +111,7 @@ def best_of_n(model: Model, data: Data, as_json: Json = False) -> None:
     from marginrm_training.candidates import score_groups
 
     _quiet()
-    scored = score_groups(RewardModel.from_pretrained(model), list(read_groups(data)))
+    scored = score_groups(RewardModel.from_pretrained(model, max_length=max_length), list(read_groups(data)))
     typer.echo(scored.summary(), err=True)
     points = best_of_n_curve(scored.rewards, scored.gold, scored.lengths)
     if as_json:
