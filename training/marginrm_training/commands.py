@@ -130,7 +130,7 @@ def demo(
     if_missing: Annotated[bool, typer.Option("--if-missing", help="Do nothing if there is one already.")] = False,
     seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
 ) -> None:
-    """Train the demo reward model: a tiny model on made-up graded preferences, in two to four minutes on two cores."""
+    """Train the demo reward model: a tiny model on made-up graded preferences, in about two minutes on two cores."""
     from marginrm.manifest import MANIFEST_NAME
 
     if if_missing and (output / MANIFEST_NAME).is_file():

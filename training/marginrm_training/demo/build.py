@@ -37,7 +37,7 @@ def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:
     tokenizer.save_pretrained(start)
     print(  # noqa: T201 - what a command tells its user
         f"Training the demo reward model ({model.num_parameters() / 1e6:.1f} M parameters, {len(data.train):,} pairs). "
-        "It takes two to four minutes on two cores."
+        "It takes about two minutes on two cores."
     )
     started = time.perf_counter()
     manifest = train(demo_config(output, start, paths, seed, recipe), resume=False)
