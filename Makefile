@@ -1,6 +1,6 @@
 # Everything a contributor types. Each target sets up what it needs, and finds it in place the second time.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check clean
+.PHONY: help setup serve test check bench clean
 SHELL := /bin/bash
 
 HOST  ?= 127.0.0.1
@@ -45,6 +45,9 @@ check: $(READY) ## Lint, types, import rules and the deployment files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python deploy/check.py
+
+bench: $(READY) ## Compare with its peers, given by BENCH (docs/benchmarks.md); results in runs/bench
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 clean: ## Remove what was built and cached; checkpoints and runs stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,91 @@
+"""marginrm in process: texts in, rewards out, tokenisation included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.groups import Group
+from marginrm import RewardModel
+from marginrm.encoding import EncodedResponse
+from marginrm.errors import EncodingError
+from marginrm.loading import DtypeName
+from marginrm.rows import PackedRow, PaddedRows
+
+_GEMM_SIZE = 4096
+_GEMM_REPEATS = 5
+
+
+class InProcess:
+    """`RewardModel` as a Python user has it.
+
+    Args:
+        folder: The model.
+        dtype: Of the backbone; `auto` is what the server takes.
+        device: `cpu` or `cuda`.
+        token_budget: Tokens of a forward pass at most; by default what the model takes by itself.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: DtypeName = "auto", device: str = "cpu", token_budget: int | None = None
+    ) -> None:
+        self._model = RewardModel.from_pretrained(folder, dtype=dtype, device=device, token_budget=token_budget)
+        self._module = self._model.module
+        self._module.register_forward_pre_hook(self._count)
+        self.computed: int | None = None
+        self.detail: dict[str, Any] = {
+            "dtype": self._model.info.dtype,
+            "path": self._model.forward_reason,
+            "token_budget": self._model.token_budget,
+            "linear_parameters": _linear_parameters(self._module),
+            "weight_bytes": sum(weight.nbytes for weight in self._module.parameters()),
+        }
+
+    def prepare(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """Checks that our encoder gives the token ids that the others were given, and takes the texts."""
+        for group in groups:
+            if tuple(response.ids for response in self._encoded(group)) != group.ids:
+                raise ValueError("the model's encoder gives other token ids than the benchmark handed out")
+        return groups
+
+    def score(self, work: Sequence[Group]) -> list[float]:
+        """Encodes and scores."""
+        self.computed = 0
+        rewards = self._model.score_encoded([self._encoded(group) for group in work])
+        return [reward for group in rewards for reward in group]
+
+    def gemm_rate(self) -> float:
+        """Returns the best rate of a large matrix product in the model's dtype, in FLOP/s: what hardware and torch give."""
+        left, right = (
+            torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(self._module.device, self._module.dtype) for _ in range(2)
+        )
+        best = float("inf")
+        for _ in range(_GEMM_REPEATS):
+            started = time.perf_counter()
+            float((left @ right)[0, 0])  # reading the result waits for the device
+            best = min(best, time.perf_counter() - started)
+        return 2 * _GEMM_SIZE**3 / best
+
+    def _encoded(self, group: Group) -> list[EncodedResponse]:
+        encoded = []
+        for outcome in self._model.encoder.encode_group(group.prompt, group.responses):
+            if isinstance(outcome, EncodingError):
+                raise outcome
+            encoded.append(outcome)
+        return encoded
+
+    def _count(self, _: nn.Module, inputs: tuple[PackedRow | PaddedRows, ...]) -> None:
+        self.computed = (self.computed or 0) + inputs[0].tokens
+
+
+def _linear_parameters(module: nn.Module) -> int:
+    """Returns how many weights multiply every token: 2 FLOP each."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+load = InProcess

@@ -1,0 +1,119 @@
+"""marginrm over HTTP: `marginrm serve` in a process of its own, and clients that ask at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.groups import Group
+
+_START_SECONDS = 300
+
+
+class OverHttp:
+    """One request a group, from at most `clients` connections.
+
+    Args:
+        folder: The model.
+        clients: Requests at a time.
+        dtype: Of the backbone.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, folder: Path, *, clients: int = 16, dtype: str = "auto", device: str = "cpu") -> None:
+        self._log = tempfile.NamedTemporaryFile(prefix="marginrm-serve-", suffix=".log")  # noqa: SIM115 - for life
+        command = [Path(sys.executable).with_name("marginrm"), "serve", "--model", folder, "--port", "0"]
+        command += ["--dtype", dtype, "--device", device]
+        self._server = subprocess.Popen(
+            list(map(str, command)),
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        self._loop = asyncio.new_event_loop()
+        self._clients = clients
+        self._http = httpx.AsyncClient(
+            base_url=self._address(),
+            timeout=httpx.Timeout(600),
+            limits=httpx.Limits(max_connections=clients, max_keepalive_connections=clients),
+        )
+        self._loop.run_until_complete(self._ready())
+        self.computed: int | None = None
+        self.detail: dict[str, Any] = {"clients": clients}
+
+    def prepare(self, groups: Sequence[Group]) -> list[tuple[str, dict[str, Any]]]:
+        """Returns one request a group: the route and its body."""
+        return [_request(group) for group in groups]
+
+    def score(self, work: list[tuple[str, dict[str, Any]]]) -> list[float]:
+        """Sends all requests, `clients` at a time, and reads the rewards."""
+        self.computed = 0
+        return self._loop.run_until_complete(self._all(work))
+
+    async def _all(self, work: list[tuple[str, dict[str, Any]]]) -> list[float]:
+        replies: list[dict[str, Any]] = [{} for _ in work]
+        places = iter(range(len(work)))
+
+        async def client() -> None:
+            for place in places:
+                route, body = work[place]
+                response = await self._http.post(route, json=body)
+                response.raise_for_status()
+                replies[place] = response.json()
+
+        await asyncio.gather(*(client() for _ in range(self._clients)))
+        self.computed = sum(reply["usage"]["tokens_computed"] for reply in replies)
+        return [reward for reply in replies for reward in _rewards(reply)]
+
+    def _address(self) -> str:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self._server.poll() is None:
+            found = re.search(r"Listening on (http://\S+?:\d+)", self._logged())
+            if found:
+                return found[1]
+            time.sleep(0.05)
+        raise RuntimeError(f"the server did not start: {self._logged()[-2000:]}")
+
+    async def _ready(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while (await self._http.get("/readyz")).status_code != httpx.codes.OK:
+            if time.monotonic() > deadline or self._server.poll() is not None:
+                raise RuntimeError(f"the server did not become ready: {self._logged()[-2000:]}")
+            await asyncio.sleep(0.1)
+
+    def _logged(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+
+def _request(group: Group) -> tuple[str, dict[str, Any]]:
+    if len(group.responses) == 1:
+        return "/score", {"items": [{"prompt": group.prompt, "response": group.responses[0]}]}
+    if len(group.responses) == 2:
+        chosen, rejected = group.responses
+        return "/score", {"pairs": [{"prompt": group.prompt, "chosen": chosen, "rejected": rejected}]}
+    return "/best-of-n", {"prompts": [{"prompt": group.prompt, "candidates": list(group.responses)}]}
+
+
+def _rewards(reply: dict[str, Any]) -> list[float]:
+    """Returns the rewards of one group in the order of its responses."""
+    if reply.get("items"):
+        return [float(reply["items"][0]["reward"])]
+    if reply.get("pairs"):
+        pair = reply["pairs"][0]
+        return [float(pair["chosen"]["reward"]), float(pair["rejected"]["reward"])]
+    ranking = sorted(reply["prompts"][0]["ranking"], key=lambda entry: int(entry["candidate"]))
+    return [float(entry["reward"]) for entry in ranking]
+
+
+load = OverHttp

