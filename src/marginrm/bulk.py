@@ -184,9 +184,9 @@ def _encoded(
     group = []
     for index, outcome in enumerate(model.encoder.encode_group(job.prompt, job.responses, truncation)):
         if isinstance(outcome, EncodingError):
-            if job.kind == "pair" and outcome.param == "response":
+            if job.kind == "pair" and outcome.param in {None, "response"}:
                 outcome.param = ("chosen", "rejected")[index]
-            elif job.kind == "group" and outcome.param == "response":
+            elif job.kind == "group" and outcome.param in {None, "response"}:
                 outcome.param = f"responses[{index}]"
             return outcome
         group.append(outcome)

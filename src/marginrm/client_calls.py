@@ -23,11 +23,13 @@ from pydantic import BaseModel, ValidationError
 from marginrm.client_errors import (
     DeadlineError,
     ItemScoreError,
+    ResponseError,
     RewardClientError,
     TransportError,
     UnexpectedReplyError,
     response_error,
 )
+from marginrm.errors import EncodingError, NonFiniteRewardError
 from marginrm.preferences import CandidateGroup, PreferencePair
 from marginrm.ranking import Comparison, RankedCandidate, Ranking
 from marginrm.schemas import (
@@ -47,6 +49,8 @@ Prompt = str | Sequence[Mapping[str, str]]
 Pair = PreferencePair | Mapping[str, Any]
 Group = CandidateGroup | Mapping[str, Any]
 
+# Of errors that are an item's own: a request with one item is answered with its status.
+_ITEM_CODES = frozenset({kind.code for kind in (*EncodingError.__subclasses__(), NonFiniteRewardError)})
 _RETRIED = frozenset({429, 502, 503, 504})
 _LONGEST_WAIT = 60.0  # a server that asks for more is given up on: its caller knows better what to do meanwhile
 
@@ -141,7 +145,11 @@ class Calls:
         for start in range(0, len(pairs), size):
             asked = [_fields(pair, ("prompt", "chosen", "rejected")) for pair in pairs[start : start + size]]
             body = {**self._common(tie_below), "pairs": asked}
-            reply = yield from self._request("POST", "/score", body, ScoreResponse)
+            try:
+                reply = yield from self._request("POST", "/score", body, ScoreResponse)
+            except ResponseError as error:
+                results.append(_lone_item_error(error, asked, start))
+                continue
             _check_order(reply.pairs, len(asked))
             results.extend(_comparison(pair, start) for pair in reply.pairs)
         return results
@@ -154,7 +162,11 @@ class Calls:
         results: list[Ranking | ItemScoreError] = []
         for start, stop in _batches([len(group["candidates"]) for group in asked], self.batch_size):
             body = {**self._common(tie_below), "top_k": top_k, "prompts": asked[start:stop]}
-            reply = yield from self._request("POST", "/best-of-n", body, BestOfNResponse)
+            try:
+                reply = yield from self._request("POST", "/best-of-n", body, BestOfNResponse)
+            except ResponseError as error:
+                results.append(_lone_item_error(error, asked[start:stop], start))
+                continue
             _check_order(reply.prompts, stop - start)
             results.extend(_ranking(prompt, start) for prompt in reply.prompts)
         return results
@@ -219,7 +231,7 @@ def _refusal(outcome: Outcome, attempts: int) -> tuple[RewardClientError, float 
         asked = retry_after(outcome.headers.get("retry-after"))
         body = _error_body(outcome)
         request_id = body.request_id or outcome.headers.get("x-request-id")
-        error = response_error(outcome.status, body.code, body.message, request_id, asked)
+        error = response_error(outcome.status, body.code, body.message, request_id, asked, body.param)
         return error, (asked or 0.0) if outcome.status in _RETRIED else None
     tries = f"{attempts} tries" if attempts > 1 else "1 try"
     failure = TransportError(f"No answer after {tries}: {type(outcome).__name__}: {outcome}")
@@ -299,6 +311,13 @@ def _ranking(outcome: PromptOut | ItemError, offset: int) -> Ranking | ItemScore
 def _item_error(outcome: ItemError, offset: int) -> ItemScoreError:
     error = outcome.error
     return ItemScoreError(offset + outcome.index, error.code, error.message, outcome.id, error.param)
+
+
+def _lone_item_error(error: ResponseError, asked: Sequence[Mapping[str, Any]], offset: int) -> ItemScoreError:
+    """Returns what a refusal says of the only item of a request, for which the server gives a status; else raises it."""
+    if len(asked) != 1 or error.code not in _ITEM_CODES:
+        raise error
+    return ItemScoreError(offset, error.code, error.message, asked[0].get("id"), error.param)
 
 
 def _or_raise(outcome: Result | ItemScoreError) -> Result:

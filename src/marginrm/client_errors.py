@@ -55,6 +55,7 @@ class ResponseError(RewardClientError):
         message: The server's message.
         request_id: Of the refused request, to find it in the server's log.
         retry_after: Seconds after which the server asked to come back, if it did.
+        param: The field that is wrong, if there is one.
     """
 
     code = "refused"
@@ -66,6 +67,7 @@ class ResponseError(RewardClientError):
         message: str,
         request_id: str | None = None,
         retry_after: float | None = None,
+        param: str | None = None,
     ) -> None:
         super().__init__(f"HTTP {status} {code}: {message}" + (f" (request {request_id})" if request_id else ""))
         self.status = status
@@ -73,6 +75,7 @@ class ResponseError(RewardClientError):
         self.message = message
         self.request_id = request_id
         self.retry_after = retry_after
+        self.param = param
 
 
 class InvalidRequestError(ResponseError):
@@ -137,8 +140,8 @@ _BY_STATUS: dict[int, type[ResponseError]] = {
 
 
 def response_error(
-    status: int, code: str, message: str, request_id: str | None, retry_after: float | None
+    status: int, code: str, message: str, request_id: str | None, retry_after: float | None, param: str | None
 ) -> ResponseError:
     """Returns the error of the class that fits the status."""
     kind = _BY_STATUS.get(status, ServerError if status >= 500 else ResponseError)
-    return kind(status, code, message, request_id, retry_after)
+    return kind(status, code, message, request_id, retry_after, param)

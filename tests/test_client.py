@@ -1,0 +1,198 @@
+"""The HTTP client against a real server, and against servers that misbehave on purpose on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from marginrm.client import (
+    AsyncRewardClient,
+    DeadlineError,
+    InvalidRequestError,
+    ItemScoreError,
+    NotFoundError,
+    OverloadedError,
+    RewardClient,
+    ServerError,
+    TransportError,
+    UnexpectedReplyError,
+)
+from marginrm.errors import ConfigError
+from support_server import serving
+from support_service import FakeRewardModel
+
+PROMPT = "Why is the sky blue?"
+RESPONSES = ["Because air scatters blue light most.", "No idea.", "Ask somebody else."]
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+@contextmanager
+def scripted(*answers: Answer) -> Iterator[tuple[str, list[float]]]:
+    """A real HTTP server that gives these answers in turn, the last one for ever; yields its URL and arrival times."""
+    arrivals: list[float] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            arrivals.append(time.monotonic())
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, headers, body = answers[min(len(arrivals), len(answers)) - 1]
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", arrivals
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def refusal(status: int, code: str, **headers: str) -> Answer:
+    return status, headers, json.dumps({"error": {"code": code, "message": "no", "request_id": "r1"}}).encode()
+
+
+def good_reply(rewards: list[float]) -> Answer:
+    with serving(FakeRewardModel()) as server, RewardClient(server.url) as client:
+        info = client.models()[0]
+    ranking = [
+        {"candidate": index, "rank": rank, "reward": rewards[index], "p_best": 1 / len(rewards)}
+        for rank, index in enumerate(sorted(range(len(rewards)), key=lambda i: -rewards[i]), 1)
+    ]
+    prompt = {"id": None, "index": 0, "best": ranking[0]["candidate"], "margin": 1.0, "confidence": 0.7, "tie": False}
+    body = {
+        "model": {
+            name: getattr(info, name) for name in ("revision", "base_model", "dtype", "calibrated", "temperature")
+        }
+        | {"name": "default"},
+        "usage": {"responses": len(rewards), "tokens": 9, "tokens_computed": 9},
+        "prompts": [prompt | {"ranking": ranking, "mean": 0.0, "std": 1.0}],
+    }
+    return 200, {}, json.dumps(body).encode()
+
+
+def test_the_three_verbs_give_what_the_model_gives() -> None:
+    model = FakeRewardModel()
+    expected = [model.expect(PROMPT, response) for response in RESPONSES]
+    with serving(model) as server, RewardClient(server.url) as client:
+        assert client.ready()
+        assert client.score(PROMPT, RESPONSES) == expected
+        assert client.score(PROMPT, []) == []
+        comparison = client.compare(PROMPT, RESPONSES[0], RESPONSES[1])
+        assert comparison.margin == pytest.approx(expected[0] - expected[1])
+        ranking = client.best_of_n(PROMPT, RESPONSES, top_k=1)
+        assert ranking.best == max(range(3), key=lambda index: expected[index])
+        assert len(ranking.ranking) == 1
+
+
+def test_async_and_blocking_clients_agree_and_large_calls_are_split() -> None:
+    model = FakeRewardModel()
+    pairs = [{"prompt": f"{PROMPT} {index}", "chosen": "Yes.", "rejected": f"No {index}."} for index in range(40)]
+
+    async def ask(url: str) -> list[Any]:
+        async with AsyncRewardClient(url, batch_size=7) as client:
+            return list(await client.score_pairs(pairs))
+
+    with serving(model) as server, RewardClient(server.url, batch_size=64) as client:
+        asynchronous = asyncio.run(ask(server.url))
+        blocking = client.score_pairs(pairs)
+    assert asynchronous == blocking
+    expected = [
+        model.expect(row["prompt"], row["chosen"]) - model.expect(row["prompt"], row["rejected"]) for row in pairs
+    ]
+    assert [outcome.margin for outcome in asynchronous] == pytest.approx(expected)
+
+
+def test_one_unusable_pair_is_an_error_in_its_place_and_the_others_are_scored() -> None:
+    pairs = [
+        {"prompt": PROMPT, "chosen": "Yes.", "rejected": "No."},
+        {"prompt": PROMPT, "chosen": "long " * 600, "rejected": "No."},
+        {"prompt": PROMPT, "chosen": "Sure.", "rejected": "No."},
+    ]
+    with serving(FakeRewardModel()) as server, RewardClient(server.url, batch_size=2) as client:
+        outcomes = client.score_pairs(pairs)
+        assert [isinstance(outcome, ItemScoreError) for outcome in outcomes] == [False, True, False]
+        assert isinstance(outcomes[1], ItemScoreError)
+        assert (outcomes[1].index, outcomes[1].code) == (1, "sequence_too_long")
+        with pytest.raises(ItemScoreError):
+            client.score(PROMPT, ["long " * 600, "No."])
+    with (
+        serving(FakeRewardModel()) as server,
+        RewardClient(server.url, model="other") as client,
+        pytest.raises(NotFoundError),
+    ):
+        client.score(PROMPT, RESPONSES)
+
+
+def test_it_comes_back_when_the_server_says_and_not_before() -> None:
+    answers = (refusal(429, "overloaded", **{"Retry-After": "1"}), good_reply([1.0, 3.0]))
+    with scripted(*answers) as (url, arrivals), RewardClient(url, backoff=0.01) as client:
+        assert client.score(PROMPT, ["a", "b"]) == [1.0, 3.0]
+    assert len(arrivals) == 2
+    assert arrivals[1] - arrivals[0] >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "sent"),
+    [
+        (refusal(422, "invalid_request"), InvalidRequestError, 1),
+        (refusal(500, "internal"), ServerError, 1),
+        (refusal(503, "draining", **{"Retry-After": "0"}), OverloadedError, 3),
+        ((200, {}, b"<html>a proxy's page</html>"), UnexpectedReplyError, 1),
+        ((502, {}, b"<html>bad gateway</html>"), ServerError, 3),
+    ],
+    ids=["422", "500", "503", "no JSON", "502"],
+)
+def test_only_what_may_pass_is_sent_again(answer: Answer, error: type[Exception], sent: int) -> None:
+    with scripted(answer) as (url, arrivals), RewardClient(url, max_retries=2, backoff=0.001) as client:
+        with pytest.raises(error):
+            client.score(PROMPT, RESPONSES)
+        assert len(arrivals) == sent
+
+
+def test_nobody_there_and_nobody_answering() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # takes the connection and says nothing
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            RewardClient(url, timeout=0.2, deadline=0.5, backoff=0.01) as client,
+            pytest.raises(DeadlineError),
+        ):
+            client.score(PROMPT, RESPONSES)
+    with RewardClient(url, max_retries=1, backoff=0.001) as client, pytest.raises(TransportError):
+        client.score(PROMPT, RESPONSES)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://"])
+def test_an_unusable_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match="base_url"):
+        RewardClient(url)
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = "import sys, marginrm.client; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
