@@ -109,7 +109,10 @@ class ContenderProcess:
         for member in alive:
             _quietly(member.kill)
         self._process.wait()
-        self._log.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._log):
+            with suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
 
     def __enter__(self) -> Self:
         return self

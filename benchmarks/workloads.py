@@ -69,7 +69,7 @@ class Portions:
         self._backend = tokenizer.backend_tokenizer
 
     def portion(self, workload: Workload, number: int) -> list[Group]:
-        """Returns portion `number`, from 0 on; portions share no group.
+        """Returns portion `number`, from 0 on; no sequence is in two of them.
 
         Raises:
             ValueError: The texts do not hold that many.
@@ -89,8 +89,14 @@ class Portions:
         return encoded
 
     def _usable(self, workload: Workload) -> Iterator[Group]:
-        source = self._long(workload.candidates) if workload.long else self._short(workload.candidates)
-        return (group for group in map(self._encoded, source) if group is not None)
+        """Yields groups that fit the model, none of whose sequences came before: a cache must not know them."""
+        seen: set[tuple[int, ...]] = set()
+        for texts in self._long(workload.candidates) if workload.long else self._short(workload.candidates):
+            group = self._encoded(texts)
+            if group is None or len(set(group.ids) - seen) < len(group.ids):
+                continue
+            seen.update(group.ids)
+            yield group
 
     def _short(self, candidates: int) -> Iterator[TextGroup]:
         pool = self._texts.pairs if candidates == 2 else self._texts.candidates
