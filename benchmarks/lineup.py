@@ -61,7 +61,7 @@ def lineup(device: str = "cpu") -> list[Entrant]:
     served = {"batched_tokens": 4096, "block": 32, "cache_gib": 2}
     return [
         Entrant(REFERENCE, "hugging_face", looped, limit=4),
-        Entrant(ARRIVAL, "hugging_face", padded | {"order": "arrival"}, limit=32),
+        Entrant(ARRIVAL, "hugging_face", padded | {"order": "arrival"}, limit=16),
         Entrant(SORTED, "hugging_face", padded | {"order": "length"}),
         Entrant(VLLM, "vllm_pooling", {"dtype": "bfloat16"} | served, "vllm", scales=True, architecture="decoder"),
         *(
