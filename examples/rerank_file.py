@@ -3,7 +3,7 @@
     marginrm serve --model checkpoints/alpaca_eval --max-length 512
     python examples/rerank_file.py ../shared/data/alpaca_eval_best_of_n_test.jsonl.gz
 
-Rows are `{"prompt", "candidates": [...], "win_prob": [...]}` (`gold` and `quality` are read, too). A candidate that the
+Rows are `{"prompt", "candidates": [{"text", "win_prob"}, ...]}` (`gold` and `quality` are read, too). A candidate that the
 model cannot read is never picked; it stays in the comparison with the longest text and with chance.
 """
 

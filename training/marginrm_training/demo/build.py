@@ -30,7 +30,7 @@ def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:
     """
     data = generate_pairs(seed)
     paths = write_data(data, output / "data")
-    start = output / "start"
+    start = output / "untrained-gpt-neox"
     tokenizer = build_tokenizer(_texts(data), recipe)
     model = build_model(tokenizer, recipe, seed)
     model.save_pretrained(start)

@@ -1,0 +1,30 @@
+"""The examples run as their first lines say, against a real server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support_server import serving
+from support_service import FakeRewardModel
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_a_file_is_reranked_through_a_server(tmp_path: Path) -> None:
+    model = FakeRewardModel()
+    candidates = ["Yes.", "No.", "far too long " * 300]
+    graded = [{"text": text, "win_prob": gold} for text, gold in zip(candidates, (0.25, 0.5, 1.0), strict=True)]
+    rows = [{"prompt": f"Question {index}?", "candidates": graded} for index in range(3)]
+    data = tmp_path / "groups.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with serving(model) as server:
+        command = [sys.executable, EXAMPLES / "rerank_file.py", data, "--url", server.url]
+        printed = subprocess.run(command, capture_output=True, text=True, check=False)
+    picks = [max((0, 1), key=lambda i, row=row: model.expect(row["prompt"], candidates[i])) for row in rows]
+    expected = sum((0.25, 0.5)[pick] for pick in picks) / 3
+    assert "3 candidates too long" in printed.stdout, printed.stderr
+    assert f"the server's pick  {expected:.4f}" in printed.stdout, printed.stderr
+    assert "longest text       1.0000" in printed.stdout, printed.stderr
