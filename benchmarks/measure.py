@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import pstdev
 
 from benchmarks.contender_process import ContenderError, ContenderProcess, Scored
 from benchmarks.groups import Group, sample
@@ -181,6 +182,7 @@ def _portion(
             others=scored.others,
             gemm_rate=rate,
             difference=largest_difference(rewards[entrant.name], rewards.get(REFERENCE, {})),
+            deviation=pstdev(scored.rewards),
         )
         for entrant, given, scored, rate in measured
     ]

@@ -39,6 +39,7 @@ def _cell(results: Results, model: str, workload: str, contender: str) -> dict[s
         "peak_over_loaded_mib": max(m.peak_rss - m.loaded_rss for m in found) / _MIB,
         "peak_mib": max(m.peak_rss for m in found) / _MIB,
         "difference": max(differences, default=None),
+        "deviation": _median(m.deviation for m in found if m.deviation),
         "ours_times": _spread_of(speed_ratio(results.measurements, model, workload, contender)),
         "others": max(m.others for m in found),
     }
@@ -60,7 +61,7 @@ def summary(results: Results) -> dict[str, Any]:
 def markdown(results: Results, source: str) -> str:
     """Returns the tables."""
     machine = results.machine
-    place = f"{machine['processor']}, {machine['cores']} threads, {', '.join(machine['bf16']) or 'no bf16 units'}"
+    place = f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['bf16']) or 'no bf16 units'}"
     lines = [
         f"Measured on {place}; torch {machine['torch']}, transformers {machine['transformers']}; texts: {source}.",
         "",
@@ -89,7 +90,7 @@ def _table(chosen: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {cell['contender']} | {_range(cell['rewards_per_second'])} | {cell['tokens_per_second']:,.0f} "
             f"| {_number(cell['computed_share'])} | {_percent(cell['gemm_share'])} "
-            f"| {cell['peak_over_loaded_mib']:,.0f} | {_small(cell['difference'])} | {times} |"
+            f"| {cell['peak_over_loaded_mib']:,.0f} | {_difference(cell)} | {times} |"
         )
     rounds, others = {cell["rounds"] for cell in chosen}, max(cell["others"] for cell in chosen)
     lines += ["", f"{min(rounds)} rounds; other processes used at most {others:.0%} of the cores meanwhile."]
@@ -147,5 +148,8 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _small(value: float | None) -> str:
-    return "" if value is None else f"{value:.1g}"
+def _difference(cell: dict[str, Any]) -> str:
+    if cell["difference"] is None:
+        return ""
+    scale = "" if cell["deviation"] is None else f" of {cell['deviation']:.1g}"
+    return f"{cell['difference']:.1g}{scale}"

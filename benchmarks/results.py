@@ -35,6 +35,7 @@ class Measurement:
         others: Share of all cores that other processes used meanwhile.
         gemm_rate: Measured rate of a matrix product at that time, FLOP/s; ours alone.
         difference: The largest difference of a reward to the reference's, or None where that had none in common.
+        deviation: Standard deviation of the rewards, the scale on which to read the difference.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Measurement:
     others: float
     gemm_rate: float | None = None
     difference: float | None = None
+    deviation: float | None = None
 
     @property
     def rate(self) -> float:
@@ -64,15 +66,16 @@ class Results:
 
     Args:
         path: The file; created when missing.
+        threads: Threads of each contender, for the report.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 1) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.measurements: list[Measurement] = []
         self.details: dict[tuple[str, str], dict[str, Any]] = {}
         self.studies: dict[tuple[str, str], dict[str, Any]] = {}
-        self.machine: dict[str, Any] = machine()
+        self.machine: dict[str, Any] = machine() | {"threads": threads}
         for line in self._lines():
             self._take(line)
 
@@ -115,12 +118,11 @@ class Results:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what the figures depend on besides the code: processor, cores, versions."""
+    """Returns what the figures depend on besides the code: processor and versions."""
     fields = dict(_cpu_fields())
     flags = set(fields.get("flags", "").split())
     return {
         "processor": fields.get("model name", platform.processor()),
-        "cores": torch.get_num_threads(),
         "bf16": sorted(flags & {"amx_bf16", "avx512_bf16"}),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -38,6 +38,7 @@ def main(
     infinity_python: Annotated[Path | None, typer.Option(help="Interpreter with infinity-emb.")] = None,
     st_python: Annotated[Path | None, typer.Option(help="Interpreter with sentence-transformers.")] = None,
     only: Annotated[str, typer.Option(help="Leave out contenders whose name does not contain this.")] = "",
+    without: Annotated[str, typer.Option(help="Leave out contenders whose name contains this.")] = "",
     output: Annotated[Path, typer.Option(help="Folder for models, measurements and figure.")] = Path("runs/bench"),
     page: Annotated[Path | None, typer.Option(help="Markdown page whose results section is written anew.")] = None,
 ) -> None:
@@ -53,11 +54,12 @@ def main(
     names = [_known(name, NAMES) for name in models.split(",") if name]
     questions = [_known(name, STUDIES) for name in studies.split(",") if name]
     texts = load_texts(data)
-    results = Results(output / "measurements.jsonl")
+    used_threads = threads or torch.get_num_threads()
+    results = Results(output / "measurements.jsonl", used_threads)
     setting = Setting(
-        [entrant for entrant in lineup(device) if only in entrant.name],
+        [entrant for entrant in lineup(device) if only in entrant.name and not (without and without in entrant.name)],
         pythons(vllm=vllm_python, infinity=infinity_python, sentence_transformers=st_python),
-        threads or torch.get_num_threads(),
+        used_threads,
         lambda line: typer.echo(line, err=True),
     )
     for number, name in enumerate(names):

@@ -240,6 +240,7 @@ def test_a_small_run_and_its_continuation(tmp_path):
             infinity_python=None,
             st_python=None,
             only=OURS,
+            without="",
             output=tmp_path,
             page=None,
         )
