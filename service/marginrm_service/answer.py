@@ -12,10 +12,17 @@ from marginrm.schemas import Usage
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt and the responses to score for it, as the client sent them: of any type."""
+    """A prompt and the responses to score for it, as the client sent them: of any type.
+
+    Attributes:
+        prompt: What the responses answer.
+        responses: One reward each.
+        templated: The responses are whole texts, which the client's chat template has made; there is no prompt.
+    """
 
     prompt: Any
     responses: Sequence[Any]
+    templated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from marginrm_service import http_errors, operations, pages, routes
+from marginrm_service import adapters, http_errors, operations, pages, routes
 from marginrm_service.middleware import BodyLimit, RequestContext
 from marginrm_service.service import Service
 from marginrm_service.settings import Settings
@@ -57,6 +57,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RequestContext, metrics=service.metrics)  # the outermost
     http_errors.install(app)
     app.include_router(routes.router)
+    app.include_router(adapters.router)
     app.include_router(operations.router)
     app.include_router(pages.router)
     return app

@@ -75,6 +75,8 @@ def unfinished() -> JSONResponse:
 async def _on_marginrm_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MarginRMError)
     status = status_of(error)
+    if isinstance(error, errors.OverloadedError):
+        status = getattr(request.state, "overload_status", status)  # an adapter's client may want another
     if status == HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, errors.ServiceError):
         _log.error("A request failed: %s", error.code, exc_info=error)
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.UnavailableError) else {}

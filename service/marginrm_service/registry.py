@@ -121,6 +121,13 @@ class ModelRegistry:
             raise NotReadyError(f"Model {name!r} is still loading.", retry_after=_RETRY_WHILE_LOADING)
         return served
 
+    def get_or_only(self, name: str) -> ServedModel:
+        """Returns as `get` does; where only one model is served, it answers to any name.
+
+        Clients of other servers send a name that the operator of this one did not choose.
+        """
+        return self.get(name if name in self._names or len(self._names) > 1 else DEFAULT_MODEL)
+
     def check_ready(self) -> None:
         """Returns if every model takes requests.
 

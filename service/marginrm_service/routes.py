@@ -56,7 +56,7 @@ async def score(body: ScoreRequest, request: Request, service: ServiceOf) -> Res
     answer = await ask(service, model, request, score_asks(body), body.truncation)
     reply, content = await shape(service, answer, lambda: score_reply(body, answer, model.info))
     service.metrics.comparisons(model.name, [pair for pair in reply.pairs if isinstance(pair, PairOut)])
-    return _lone_error([*reply.pairs, *reply.items], answer) or _json(content, answer.stages)
+    return _lone_error([*reply.pairs, *reply.items], answer) or json_reply(content, answer.stages)
 
 
 @router.post("/best-of-n", response_model=BestOfNResponse, responses=ERRORS, tags=["scoring"])
@@ -71,7 +71,7 @@ async def best_of_n(body: BestOfNRequest, request: Request, service: ServiceOf) 
     answer = await ask(service, model, request, best_of_n_asks(body), body.truncation)
     reply, content = await shape(service, answer, lambda: best_of_n_reply(body, answer, model.info))
     service.metrics.comparisons(model.name, [prompt for prompt in reply.prompts if isinstance(prompt, PromptOut)])
-    return _lone_error(reply.prompts, answer) or _json(content, answer.stages)
+    return _lone_error(reply.prompts, answer) or json_reply(content, answer.stages)
 
 
 @router.get("/v1/models", tags=["models"])
@@ -110,7 +110,8 @@ def _lone_error(outcomes: Sequence[BaseModel], answer: Answer) -> Response | Non
     return error_response(status_of(error), body.code, body.message, param=body.param)
 
 
-def _json(content: str, stages: Stages) -> Response:
+def json_reply(content: str, stages: Stages) -> Response:
+    """Returns a reply that says where its time went."""
     timing = ", ".join(
         f"{stage};dur={seconds * 1000:.2f}"
         for stage, seconds in (("tokenise", stages.tokenise), ("queue", stages.queue), ("forward", stages.forward))

@@ -87,25 +87,37 @@ def _encode_chunk(
 ) -> None:
     for number, start, stop in chunk:
         ask = asks[number]
-        encoded[number] += encode_within_reason(encoder, ask.prompt, ask.responses[start:stop], truncation)
+        responses = ask.responses[start:stop]
+        encoded[number] += encode_within_reason(encoder, ask.prompt, responses, truncation, templated=ask.templated)
 
 
 def encode_within_reason(
-    encoder: Encoder, prompt: Any, responses: Sequence[Any], truncation: Truncation
+    encoder: Encoder, prompt: Any, responses: Sequence[Any], truncation: Truncation, *, templated: bool = False
 ) -> list[Encoded]:
     """Encodes responses to one prompt, except those that are so long that tokenising them would be a waste.
 
-    Prompt and responses may be of any type: the encoder gives an error for what is no text.
+    Prompt and responses may be of any type: the encoder gives an error for what is no text. If they are `templated`,
+    the responses are encoded as whole texts, without the prompt.
     """
     most = encoder.max_length * _CHARACTERS_PER_TOKEN
     base = text_length(prompt)
     lengths = [base + text_length(response) for response in responses]
     usable = [response for response, length in zip(responses, lengths, strict=True) if length <= most]
-    found = iter(encoder.encode_group(prompt, usable, truncation) if usable else [])
+    if templated:
+        found = iter([_encode_text(encoder, text, truncation) for text in usable])
+    else:
+        found = iter(encoder.encode_group(prompt, usable, truncation) if usable else [])
     param = "prompt" if base > most else "response"
     return [
         next(found) if length <= most else _hopelessly_long(length, encoder.max_length, param) for length in lengths
     ]
+
+
+def _encode_text(encoder: Encoder, text: Any, truncation: Truncation) -> Encoded:
+    try:
+        return encoder.encode_text(text, truncation)
+    except EncodingError as error:
+        return error
 
 
 def _hopelessly_long(characters: int, limit: int, param: str) -> SequenceTooLongError:

@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=32 * 2**20, ge=1_024, description="The largest request body.")
     encode_threads: int = Field(default=2, ge=1, le=64, description="Threads that tokenise.")
     drain_seconds: float = Field(default=30.0, ge=0, description="Time to finish accepted requests at shutdown.")
+    adapter_overload_status: Literal[429, 503] = Field(
+        default=503, description="What a full queue answers on the adapters' routes; native routes answer 429."
+    )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a checkpoint.")
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
