@@ -182,6 +182,21 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(checkpoint, tmp_pat
         assert "SIGTERM: finishing" in process.log
 
 
+def test_a_request_that_arrives_on_an_open_connection_while_the_server_leaves_is_answered(checkpoint, tmp_path):
+    with ServerProcess(tmp_path / "log", "--model", checkpoint, "--dtype", "float32") as process:
+        process.wait_until_ready()
+        with httpx.Client(base_url=process.url, timeout=30) as client:
+            assert client.get("/healthz").headers.get("connection") != "close"
+            process.signal(signal.SIGTERM)
+            while "SIGTERM: finishing" not in process.log:
+                time.sleep(0.005)
+            time.sleep(0.15)  # uvicorn looks at its flag every 0.1 s and then closed what was idle
+            reply = client.post("/score", json={"items": [{"prompt": "p", "response": "r"}]})
+            assert reply.status_code == 200
+            assert reply.headers["connection"] == "close"
+        assert process.wait() == 0
+
+
 def test_a_second_signal_is_now(checkpoint, tmp_path):
     arguments = ("--model", checkpoint, "--dtype", "float32", "--token-budget", "64")
     with ServerProcess(tmp_path / "log", *arguments) as process:

@@ -97,7 +97,7 @@ def from_schema(url: str, count: int, start: int = 0) -> list[Outcome]:
     with httpx.Client(base_url=url, timeout=_TIMEOUT) as http:
 
         def send(case: Any) -> None:
-            fields = {"method", "url", "headers", "params", "cookies", "data", "json", "files"}
+            fields = {"method", "url", "headers", "params", "data", "json", "files"}
             arguments = {name: value for name, value in case.as_transport_kwargs(url).items() if name in fields}
             request = partial(_as_sent, http, arguments)
             outcomes.append(_sent("schemathesis", request))

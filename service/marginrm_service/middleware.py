@@ -60,6 +60,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = identity
+                if scope["app"].state.service.draining:
+                    headers["Connection"] = "close"  # the client's next request belongs to another server
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)

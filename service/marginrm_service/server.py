@@ -20,6 +20,8 @@ from marginrm_service.settings import Settings
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
+_LAST_REQUESTS = 0.5  # seconds for requests that are on their way on open connections when the server begins to leave
+_GLANCE = 0.005  # seconds between looks at the connections meanwhile
 
 
 def run(settings: Settings) -> None:
@@ -100,6 +102,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the server; after a second signal without waiting for what was accepted, which is told 503."""
+        await self._close_the_door()
         await super().shutdown(sockets)
         if self.force_exit:
             tasks = set(self.server_state.tasks)
@@ -110,7 +113,28 @@ class _Server(uvicorn.Server):
             logging.shutdown()
             os._exit(1)  # Python's own end would wait for the threads that still compute
 
+    async def _close_the_door(self) -> None:
+        """Stops listening, and waits a moment for open connections to close after their next reply, which says so.
+
+        uvicorn would close what looks idle at once: connections whose request is still unread, and those that the
+        kernel has accepted and Python has not. Their clients see a reset.
+        """
+        await asyncio.sleep(0)  # takes in the connections that wait
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _LAST_REQUESTS
+        await asyncio.sleep(_GLANCE)
+        while any(map(_is_idle, self.server_state.connections)) and loop.time() < end and not self.force_exit:  # noqa: ASYNC110 - uvicorn tells no one
+            await asyncio.sleep(_GLANCE)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Takes SIGTERM and SIGINT. uvicorn would raise them again at the end, and the process would not exit with 0."""
         _log.info("%s: %s", signal.Signals(sig).name, "leaving now" if self.should_exit else "finishing, then leaving")
         self.leave()
+
+
+def _is_idle(connection: object) -> bool:
+    """Whether no request of a connection is being worked on."""
+    cycle = getattr(connection, "cycle", None)
+    return cycle is None or bool(cycle.response_complete)
