@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from types import TracebackType
 from typing import Self
@@ -25,6 +26,8 @@ class Admission:
         self.max_requests = max_requests
         self.tokens = 0
         self.requests = 0
+        self.empty = asyncio.Event()  # set while nobody is inside
+        self.empty.set()
         self._tokens_per_second: float | None = None
 
     def enter(self, tokens: int) -> Permit:
@@ -67,6 +70,7 @@ class Permit:
         self._tokens = tokens
         admission.tokens += tokens
         admission.requests += 1
+        admission.empty.clear()
 
     def settle(self, tokens: int) -> None:
         """Puts the exact cost in the place of the expected one.
@@ -97,3 +101,5 @@ class Permit:
     ) -> None:
         self._hold(0)
         self._admission.requests -= 1
+        if not self._admission.requests:
+            self._admission.empty.set()

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from pathlib import Path
 
 from fastapi import FastAPI
 
-from marginrm_service import adapters, http_errors, operations, pages, routes
+from marginrm_service import adapters, admin, http_errors, operations, pages, routes
+from marginrm_service.key_check import KeyCheck
+from marginrm_service.keys import KeyFile, RateLimit
 from marginrm_service.middleware import BodyLimit, RequestContext
 from marginrm_service.service import Service
 from marginrm_service.settings import Settings
@@ -31,7 +34,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         settings: By default read from the environment.
 
     Raises:
-        ConfigError: A setting in the environment is not acceptable.
+        ConfigError: A setting in the environment, or a key file, is not acceptable.
     """
     service = Service(settings or Settings.load())
 
@@ -54,10 +57,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(
+        KeyCheck,
+        metrics=service.metrics,
+        keys=_keys(service.settings.key_file),
+        admin_keys=_keys(service.settings.admin_key_file),
+        limit=RateLimit(service.settings.rate_limit) if service.settings.rate_limit else None,
+    )
     app.add_middleware(RequestContext, metrics=service.metrics)  # the outermost
     http_errors.install(app)
     app.include_router(routes.router)
     app.include_router(adapters.router)
     app.include_router(operations.router)
+    app.include_router(admin.router)
     app.include_router(pages.router)
     return app
+
+
+def _keys(path: Path | None) -> KeyFile | None:
+    return KeyFile(path) if path else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -49,6 +50,26 @@ def serve(
     max_body_bytes: Annotated[
         int | None, typer.Option(help="The largest request body; beyond, 413.", show_default="33554432")
     ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds for a request without X-Request-Timeout; beyond, 504.", show_default="120"),
+    ] = None,
+    max_request_timeout: Annotated[
+        float | None, typer.Option(help="The most that X-Request-Timeout may ask for.", show_default="3600")
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="API keys that are let in, as `marginrm key` makes them.", show_default="everybody is let in"
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys that may load, swap and unload models.", show_default="nobody may"),
+    ] = None,
+    rate_limit: Annotated[
+        int | None, typer.Option(help="Requests a minute for each key; beyond, 429.", show_default="no limit")
+    ] = None,
     drain_seconds: Annotated[
         float | None, typer.Option(help="Time to finish accepted requests after SIGTERM.", show_default="30")
     ] = None,
@@ -86,6 +107,11 @@ def serve(
         max_queue_tokens=max_queue_tokens,
         max_queue_requests=max_queue_requests,
         max_body_bytes=max_body_bytes,
+        request_timeout=request_timeout,
+        max_request_timeout=max_request_timeout,
+        key_file=key_file,
+        admin_key_file=admin_key_file,
+        rate_limit=rate_limit,
         drain_seconds=drain_seconds,
         trust_remote_code=trust_remote_code,
         log_format=log_format,
@@ -99,3 +125,16 @@ def serve(
     from marginrm_service.server import run
 
     run(settings)
+
+
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; the file and the log know it by this name.")],
+    file: Annotated[Path, typer.Option("--file", "-f", help="Key file to add it to; made if it is missing.")],
+) -> None:
+    """Make an API key: prints it once, and adds its hash to a key file that a running server reads again by itself.
+
+    Serve with `marginrm serve --key-file FILE`. To take a key back, delete its line.
+    """
+    from marginrm_service.keys import add_key
+
+    typer.echo(add_key(file, name))

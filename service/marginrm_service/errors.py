@@ -7,6 +7,9 @@ MarginRMError
     ├── RequestTooLargeError   one request is more work than the queue may ever hold
     ├── ForwardFailedError     the forward pass raised for this response, and only for it
     ├── ClientGoneError        the client hung up before its answer was ready
+    ├── DeadlineExceededError  the request's time was up before its answer was ready
+    ├── InvalidHeaderError     a header that the server reads cannot be understood
+    ├── LastModelError         the only model that is served cannot be unloaded
     └── UnavailableError       not now: try again after `retry_after` seconds
         ├── NotReadyError          a model is loading, or could not be loaded
         ├── DrainingError          the server is about to leave
@@ -54,6 +57,33 @@ class ClientGoneError(ServiceError):
     """The client closed its connection; nobody will read the answer."""
 
     code = "client_gone"
+
+
+class DeadlineExceededError(ServiceError):
+    """The request's time was up; what was not computed yet has left the queue."""
+
+    code = "deadline_exceeded"
+
+
+class InvalidHeaderError(ServiceError):
+    """A header that the server reads cannot be understood.
+
+    Args:
+        message: What is wrong.
+        param: The header's name.
+    """
+
+    code = "invalid_header"
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param  # type: ignore[misc]  # more exact than the class's
+
+
+class LastModelError(ServiceError):
+    """The only model that is served cannot be unloaded."""
+
+    code = "last_model"
 
 
 class UnavailableError(ServiceError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from marginrm.errors import MarginRMError, ModelError
 from marginrm.schemas import ModelCard
 from marginrm_service import logs
-from marginrm_service.errors import NotReadyError, UnknownModelError
+from marginrm_service.errors import LastModelError, NotReadyError, UnknownModelError
 from marginrm_service.job import Job
 from marginrm_service.metrics import Metrics
 from marginrm_service.served import ServedModel
@@ -50,6 +50,8 @@ class ModelRegistry:
         self._specs = settings.models
         self._names = dict.fromkeys(spec.name for spec in settings.models)  # in order; the first is the default
         self._served: dict[str, ServedModel] = {}
+        self._changing = asyncio.Lock()  # one change at a time: two loads at once would need the memory of both
+        self._retiring: set[asyncio.Task[None]] = set()
         self.failure: MarginRMError | None = None
         self.on_failure: Callable[[], None] = _nothing
         self.on_ready: Callable[[], None] = _nothing
@@ -73,8 +75,52 @@ class ModelRegistry:
             self._announce(model, golden, perf_counter() - started)
         self.on_ready()
 
+    async def load(self, spec: ModelSpec) -> ModelCard:
+        """Loads a model and serves it, in the place of the one that has its name, if there is one.
+
+        Until the new one has passed its self-test the old one answers; requests that it has accepted it finishes.
+
+        Raises:
+            MarginRMError: The model cannot be served; all is as it was.
+        """
+        async with self._changing:
+            started = perf_counter()
+            _log.info("Loading model %r from %s", spec.name, spec.path)
+            try:
+                model, golden = await _in_daemon_thread(partial(load_model, spec, self._settings))
+                await self.add(model)
+            except Exception as error:
+                raise _as_model_error(error) from error
+            self._announce(model, golden, perf_counter() - started)
+            return self._served[spec.name].card()
+
+    async def unload(self, name: str) -> None:
+        """Takes a model out of service; requests that it has accepted it finishes.
+
+        Raises:
+            UnknownModelError: There is no such model.
+            LastModelError: It is the only one.
+        """
+        async with self._changing:
+            served = self.get(name)
+            if len(self._names) == 1:
+                raise LastModelError(f"{served.name!r} is the only model; load another before.")
+            del self._names[served.name], self._served[served.name]
+            self._retire(served)
+            self._metrics.ready.remove(served.name)
+
+    def _retire(self, served: ServedModel) -> None:
+        card = served.card()
+        self._metrics.model_info.remove(*_info_labels(card))
+        _log.info("Model %r %s leaves", card.name, card.revision)
+        task = asyncio.create_task(served.retire(self._settings.drain_seconds))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
     async def add(self, model: RewardModel) -> None:
         """Serves a model that is in memory, under the name in its `info`, once it has scored for the first time.
+
+        A model of that name that was served before finishes what it has accepted.
 
         Raises:
             MarginRMError: It cannot score.
@@ -86,13 +132,17 @@ class ModelRegistry:
             max_queue_requests=self._settings.max_queue_requests,
         )
         served.start()
-        await warm_up(served)
+        try:
+            await warm_up(served)
+        except MarginRMError:
+            await served.close(0)
+            raise
+        before = self._served.get(served.name)
+        if before:
+            self._retire(before)
         self._names.setdefault(served.name)
         self._served[served.name] = served
-        card = served.card()
-        self._metrics.model_info.labels(
-            card.name, card.revision, card.dtype, card.forward_path, str(card.calibrated).lower()
-        ).set(1)
+        self._metrics.model_info.labels(*_info_labels(served.card())).set(1)
 
     def _announce(self, model: RewardModel, golden: float | None, seconds: float) -> None:
         info = model.info
@@ -153,7 +203,7 @@ class ModelRegistry:
 
     async def close(self, drain_seconds: float) -> None:
         """Finishes what was accepted, as far as the time allows, and ends all workers."""
-        await asyncio.gather(*(served.close(drain_seconds) for served in self._served.values()))
+        await asyncio.gather(*(served.close(drain_seconds) for served in self._served.values()), *self._retiring)
 
 
 def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float | None]:
@@ -192,6 +242,10 @@ async def warm_up(served: ServedModel) -> None:
     failures = [outcome for outcomes in job.outcomes for outcome in outcomes if isinstance(outcome, MarginRMError)]
     if failures:
         raise ModelError(f"The first forward pass failed: {failures[0]}") from failures[0]
+
+
+def _info_labels(card: ModelCard) -> tuple[str, ...]:
+    return card.name, card.revision, card.dtype, card.forward_path, str(card.calibrated).lower()
 
 
 def _nothing() -> None:

@@ -23,7 +23,9 @@ from marginrm.schemas import (
     ScoreResponse,
 )
 from marginrm_service.answer import Answer, Ask, Stages
+from marginrm_service.deadlines import deadline, seconds_allowed
 from marginrm_service.disconnects import while_connected
+from marginrm_service.errors import DeadlineExceededError
 from marginrm_service.http_errors import error_response, status_of
 from marginrm_service.replies import best_of_n_asks, best_of_n_reply, score_asks, score_reply
 from marginrm_service.scoring import score as score_asked
@@ -37,6 +39,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": ErrorReply, "description": "Wrong shape; or the only item's text is unusable."},
     429: {"model": ErrorReply, "description": "The queue is full; try again after `Retry-After` seconds."},
     503: {"model": ErrorReply, "description": "Loading or leaving; try again after `Retry-After` seconds."},
+    504: {"model": ErrorReply, "description": "Not done within `X-Request-Timeout` seconds, or the server's default."},
 }
 
 _LARGE = 256  # responses from which on a reply takes milliseconds to make
@@ -83,8 +86,21 @@ async def models(service: ServiceOf) -> ModelList:
 async def ask(
     service: Service, model: ServedModel, request: Request, asks: Sequence[Ask], truncation: Truncation
 ) -> Answer:
-    """Scores what a route asks, for as long as its client stays. Raises as `scoring.score` does."""
-    answer = await while_connected(request, score_asked(model, asks, truncation, service.pool))
+    """Scores what a route asks, for as long as its client stays and its time is not up.
+
+    Raises:
+        DeadlineExceededError: Its time was up.
+        InvalidHeaderError: It asks for a time that is none.
+        UnavailableError, RequestTooLargeError: As `scoring.score` does.
+    """
+    settings = service.settings
+    seconds = seconds_allowed(request, settings.request_timeout, settings.max_request_timeout)
+    try:
+        async with deadline(seconds):
+            answer = await while_connected(request, score_asked(model, asks, truncation, service.pool))
+    except DeadlineExceededError as error:
+        service.metrics.rejections.labels(model.name, error.code).inc()
+        raise
     service.metrics.answer(model.name, answer)
     return answer
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from marginrm_service.metrics import Metrics
 if TYPE_CHECKING:  # torch takes seconds to import; the server listens before that
     from marginrm.reward_model import RewardModel
 
+_TICKS = 10
 _SMOOTHING = 0.1  # weight of the newest request in characters per token
 
 
@@ -57,6 +60,15 @@ class ServedModel:
     async def close(self, drain_seconds: float) -> None:
         """Finishes what was accepted, as far as the time allows, and ends the worker."""
         await self._engine.close(drain_seconds)
+
+    async def retire(self, drain_seconds: float) -> None:
+        """Finishes what was accepted once no new request can come, and ends the worker."""
+        for _ in range(_TICKS):  # a request that has just looked this model up enters in the next turns of the loop
+            await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_seconds):
+                await self._door.empty.wait()
+        await self.close(drain_seconds)
 
     def admit(self, characters: int) -> Permit:
         """Lets a request in, by what its characters will probably cost in tokens.

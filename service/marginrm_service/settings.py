@@ -68,6 +68,17 @@ class Settings(BaseSettings):
     max_queue_tokens: int = Field(default=2_000_000, ge=1, description="The most tokens that may wait per model.")
     max_queue_requests: int = Field(default=2_048, ge=1, description="The most requests that may wait per model.")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1_024, description="The largest request body.")
+    request_timeout: float = Field(
+        default=120.0, gt=0, description="Seconds for a request that does not say X-Request-Timeout itself."
+    )
+    max_request_timeout: float = Field(
+        default=3_600.0, gt=0, description="The most seconds that a request may ask for."
+    )
+    key_file: Path | None = Field(default=None, description="API keys that are let in; without one, everybody is.")
+    admin_key_file: Path | None = Field(
+        default=None, description="Keys that may load, swap and unload models; without one, nobody may."
+    )
+    rate_limit: int | None = Field(default=None, ge=1, description="The most requests a minute for each key.")
     encode_threads: int = Field(default=2, ge=1, le=64, description="Threads that tokenise.")
     drain_seconds: float = Field(default=30.0, ge=0, description="Time to finish accepted requests at shutdown.")
     adapter_overload_status: Literal[429, 503] = Field(

@@ -29,7 +29,7 @@ from marginrm.client_errors import (
     UnexpectedReplyError,
     response_error,
 )
-from marginrm.errors import EncodingError, NonFiniteRewardError
+from marginrm.errors import EncodingError, MarginRMError, NonFiniteRewardError
 from marginrm.preferences import CandidateGroup, PreferencePair
 from marginrm.ranking import Comparison, RankedCandidate, Ranking
 from marginrm.schemas import (
@@ -50,7 +50,8 @@ Pair = PreferencePair | Mapping[str, Any]
 Group = CandidateGroup | Mapping[str, Any]
 
 # Of errors that are an item's own: a request with one item is answered with its status.
-_ITEM_CODES = frozenset({kind.code for kind in (*EncodingError.__subclasses__(), NonFiniteRewardError)})
+_ITEM_ERRORS: tuple[type[MarginRMError], ...] = (*EncodingError.__subclasses__(), NonFiniteRewardError)
+_ITEM_CODES = frozenset(kind.code for kind in _ITEM_ERRORS)
 _RETRIED = frozenset({429, 502, 503, 504})
 _LONGEST_WAIT = 60.0  # a server that asks for more is given up on: its caller knows better what to do meanwhile
 

@@ -1,0 +1,63 @@
+"""A request's time: what is late is told so, leaves the queue before its forward pass, and costs nobody else."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from support_server import serving
+from support_service import FakeRewardModel, Gate
+
+ASK = {"items": [{"prompt": "Hi?", "response": "Yes."}]}
+LATE = {"items": [{"prompt": "Late?", "response": "Never computed."}]}
+
+
+def test_late_work_leaves_the_queue_before_its_forward_pass() -> None:
+    gate = Gate()
+    model = FakeRewardModel()
+    with (
+        serving(model) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+        ThreadPoolExecutor() as pool,
+    ):
+        model.on_forward = gate
+        steps = len(model.steps)
+        held = pool.submit(http.post, "/score", json=ASK)
+        assert gate.entered.acquire(timeout=30)
+        started = time.monotonic()
+        late = http.post("/score", json=LATE, headers={"X-Request-Timeout": "0.2"})
+        assert 0.2 <= time.monotonic() - started < 10
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        model.on_forward = lambda _: None
+        gate.open()
+        assert held.result(30).status_code == 200
+        assert http.post("/score", json=ASK).status_code == 200
+        scored = [member.ids for step in model.steps[steps:] for group in step for member in group]
+        assert len(scored) == 2
+        assert model.encoder.encode("Late?", "Never computed.").ids not in scored
+        assert server.service.registry.get("default")._door.tokens == 0
+        assert 'marginrm_rejections_total{model="default",reason="deadline_exceeded"} 1.0' in http.get("/metrics").text
+
+
+def test_the_server_has_a_default_and_a_most() -> None:
+    gate = Gate()
+    model = FakeRewardModel()
+    with (
+        serving(model, request_timeout=0.2, max_request_timeout=0.4) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+    ):
+        model.on_forward = gate
+        for headers in ({}, {"X-Request-Timeout": "1000"}):
+            assert http.post("/score", json=ASK, headers=headers).status_code == 504
+        model.on_forward = lambda _: None
+        gate.open(2)
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf", ""])
+def test_a_time_that_is_none_is_refused(value: str) -> None:
+    with serving(FakeRewardModel()) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+        reply = http.post("/score", json=ASK, headers={"X-Request-Timeout": value})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (422, "X-Request-Timeout")
