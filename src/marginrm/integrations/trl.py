@@ -1,0 +1,102 @@
+"""TRL's reward function: hand the result of `reward_function(url)` to a trainer's `reward_funcs`.
+
+```python
+trainer = GRPOTrainer(model=..., reward_funcs=reward_function("http://127.0.0.1:8000"), ...)
+```
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from marginrm.client import AsyncRewardClient, ItemScoreError
+from marginrm.schemas import TruncationPolicy
+
+_log = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., Awaitable[list[float | None]]]
+
+
+def reward_function(
+    base_url: str,
+    *,
+    name: str = "marginrm",
+    model: str = "default",
+    api_key: str | None = None,
+    truncation: TruncationPolicy = "error",
+    deadline: float | None = None,
+) -> RewardFunction:
+    """Makes a reward function in TRL's shape that asks a marginrm server.
+
+    The function is asynchronous, so TRL runs it beside its other ones. The completions of one prompt travel together
+    and share its computation. What cannot be scored (an empty completion, or one over the model's limit) gets None,
+    which is TRL's word for no reward, and a warning in the log. A server that does not answer raises.
+
+    Args:
+        base_url: Where the server is, such as `http://127.0.0.1:8000`.
+        name: What TRL's log calls the rewards.
+        model: Name of the served model.
+        api_key: Sent as a bearer token.
+        truncation: As for `RewardClient`.
+        deadline: Seconds for one request with all its retries; no limit by default.
+
+    Returns:
+        `async (prompts, completions, **columns) -> list[float | None]`, one outcome per completion, in order.
+        Prompts and completions are texts, or lists of messages. It raises `RewardClientError` without an answer.
+    """
+
+    async def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Returns one reward per completion."""
+        groups, members = _groups(prompts, completions)
+        rewards: list[float | None] = [None] * len(completions)
+        async with AsyncRewardClient(
+            base_url, model=model, api_key=api_key, truncation=truncation, deadline=deadline
+        ) as client:
+            for places, found in zip(members, await _rewards(client, groups), strict=True):
+                for place, value in zip(places, found, strict=True):
+                    rewards[place] = value
+        return rewards
+
+    reward.__name__ = name
+    return reward
+
+
+async def _rewards(client: AsyncRewardClient, groups: list[dict[str, Any]]) -> list[list[float | None]]:
+    """Returns each group's rewards; where one of its completions fails, the others are asked for by themselves."""
+    results: list[list[float | None]] = []
+    for group, ranking in zip(groups, await client.best_of_n_many(groups), strict=True):
+        if not isinstance(ranking, ItemScoreError):
+            rewards = {entry.candidate: entry.reward for entry in ranking.ranking}
+            results.append([rewards[index] for index in range(len(group["candidates"]))])
+            continue
+        alone = [{"prompt": group["prompt"], "candidates": [candidate]} for candidate in group["candidates"]]
+        outcomes = await client.best_of_n_many(alone) if len(alone) > 1 else [ranking]
+        failed = [outcome for outcome in outcomes if isinstance(outcome, ItemScoreError)]
+        if failed:
+            _log.warning("%d of %d completions get no reward; the first: %s", len(failed), len(alone), failed[0])
+        results.append([None if isinstance(one, ItemScoreError) else one.ranking[0].reward for one in outcomes])
+    return results
+
+
+def _groups(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Returns groups of neighbours with one prompt, and the places of their members."""
+    groups: list[dict[str, Any]] = []
+    members: list[list[int]] = []
+    for place, (asked, completion) in enumerate(zip(prompts, completions, strict=True)):
+        prompt, response = _split(asked, completion)
+        if not groups or groups[-1]["prompt"] != prompt:
+            groups.append({"prompt": prompt, "candidates": []})
+            members.append([])
+        groups[-1]["candidates"].append(response)
+        members[-1].append(place)
+    return groups, members
+
+
+def _split(prompt: Any, completion: Any) -> tuple[Any, Any]:
+    """Returns what comes before the last turn, and its text. A completion with tools has several turns."""
+    if isinstance(completion, str) or not completion:
+        return prompt, completion or ""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [*before, *completion[:-1]], completion[-1].get("content") or ""

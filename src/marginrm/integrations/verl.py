@@ -1,0 +1,82 @@
+"""verl's custom reward function: name its `compute_score` in its configuration.
+
+```
+reward.custom_reward_function.path=pkg://marginrm.integrations.verl
+reward.custom_reward_function.name=compute_score
++reward.custom_reward_function.reward_kwargs.base_url=http://127.0.0.1:8000
+```
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from marginrm.client import ItemScoreError, RewardClient
+from marginrm.errors import ConfigError
+from marginrm.schemas import TruncationPolicy
+
+_making = threading.Lock()
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    base_url: str = "http://127.0.0.1:8000",
+    model: str = "default",
+    api_key: str | None = None,
+    truncation: TruncationPolicy = "error",
+    prompt_key: str = "prompt",
+    unscorable: float | None = None,
+    **others: Any,
+) -> dict[str, float]:
+    """Returns the reward of one of verl's responses.
+
+    verl does not hand the prompt to a reward function, so the data must hold it in `extra_info`. Threads may call it
+    at the same time; they share one client.
+
+    Args:
+        data_source: Not read.
+        solution_str: The response.
+        ground_truth: Not read.
+        extra_info: Holds the prompt, a text or a list of messages, under `prompt_key`.
+        base_url: Where the server is.
+        model: Name of the served model.
+        api_key: Sent as a bearer token.
+        truncation: As for `RewardClient`.
+        prompt_key: Name of the prompt in `extra_info`.
+        unscorable: Your reward for a response that cannot be scored, as an empty one; by default it raises.
+        **others: What verl adds for its own reward models; not read.
+
+    Raises:
+        ConfigError: `extra_info` holds no prompt.
+        ItemScoreError: The response cannot be scored, and `unscorable` is not set.
+        RewardClientError: No answer, or a refusal.
+    """
+    prompt = (extra_info or {}).get(prompt_key)
+    if prompt is None:
+        raise ConfigError(
+            f"extra_info[{prompt_key!r}] is missing: verl gives a reward function no prompt, so each row of the data "
+            "needs it there. Set reward_kwargs.prompt_key if it has another name."
+        )
+    # A Parquet file's list of messages comes as an array.
+    asked = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    try:
+        with _making:  # `cache` alone lets threads that come at once make a client each
+            client = _client(base_url, model, api_key, truncation)
+        (reward,) = client.score(asked, [solution_str])
+    except ItemScoreError:
+        if unscorable is None:
+            raise
+        return {"score": unscorable}
+    return {"score": reward}
+
+
+@cache
+def _client(base_url: str, model: str, api_key: str | None, truncation: TruncationPolicy) -> RewardClient:
+    return RewardClient(base_url, model=model, api_key=api_key, truncation=truncation)
