@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marginrm_service.batching import QUANTA_PER_STEP, FairQueue, Portion
+from marginrm_service.batching import BULK_FIRST_EVERY, QUANTA_PER_STEP, FairQueue, Portion
 from marginrm_service.job import Job
 from support_service import sized_group
 
@@ -210,3 +210,48 @@ def test_steps_are_those_of_the_brute_force_twin(specs, budget, data):
         total += taken
     expected = [(f"job{n}", g, m) for n, s in enumerate(specs) for g, (_, own) in enumerate(s) for m in range(len(own))]
     assert sorted(total) == sorted(expected), "each response once, none lost"
+
+
+def bulk(*groups: tuple[int, list[int]]) -> Job:
+    made = job(*groups)
+    made.bulk = True
+    return made
+
+
+def test_bulk_takes_the_room_that_interactive_work_leaves():
+    queue = FairQueue(100)
+    behind, pair = bulk((0, [10] * 100)), job((10, [5, 5]))
+    queue.push(behind)
+    queue.push(pair)
+    step = queue.take()
+    assert [portion.job for portion in step] == [pair, behind]
+    assert step[1].stop - step[1].start == 2  # one turn: the pair does not wait for a full step
+
+
+def test_bulk_never_starves():
+    queue = FairQueue(100)
+    waiting = bulk((0, [10] * 10))
+    queue.push(waiting)
+    steps = 0
+    while not waiting.taken:
+        queue.push(job((0, [100])))  # interactive work without end, each a whole step
+        queue.take()
+        steps += 1
+        assert steps <= BULK_FIRST_EVERY
+    assert steps == BULK_FIRST_EVERY
+
+
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 60), min_size=1, max_size=8)), max_size=8))
+def test_of_both_classes_everything_is_computed_once_and_no_step_is_over_the_budget(drawn):
+    queue = FairQueue(100)
+    jobs = [(bulk if is_bulk else job)((0, own)) for is_bulk, own in drawn]
+    for one in jobs:
+        queue.push(one)
+    names = {id(one): str(index) for index, one in enumerate(jobs)}
+    seen: list[tuple[str, int, int]] = []
+    for step in drain(queue):
+        seen += sorted(places(step, names))
+        lengths = [part.job.plans[part.group].lengths[part.start : part.stop] for part in step]
+        assert sum(map(sum, lengths)) <= 100
+    assert sorted(seen) == sorted((str(i), 0, m) for i, (_, own) in enumerate(drawn) for m in range(len(own)))
+    assert len(queue) == 0

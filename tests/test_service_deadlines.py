@@ -61,3 +61,11 @@ def test_a_time_that_is_none_is_refused(value: str) -> None:
     with serving(FakeRewardModel()) as server, httpx.Client(base_url=server.url, timeout=30) as http:
         reply = http.post("/score", json=ASK, headers={"X-Request-Timeout": value})
         assert (reply.status_code, reply.json()["error"]["param"]) == (422, "X-Request-Timeout")
+
+
+def test_bulk_work_is_marked_by_a_header_and_other_classes_are_refused() -> None:
+    with serving(FakeRewardModel()) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+        for value in ("bulk", "interactive"):
+            assert http.post("/score", json=ASK, headers={"X-Priority": value}).status_code == 200
+        reply = http.post("/score", json=ASK, headers={"X-Priority": "urgent"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (422, "X-Priority")

@@ -6,6 +6,9 @@ a turn takes a slice of a quantum. Turns go round until the step is full, but no
 job, which would have to wait for it. A job that was served goes behind those that came in while the step ran. So a
 lone pair is in the next step, and that step is short, however many candidates another request has left; and that other
 request still gets its turn in every step.
+
+Bulk jobs stand in a line of their own, which gets the room that the interactive line leaves, and every fourth step goes
+first: interactive work hardly feels bulk work, and bulk work never starves.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from marginrm_service.job import Job
 
 QUANTA_PER_STEP = 4
+BULK_FIRST_EVERY = 4  # steps
 
 
 @dataclass(slots=True)
@@ -40,44 +44,66 @@ class FairQueue:
             raise ValueError(f"budget = {budget}: a step computes at least 1 token.")
         self._budget = budget
         self._quantum = max(budget // QUANTA_PER_STEP, 1)
-        self._waiting: deque[Job] = deque()
-        self._served: deque[Job] = deque()
+        self._interactive = _Line()
+        self._bulk = _Line()
+        self._steps = 0
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._served)
+        return len(self._interactive) + len(self._bulk)
 
     def push(self, job: Job) -> None:
-        """Adds a job behind those that wait, and before those that the last step served."""
+        """Adds a job behind those of its class that wait, and before those that the last step served."""
         if not job.taken:
-            self._waiting.append(job)
+            (self._bulk if job.bulk else self._interactive).waiting.append(job)
 
     def clear(self) -> list[Job]:
         """Empties the queue and returns what was in it."""
-        jobs = [*self._waiting, *self._served]
-        self._waiting.clear()
-        self._served.clear()
-        return jobs
+        return [*self._interactive.clear(), *self._bulk.clear()]
 
     def take(self) -> list[Portion]:
         """Returns the next step; empty only if no job waits. Abandoned jobs are dropped on the way."""
         step = _Step(self._budget, self._quantum)
+        self._steps += 1
+        bulk_first = self._steps % BULK_FIRST_EVERY == 0
+        for line in (self._bulk, self._interactive) if bulk_first else (self._interactive, self._bulk):
+            line.fill(step)
+        return step.portions
+
+
+class _Line:
+    """Jobs of one class, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Job] = deque()
+        self._served: deque[Job] = deque()
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self._served)
+
+    def clear(self) -> list[Job]:
+        jobs = [*self.waiting, *self._served]
+        self.waiting.clear()
+        self._served.clear()
+        return jobs
+
+    def fill(self, step: _Step) -> None:
+        """Gives turns until the step is full, or completes a job after everybody had one."""
         rounds = 0
         while self._take_round(step):
             rounds += 1
         if rounds:  # who waits now had a turn in an earlier round
-            self._served.extendleft(reversed(self._waiting))
-            self._waiting.clear()
-        return step.portions
+            self._served.extendleft(reversed(self.waiting))
+            self.waiting.clear()
 
     def _take_round(self, step: _Step) -> bool:
         """Gives each job a turn; returns whether another round may follow."""
-        self._waiting.extend(self._served)
+        self.waiting.extend(self._served)
         self._served.clear()
-        while self._waiting:
-            job = self._waiting[0]
+        while self.waiting:
+            job = self.waiting[0]
             if not job.abandoned and not step.take_turn(job):
                 return False
-            self._waiting.popleft()
+            self.waiting.popleft()
             if not job.taken and not job.abandoned:
                 self._served.append(job)
         return bool(self._served) and not step.completes_a_job

@@ -50,6 +50,7 @@ class Job:
     Attributes:
         groups: Encoded responses, those with a common prompt together; no group is empty.
         plans: One for each group.
+        bulk: Whether it takes the room that interactive work leaves.
         group: The group to be taken next.
         member: The first member of that group that was not taken yet.
         outcomes: One per response: its reward, or the error that took its place.
@@ -65,6 +66,7 @@ class Job:
 
     groups: Sequence[Group]
     plans: list[GroupPlan]
+    bulk: bool = False
     group: int = 0
     member: int = 0
     outcomes: list[list[Outcome | None]] = field(init=False)

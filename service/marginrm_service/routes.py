@@ -27,6 +27,7 @@ from marginrm_service.deadlines import deadline, seconds_allowed
 from marginrm_service.disconnects import while_connected
 from marginrm_service.errors import DeadlineExceededError
 from marginrm_service.http_errors import error_response, status_of
+from marginrm_service.priority import is_bulk
 from marginrm_service.replies import best_of_n_asks, best_of_n_reply, score_asks, score_reply
 from marginrm_service.scoring import score as score_asked
 from marginrm_service.served import ServedModel
@@ -90,14 +91,15 @@ async def ask(
 
     Raises:
         DeadlineExceededError: Its time was up.
-        InvalidHeaderError: It asks for a time that is none.
+        InvalidHeaderError: It asks for a time or a priority that is none.
         UnavailableError, RequestTooLargeError: As `scoring.score` does.
     """
     settings = service.settings
     seconds = seconds_allowed(request, settings.request_timeout, settings.max_request_timeout)
+    bulk = is_bulk(request)
     try:
         async with deadline(seconds):
-            answer = await while_connected(request, score_asked(model, asks, truncation, service.pool))
+            answer = await while_connected(request, score_asked(model, asks, truncation, service.pool, bulk=bulk))
     except DeadlineExceededError as error:
         service.metrics.rejections.labels(model.name, error.code).inc()
         raise

@@ -29,7 +29,9 @@ T = TypeVar("T")
 Encoded = EncodedResponse | EncodingError
 
 
-async def score(model: ServedModel, asks: Sequence[Ask], truncation: Truncation, pool: Executor) -> Answer:
+async def score(
+    model: ServedModel, asks: Sequence[Ask], truncation: Truncation, pool: Executor, *, bulk: bool = False
+) -> Answer:
     """Scores responses.
 
     Args:
@@ -37,6 +39,7 @@ async def score(model: ServedModel, asks: Sequence[Ask], truncation: Truncation,
         asks: Prompts with their responses; each is one group, whose prompt is computed once.
         truncation: What to do with what is too long.
         pool: Threads that tokenise.
+        bulk: Whether it takes the room that interactive work leaves.
 
     Raises:
         UnavailableError: The model takes no more requests now.
@@ -52,6 +55,7 @@ async def score(model: ServedModel, asks: Sequence[Ask], truncation: Truncation,
         tokenised = perf_counter()
         permit.settle(job.cost)
         model.learn(characters, job.cost)
+        job.bulk = bulk
         job.on_computed = permit.spend
         await model.run(job)
     results = _gather(encoded, job)
