@@ -1,4 +1,4 @@
-"""The server's admin routes, as far as the soak uses them: the one place that knows their shape."""
+"""The server's admin routes, as far as the soak uses them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ from pathlib import Path
 
 import httpx
 
-_SWAP = "/admin/models/{name}"
+from marginrm_service.keys import add_key
 
 
-def arguments(work: Path) -> list[str]:
-    """Returns the arguments with which `marginrm serve` offers these routes."""
-    return []
+class Admin:
+    """A holder of an admin key.
 
+    Args:
+        work: Where the key file is written, anew.
 
-async def offered(http: httpx.AsyncClient) -> bool:
-    """Whether the server can swap models."""
-    return _SWAP in (await http.get("/openapi.json")).json()["paths"]
+    Attributes:
+        arguments: With which `marginrm serve` knows the key.
+    """
 
+    def __init__(self, work: Path) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        file = work / "admin-keys"
+        file.unlink(missing_ok=True)
+        self._headers = {"Authorization": f"Bearer {add_key(file, 'soak')}"}
+        self.arguments = ["--admin-key-file", str(file)]
 
-async def swap(http: httpx.AsyncClient, path: Path) -> None:
-    """Puts another checkpoint in the place of the default model."""
-    reply = await http.put(_SWAP.format(name="default"), json={"path": str(path)})
-    reply.raise_for_status()
+    async def swap(self, http: httpx.AsyncClient, path: Path) -> None:
+        """Puts another checkpoint in the place of the default model."""
+        body = {"name": "default", "path": str(path)}
+        (await http.post("/admin/models", json=body, headers=self._headers)).raise_for_status()

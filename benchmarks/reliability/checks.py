@@ -88,6 +88,12 @@ def growth(rss: Sequence[tuple[float, int]]) -> float:
     return (sum(after) / len(after)) / (sum(before) / len(before)) - 1
 
 
+def memory_course(rss: Sequence[tuple[float, int]]) -> str:
+    """Returns the memory at each tenth of the time, for people."""
+    tenths = rss[:: max(1, len(rss) // 10)]
+    return ", ".join(f"{size / 2**20:,.0f}" for _, size in tenths) + " MiB"
+
+
 def goodput(outcomes: Collection[Outcome], deadline: float, seconds: float) -> float:
     """Returns the right answers within the deadline, per second."""
     return sum(good(outcome, deadline) for outcome in outcomes) / seconds
