@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from marginrm.reward_model import RewardModel
 from marginrm_service.adapters import contract
+from support_models import CHATML_TEMPLATE, tiny_checkpoint
 from support_server import serving
 from support_service import FakeRewardModel, Gate, reward_of
 
@@ -172,6 +174,40 @@ def test_what_cannot_be_scored_refuses_the_request_and_names_the_field(client, p
 def test_what_would_change_a_reward_and_is_not_honoured_is_refused(client, path, body):
     response = client.post(path, json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request")
+
+
+def test_all_contracts_give_one_conversation_the_reward_of_score(tmp_path):
+    model = RewardModel.from_pretrained(
+        tiny_checkpoint(tmp_path, "qwen3", chat_template=CHATML_TEMPLATE), dtype="float32"
+    )
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello é<|im_end|>\n"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello é"}]
+    with serving(model) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+
+        def ask(path: str, body: dict):
+            response = http.post(path, json=body)
+            assert response.status_code == 200, response.text
+            return response.json()
+
+        pair = {"prompt": "Hi", "response": "Hello é"}
+        reward = ask("/score", {"items": [pair]})["items"][0]["reward"]
+        raw = {"use_activation": False}
+        assert {
+            "get_reward": ask("/get_reward", {"query": [text]})["rewards"][0],
+            "slime": ask("/slime", pair),
+            "evaluation": ask("/v1/score/evaluation", {"messages": [text]})["scores"][0],
+            "classify": ask("/classify", {"input": text, **raw})["data"][0]["probs"][0],
+            "conversation": ask("/classify", {"messages": messages, **raw})["data"][0]["probs"][0],
+            "pooling": ask("/pooling", {"input": text, **raw})["data"][0]["data"][0],
+            "pairs": ask("/v1/score", {"text_1": "Hi", "text_2": "Hello é", **raw})["data"][0]["score"],
+            "embeddings": ask("/v1/embeddings", {"input": text})["data"][0]["embedding"][0],
+            "rerank": ask("/v2/rerank", {"query": "Hi", "documents": ["Hello é"]})["results"][0]["relevance_score"],
+            "tei": ask("/rerank", {"query": "Hi", "texts": ["Hello é"], "raw_scores": True})[0]["score"],
+            "predict": ask("/predict", {"inputs": ["Hi", "Hello é"], "raw_scores": True})[0]["score"],
+        } == dict.fromkeys(
+            "get_reward slime evaluation classify conversation pooling pairs embeddings rerank tei predict".split(),
+            reward,
+        )
 
 
 def test_a_nan_is_an_error_and_never_a_number(client):
