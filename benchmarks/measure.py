@@ -129,7 +129,7 @@ def _warm_up(
     results: Results,
 ) -> None:
     """Lets every contender meet a workload once, the slow ones with a single response; who fails stays out."""
-    groups = portions.portion(workload, _WARM_UP)
+    groups = portions.portion(workload, _WARM_UP)[:2]
     for entrant in [entrant for entrant in running if entrant.scores(workload)]:
         try:
             running[entrant].score(sample(groups, 1 if entrant.limit else None))
