@@ -6,10 +6,10 @@ answer (`adapters.tei`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from marginrm.schemas import Prompt, Text
 from marginrm_service.adapters import tei
@@ -66,8 +66,17 @@ async def rerank(body: RerankRequest, request: Request, service: ServiceOf) -> R
     return await _rerank(body, request, service)
 
 
+def _whose(body: Any) -> str:
+    return "tei" if isinstance(body, dict) and "texts" in body else "rerank"
+
+
+EitherRequest = Annotated[
+    Annotated[RerankRequest, Tag("rerank")] | Annotated[tei.TeiRerankRequest, Tag("tei")], Discriminator(_whose)
+]
+
+
 @router.post("/rerank", response_model=RerankResponse | tei.TeiRerankResponse, responses=ERRORS)
-async def rerank_or_tei(body: RerankRequest | tei.TeiRerankRequest, request: Request, service: ServiceOf) -> Response:
+async def rerank_or_tei(body: EitherRequest, request: Request, service: ServiceOf) -> Response:
     """Ranks `documents` as `/v1/rerank` does, or TEI's `texts` in TEI's shape."""
     if isinstance(body, tei.TeiRerankRequest):
         return await tei.rerank(body, request, service)
