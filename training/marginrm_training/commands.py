@@ -33,7 +33,10 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last saved step of this run.")] = True,
 ) -> None:
-    """Train a reward model: checks the data, trains, calibrates, evaluates, and writes a checkpoint that serves."""
+    """Train a reward model: checks the data, trains, calibrates, evaluates, and writes a checkpoint that serves.
+
+    The checkpoint's report.html shows the run: learning curves, margins before and after, calibration, mistakes.
+    """
     from marginrm_training.config import load_config
     from marginrm_training.run import train as run
 
@@ -44,10 +47,20 @@ def train(
         _show(manifest.metrics)
         temperature = manifest.calibration.temperature if manifest.calibration else 1.0
         typer.echo(f"temperature {temperature:.3f}\nwritten to {settings.output}")
+        typer.echo(f"look at it: {settings.output}/report.html")
         typer.echo(f"serve it: marginrm serve --model {settings.output}")
 
 
-def evaluate(model: Model, data: Data, max_length: MaxLength = None, as_json: Json = False) -> None:
+def evaluate(
+    model: Model,
+    data: Data,
+    max_length: MaxLength = None,
+    as_json: Json = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Also write an HTML page: figures, and the worst mistakes as text.", show_default=False),
+    ] = None,
+) -> None:
     """Measure a checkpoint on preference pairs: accuracy, NLL, calibration, by strength, and what length explains."""
     from marginrm.reward_model import RewardModel
     from marginrm_training.evaluation import evaluate as measure
@@ -56,8 +69,14 @@ def evaluate(model: Model, data: Data, max_length: MaxLength = None, as_json: Js
     _quiet()
     loaded = RewardModel.from_pretrained(model, max_length=max_length)
     split = _pairs(loaded, data)
-    metrics = measure(score_pairs(loaded, split.pairs, progress=True), split.pairs, loaded.temperature)
+    rewards = score_pairs(loaded, split.pairs, progress=True)
+    metrics = measure(rewards, split.pairs, loaded.temperature)
     _show(metrics, as_json=as_json)
+    if report:
+        from marginrm_training.report import Report
+
+        Report(model, split.summary(), split.pairs, rewards, loaded.temperature, metrics).write(report)
+        typer.echo(f"report written to {report}", err=True)
 
 
 def calibrate(model: Model, data: Data) -> None:

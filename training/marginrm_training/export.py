@@ -19,7 +19,8 @@ from marginrm.manifest import Calibration, DataFile, GoldenSample, Manifest, Met
 from marginrm.reward_model import RewardModel
 from marginrm.reward_module import RewardModule
 from marginrm_training.data import EncodedPair, Splits
-from marginrm_training.evaluation import PairRewards, evaluate, score_pairs
+from marginrm_training.evaluation import Floats, PairRewards, evaluate, score_pairs
+from marginrm_training.report import Report
 
 _GOLDEN_PAIRS = 4
 # How far a golden reward may lie from the recorded float32 one, as a share of the larger of 1 and the largest reward.
@@ -47,6 +48,8 @@ class RunRecord:
         files: The data files.
         training: The configuration as it was run.
         truncation: What happened to pairs that were too long.
+        history: The step log.
+        before: Margins of the first test pairs before training, [pairs].
     """
 
     name: str
@@ -55,6 +58,8 @@ class RunRecord:
     files: Sequence[DataFile]
     training: Mapping[str, Any]
     truncation: str
+    history: Sequence[Mapping[str, float]] = ()
+    before: Floats | None = None
 
 
 def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Splits, record: RunRecord) -> Manifest:
@@ -83,6 +88,18 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
     manifest.save(directory)
+    curve = "".join(json.dumps(entry) + "\n" for entry in record.history)
+    (directory / "learning_curve.jsonl").write_text(curve, encoding="utf-8")
+    Report(
+        title=record.name,
+        subtitle=f"Trained from {record.base_model}. {splits.test.summary()}",
+        pairs=splits.test.pairs,
+        rewards=rewards,
+        temperature=calibration.temperature,
+        metrics=metrics,
+        history=record.history,
+        before=record.before,
+    ).write(directory / "report.html")
     RewardModel.from_pretrained(directory, dtype="float32").verify_golden()
     return manifest
 

@@ -1,0 +1,126 @@
+"""The report's figures: numbers in, SVG text out. No window, no global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from marginrm.manifest import ReliabilityBin
+from marginrm_training.best_of_n import BestOfNPoint
+
+Floats = NDArray[np.float64]
+_ONE, _TWO, _GREY = "#1f6f5c", "#c4622d", "#8a8f8c"
+_CURVES = (
+    ("loss", ("loss", "bt_nll"), "nats"),
+    ("accuracy and fire rate", ("accuracy", "fire_rate"), "share"),
+    ("reward difference d", ("d_mean", "d_std", "mu_B", "target_margin"), "reward"),
+    ("gradient norm", ("grad_norm",), ""),
+)
+
+
+def learning_curves(history: Sequence[Mapping[str, float]]) -> str:
+    """Draws what the step log holds, one panel for each unit."""
+    shown = [curve for curve in _CURVES if any(name in entry for name in curve[1] for entry in history)]
+    figure = Figure(figsize=(9, 2.4 * ((len(shown) + 1) // 2)))
+    for number, (title, names, unit) in enumerate(shown, 1):
+        axis = figure.add_subplot((len(shown) + 1) // 2, 2, number)
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
+        _plain(axis, title, "step", unit)
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=7)
+    return _svg(figure)
+
+
+def margin_distribution(after: Floats, before: Floats | None = None) -> str:
+    """Draws the histogram of margins, and that of the untrained model behind it: training should move it right."""
+    figure = Figure(figsize=(6, 2.8))
+    axis = figure.add_subplot()
+    both = after if before is None else np.concatenate([after, before])
+    low, high = np.quantile(both, [0.002, 0.998])
+    edges = np.linspace(low, max(high, low + 1e-6), 50).tolist()
+    if before is not None:
+        axis.hist(np.clip(before, low, high), edges, density=True, color=_GREY, alpha=0.6, label="before training")
+    axis.hist(np.clip(after, low, high), edges, density=True, color=_ONE, alpha=0.7, label="this checkpoint")
+    axis.axvline(0, color="black", linewidth=0.8)
+    _plain(axis, "margins: reward(chosen) - reward(rejected)", "margin (outermost bars hold the tails)", "density")
+    if before is not None:
+        axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def reliability(before: Sequence[ReliabilityBin], after: Sequence[ReliabilityBin]) -> str:
+    """Draws accuracy against confidence, before and after calibration; on the diagonal a confidence is what it says."""
+    figure = Figure(figsize=(3.6, 3.4))
+    axis = figure.add_subplot()
+    axis.plot([0.5, 1], [0.5, 1], color=_GREY, linewidth=1, linestyle="--")
+    for bins, colour, label in ((before, _TWO, "T = 1"), (after, _ONE, "calibrated")):
+        points = [(one.confidence, one.accuracy, one.count) for one in bins if one.confidence is not None]
+        most = max((count for *_, count in points), default=1)
+        axis.scatter(
+            [point[0] for point in points],
+            [point[1] or 0.0 for point in points],
+            s=[15 + 100 * point[2] / most for point in points],
+            color=colour,
+            alpha=0.7,
+            label=label,
+        )
+    _plain(axis, "reliability (size: pairs in the bin)", "confidence", "accuracy")
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def strength_bars(metrics: Mapping[str, float]) -> str | None:
+    """Draws the accuracy in each range of preference strength; None where the data has no strengths."""
+    prefix = "accuracy_strength_"
+    found = {
+        name.removeprefix(prefix).replace("_", " to "): v for name, v in metrics.items() if name.startswith(prefix)
+    }
+    if not found:
+        return None
+    figure = Figure(figsize=(5, 2.8))
+    axis = figure.add_subplot()
+    axis.bar(list(found), list(found.values()), color=_ONE, width=0.7)
+    axis.axhline(0.5, color="black", linewidth=0.8)
+    axis.set_ylim(0, 1)
+    _plain(axis, "accuracy by preference strength", "strength", "accuracy")
+    return _svg(figure)
+
+
+def best_of_n_curve(points: Sequence[BestOfNPoint]) -> str:
+    """Draws the mean quality of the pick against N, beside random, the longest text and the best."""
+    figure = Figure(figsize=(5, 3))
+    axis = figure.add_subplot()
+    for name, colour in (("oracle", _GREY), ("model", _ONE), ("longest", _TWO), ("random", _GREY)):
+        style = "-" if name == "model" else "--"
+        axis.plot([p.n for p in points], [getattr(p, name) for p in points], style, color=colour, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([p.n for p in points], [str(p.n) for p in points])
+    _plain(axis, "Best-of-N", "N", "quality of the pick")
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _plain(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, loc="left", fontsize=9)
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _svg(figure: Figure) -> str:
+    """Returns a figure as an SVG element whose ids and bytes are the same every time."""
+    figure.tight_layout()
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "marginrm"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
