@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from marginrm.cli import GROUP, build_app
 
-COMMANDS = ("score", "serve", "train", "evaluate", "calibrate", "compare", "best-of-n", "demo")
+COMMANDS = ("score", "serve", "key", "train", "evaluate", "calibrate", "compare", "best-of-n", "ablate", "demo")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

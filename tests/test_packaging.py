@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-COMMANDS = {"score", "serve", "train", "evaluate", "calibrate", "compare", "best-of-n", "demo"}
+COMMANDS = {"score", "serve", "key", "train", "ablate", "evaluate", "calibrate", "compare", "best-of-n", "demo"}
 EXTRAS = ("service", "training", "dev")
 TORCHLESS = ("client", "errors", "manifest", "preferences", "ranking", "schemas")
 

@@ -22,7 +22,7 @@ GROUP = "marginrm.commands"
 # The extra that installs what a package of ours imports. The library's own commands need a model, as the service does.
 _EXTRAS = {"marginrm": "service", "marginrm_service": "service", "marginrm_training": "training"}
 
-_ORDER = ("serve", "score", "train", "evaluate", "calibrate", "compare", "best-of-n", "demo")
+_ORDER = ("serve", "key", "score", "train", "evaluate", "calibrate", "compare", "best-of-n", "ablate", "demo")
 
 
 def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
