@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,7 +31,7 @@ from marginrm.client import (
 )
 from marginrm.errors import ConfigError
 from support_server import serving
-from support_service import FakeRewardModel
+from support_service import FakeRewardModel, Gate
 
 PROMPT = "Why is the sky blue?"
 RESPONSES = ["Because air scatters blue light most.", "No idea.", "Ask somebody else."]
@@ -38,16 +39,23 @@ RESPONSES = ["Because air scatters blue light most.", "No idea.", "Ask somebody 
 Answer = tuple[int, dict[str, str], bytes]
 
 
+class Arrival(float):
+    """When a request came, in monotonic seconds, with its headers."""
+
+    headers: Message
+
+
 @contextmanager
-def scripted(*answers: Answer) -> Iterator[tuple[str, list[float]]]:
+def scripted(*answers: Answer) -> Iterator[tuple[str, list[Arrival]]]:
     """A real HTTP server that gives these answers in turn, the last one for ever; yields its URL and arrival times."""
-    arrivals: list[float] = []
+    arrivals: list[Arrival] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            arrivals.append(time.monotonic())
+            arrivals.append(Arrival(time.monotonic()))
+            arrivals[-1].headers = self.headers
             self.rfile.read(int(self.headers["Content-Length"]))
             status, headers, body = answers[min(len(arrivals), len(answers)) - 1]
             self.send_response(status)
@@ -196,3 +204,29 @@ def test_an_unusable_url_is_refused_at_once(url: str) -> None:
 def test_the_client_needs_no_torch() -> None:
     code = "import sys, marginrm.client; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_deadline_is_told_to_the_server_and_shrinks_with_each_try() -> None:
+    answers = (refusal(503, "draining", **{"Retry-After": "0"}), refusal(504, "deadline_exceeded"))
+    with (
+        scripted(*answers) as (url, arrivals),
+        RewardClient(url, deadline=1.0, backoff=0.2) as client,
+        pytest.raises(DeadlineError),
+    ):
+        client.score(PROMPT, RESPONSES)
+    told = [float(arrival.headers["X-Request-Timeout"]) for arrival in arrivals]
+    assert len(told) > 1
+    assert 0 < told[-1] < told[1] < told[0] <= 1.0
+
+
+def test_work_whose_client_has_given_up_is_dropped() -> None:
+    gate = Gate()
+    model = FakeRewardModel()
+    with serving(model) as server, RewardClient(server.url, deadline=0.4, backoff=0.01) as client:
+        model.on_forward = gate
+        with pytest.raises(DeadlineError):
+            client.score(PROMPT, RESPONSES)
+        model.on_forward = lambda _: None
+        gate.open()
+        assert client.score(PROMPT, RESPONSES) == [model.expect(PROMPT, response) for response in RESPONSES]
+        assert server.service.registry.get("default")._door.tokens == 0

@@ -171,7 +171,9 @@ class RewardClient:
 
     def _send(self, step: Send) -> Reply | httpx.HTTPError:
         try:
-            with self._http.stream(step.method, step.path, content=step.content, timeout=step.timeout) as response:
+            with self._http.stream(
+                step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
+            ) as response:
                 parts = []
                 for part in response.iter_bytes():
                     parts.append(part)
@@ -262,7 +264,7 @@ class AsyncRewardClient:
     async def _send(self, step: Send) -> Reply | httpx.HTTPError:
         try:
             async with self._http.stream(
-                step.method, step.path, content=step.content, timeout=step.timeout
+                step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
             ) as response:
                 parts = []
                 async for part in response.aiter_bytes():

@@ -58,13 +58,17 @@ _LONGEST_WAIT = 60.0  # a server that asks for more is given up on: its caller k
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a request. `timeout` is for each connect, read and write; `until` (monotonic seconds) is for it all."""
+    """Send a request. `timeout` is for each connect, read and write; `until` (monotonic seconds) is for it all.
+
+    `headers` tell the server how long the answer is worth something, so that it drops what is too late.
+    """
 
     method: str
     path: str
     content: bytes | None
     timeout: float
     until: float
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +192,9 @@ class Calls:
         return math.inf if self.deadline is None else self.clock() + self.deadline
 
     def _send(self, method: str, path: str, content: bytes | None, until: float) -> Send:
-        return Send(method, path, content, min(self.timeout, max(0.001, until - self.clock())), until)
+        left = max(0.001, until - self.clock())
+        headers = {"X-Request-Timeout": f"{left:.3f}"} if math.isfinite(left) else {}
+        return Send(method, path, content, min(self.timeout, left), until, headers)
 
     def _request(self, method: str, path: str, body: Any, shape: type[_Model]) -> Call[_Model]:
         # ASCII escapes carry even a lone surrogate, which is then the item's error and not a crash here.
@@ -203,7 +209,8 @@ class Calls:
                 raise error
             backoff = min(self.backoff_max, self.backoff * 2**attempt) * (1 + self.draw()) / 2
             wait = max(wait, backoff)
-            if isinstance(error, TransportError) and self.clock() + wait >= until:
+            late = isinstance(error, TransportError) or error.code == "deadline_exceeded"
+            if late and self.clock() + wait >= until:
                 raise DeadlineError(f"No answer within {self.deadline:g} s. Last: {error}") from error
             if wait > _LONGEST_WAIT or self.clock() + wait >= until:
                 raise error
