@@ -89,6 +89,30 @@ def test_a_shared_prompt_is_computed_once(tmp_path: Path) -> None:
     assert row.tokens == 101 + 8
 
 
+@pytest.mark.parametrize(("family", "options"), [("gpt_neox", {}), ("llama", {"kv_heads": 2}), ("qwen3", {})])
+def test_a_long_prefix_that_is_computed_apart_changes_neither_rewards_nor_gradients(
+    tmp_path: Path, family: str, options: dict[str, object]
+) -> None:
+    path = tiny_checkpoint(tmp_path, family, **options)
+    reference, model = load(path), load(path)
+    module = RewardModule(model, max_length=512)
+    prompt = tuple(5 + index * 7 % 200 for index in range(150))
+    groups = [
+        [EncodedResponse((*prompt, *range(start, start + count))) for start, count in ((9, 5), (50, 40), (80, 7))]
+    ]
+    row = module.collate(groups)
+    assert isinstance(row, PackedRow)
+    assert any(call.trunk == 128 for call in row.layout.calls)
+    expected, rewards = one_by_one(reference, groups), module(row)
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    (weights * expected).sum().backward()
+    (weights * rewards).sum().backward()
+    gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_gradient_checkpointing_keeps_the_gradients(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, "qwen2")
     gradients = []

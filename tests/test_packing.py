@@ -14,8 +14,8 @@ groups = st.lists(st.lists(tokens, min_size=1, max_size=5), min_size=1, max_size
 
 def visible(plan: PackingPlan, leaf: int) -> list[int]:
     """Row indices of the whole sequence that ends in a leaf, by walking up the runs."""
-    run = plan.runs[leaf]
-    return [*plan.context(leaf), *range(run.start, run.start + run.length)]
+    runs = [plan.runs[index] for index in (*plan.ancestors(leaf), leaf)]
+    return [index for run in runs for index in range(run.start, run.start + run.length)]
 
 
 def brute_force_prefix(group: list[list[int]]) -> int:

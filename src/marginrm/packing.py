@@ -56,15 +56,14 @@ class PackingPlan:
         """Row index of each response's last token."""
         return [self.runs[leaf].start + self.runs[leaf].length - 1 for leaf in self.leaves]
 
-    def context(self, run: int) -> list[int]:
-        """Returns the row indices of all tokens in the ancestors of a run, first to last."""
-        indices: list[int] = []
+    def ancestors(self, run: int) -> list[int]:
+        """Returns the runs that a run continues, first to last."""
+        found: list[int] = []
         parent = self.runs[run].parent
         while parent != ROOT:
-            above = self.runs[parent]
-            indices = [*range(above.start, above.start + above.length), *indices]
-            parent = above.parent
-        return indices
+            found.append(parent)
+            parent = self.runs[parent].parent
+        return found[::-1]
 
 
 def shared_prefix(group: Group) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from marginrm.attention import ATTENTION_NAME, UnsupportedAttentionError
 from marginrm.encoding import Architecture, EncodedResponse
 from marginrm.errors import HeadError
+from marginrm.packed_layout import SPLIT_FROM
 from marginrm.rows import EncodedGroup, PackedRow, PaddedRows, pack, pad
 
 ForwardPath = Literal["packed", "padded"]
@@ -56,6 +57,7 @@ class RewardModule(nn.Module):
         for part in _head_modules(self.base):
             part.float().register_forward_pre_hook(_in_float32)
         self.forward_path: ForwardPath
+        self._can_split = True
         self.forward_path, self.forward_reason = self._choose_path(max_length)
 
     @property
@@ -82,7 +84,7 @@ class RewardModule(nn.Module):
     def collate(self, groups: Sequence[EncodedGroup]) -> PackedRow | PaddedRows:
         """Lays groups out for this model's exact path, on the CPU."""
         if self.forward_path == "packed":
-            return pack(groups, causal=self.architecture == "decoder")
+            return pack(groups, causal=self.architecture == "decoder", split_from=SPLIT_FROM if self._splits else None)
         return pad(groups, pad_token_id=self.base.config.pad_token_id)
 
     def forward(self, row: PackedRow | PaddedRows) -> Tensor:
@@ -97,6 +99,11 @@ class RewardModule(nn.Module):
         if isinstance(row, PackedRow):
             return self._forward_packed(row)
         return self._forward_padded(row)
+
+    @property
+    def _splits(self) -> bool:
+        """Whether long prefixes are computed apart: only CPU kernels tell the log-sum-exp, and those know no dropout."""
+        return self._can_split and self.device.type == "cpu" and not (self.training and _attention_dropout(self.base))
 
     @property
     def _backbone(self) -> nn.Module:
@@ -175,21 +182,29 @@ class RewardModule(nn.Module):
         training = self.training
         self.eval()
         try:
-            row = pack(groups, causal=self.architecture == "decoder").to(self.device)
-            packed = self._forward_packed(row)
             padded = self._forward_padded(pad(groups, pad_token_id=self.base.config.pad_token_id).to(self.device))
+            row = pack(groups, causal=self.architecture == "decoder", split_from=None).to(self.device)
+            difference = _difference(self._forward_packed(row), padded)
+            self._can_split = self._splits and self._probe_split(groups, padded)
         except UnsupportedAttentionError as error:
             return str(error)
         finally:
             self.train(training)
-        difference = float(((packed - padded).abs() / padded.abs().clamp(min=1)).max())
         if not difference <= _PROBE_TOLERANCE.get(self.dtype, 0.1):
             return f"packed and padded rewards differ by {difference:.2g} in a probe"
         window = _sliding_window(self.base.config)
-        seen = {key for call in row.layout.calls for key in call.masks}
+        seen = {key for call in row.layout.calls for key, _ in call.masks}
         if window is not None and window < max_length and seen == {None}:
             return f"a sliding window of {window:,} tokens that its attention does not announce"
         return None
+
+    def _probe_split(self, groups: Sequence[EncodedGroup], padded: Tensor) -> bool:
+        """Returns whether the model's attention can be computed for a shared prefix and the rest apart."""
+        try:
+            row = pack(groups, causal=self.architecture == "decoder", split_from=2)
+            return _difference(self._forward_packed(row), padded) <= _PROBE_TOLERANCE.get(self.dtype, 0.1)
+        except UnsupportedAttentionError:
+            return False
 
 
 class _Ends(NamedTuple):
@@ -254,6 +269,16 @@ def _probe_groups(vocabulary: int, longest: int) -> list[list[EncodedResponse]]:
     prefix = tokens(max(longest // 2, 1))
     shared = [EncodedResponse(prefix + tokens(max(count, 1))) for count in (longest // 2, longest // 4, 1)]
     return [shared, [EncodedResponse(tokens(longest))], [EncodedResponse(prefix[:2] + tokens(1)) for _ in range(2)]]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference, relative to the larger of 1 and the reward."""
+    return float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+
+
+def _attention_dropout(model: PreTrainedModel) -> float:
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    return max(float(getattr(model.config, name, None) or 0.0) for name in names)
 
 
 def _sliding_window(config: object) -> int | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from marginrm.attention import AttentionLayout, attention_layout
 from marginrm.encoding import EncodedResponse
+from marginrm.packed_layout import SPLIT_FROM, AttentionLayout, attention_layout
 from marginrm.packing import plan_row
 
 EncodedGroup = Sequence[EncodedResponse]
@@ -98,10 +98,13 @@ class PaddedRows:
         )
 
 
-def pack(groups: Sequence[EncodedGroup], *, causal: bool) -> PackedRow:
-    """Packs groups into one row; decoders (causal) share each group's prefix, encoders share nothing.
+def pack(groups: Sequence[EncodedGroup], *, causal: bool, split_from: int | None = SPLIT_FROM) -> PackedRow:
+    """Packs groups into one row; decoders (causal) share prefixes, encoders share nothing.
 
-    Rewards come in the order of the groups and of the responses in them.
+    Args:
+        groups: Encoded responses; rewards come in the order of the groups and of the responses in them.
+        causal: Whether the model is a decoder.
+        split_from: As for `attention_layout`; of no effect on the rewards.
     """
     plan = plan_row([[response.ids for response in group] for group in groups], share_prefix=causal)
     responses = [response for group in groups for response in group]
@@ -112,10 +115,10 @@ def pack(groups: Sequence[EncodedGroup], *, causal: bool) -> PackedRow:
         ids=torch.tensor([plan.ids]),
         position_ids=torch.tensor([plan.position_ids]),
         type_ids=None if type_ids is None else torch.tensor([type_ids]),
-        first=torch.tensor([(plan.context(leaf) or [plan.runs[leaf].start])[0] for leaf in plan.leaves]),
+        first=torch.tensor([plan.runs[[*plan.ancestors(leaf), leaf][0]].start for leaf in plan.leaves]),
         last=torch.tensor(plan.last),
         owner=None if causal else torch.arange(len(responses)).repeat_interleave(lengths),
-        layout=attention_layout(plan, causal=causal),
+        layout=attention_layout(plan, causal=causal, split_from=split_from),
     )
 
 
