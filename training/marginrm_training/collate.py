@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +20,16 @@ class PairBatch:
     Attributes:
         row: Chosen and rejected of each pair, one group a pair, laid out for the forward pass.
         given: Margins or strengths of the data, [pairs] float32, or None where the method reads none.
+        places: `path:line` of each pair.
     """
 
     row: PackedRow | PaddedRows
     given: Tensor | None
+    places: tuple[str, ...]
 
     def to(self, device: torch.device | str, **_: object) -> PairBatch:
         """Returns the batch on another device."""
-        return PairBatch(self.row.to(device), None if self.given is None else self.given.to(device))
+        return replace(self, row=self.row.to(device), given=None if self.given is None else self.given.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +44,5 @@ class PairCollator:
         values = [pair.given for pair in pairs if pair.given is not None]
         if values and len(values) != len(pairs):
             raise ValueError(f"{len(values)} of {len(pairs)} pairs have a margin")
-        return {"batch": PairBatch(row, torch.tensor(values, dtype=torch.float32) if values else None)}
+        given = torch.tensor(values, dtype=torch.float32) if values else None
+        return {"batch": PairBatch(row, given, tuple(pair.pair.source for pair in pairs))}

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,6 +24,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class LoraSection(_Section):
+    """[model.lora]: train small matrices beside frozen weights; the checkpoint has them merged in."""
+
+    rank: int = Field(16, ge=1, description="r: inner dimension of the matrices. ours")
+    alpha: int = Field(32, ge=1, description="They are scaled by alpha / rank. ours")
+    targets: tuple[str, ...] = Field((), description="Names of layers, such as q_proj; all linear layers if empty.")
+
+
 class ModelConfig(_Section):
     """[model]: what is trained."""
 
@@ -32,6 +40,7 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of matrix products; with bfloat16 weights, head and loss stay float32. ours"
     )
+    lora: LoraSection | None = Field(None, description="Absent: all weights are trained.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
     trust_remote_code: bool = Field(False, description="Whether code that comes with the checkpoint may run.")
 
@@ -190,5 +199,6 @@ def _explained(detail: Any) -> str:
 def _keys_at(sections: Sequence[str | int]) -> list[str]:
     section: Any = TrainConfig
     for name in sections:
-        section = section.model_fields[str(name)].annotation
+        annotation = section.model_fields[str(name)].annotation
+        section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
     return list(section.model_fields)

@@ -9,22 +9,33 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from accelerate.state import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
+from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError
 from marginrm.loading import load_for_training
 from marginrm.manifest import Manifest, MethodInfo
+from marginrm.reward_model import RewardModel
+from marginrm.reward_module import RewardModule
+from marginrm_training.adapters import merge_lora, with_lora
+from marginrm_training.arguments import ranks
 from marginrm_training.config import TrainConfig, expand
-from marginrm_training.data import Splits, load_splits
+from marginrm_training.data import load_splits
+from marginrm_training.evaluation import score_pairs
 from marginrm_training.export import RunRecord, export
 from marginrm_training.margins import MarginMethod
+from marginrm_training.plan import plan
 from marginrm_training.trainer import MarginTrainer
 
 _log = logging.getLogger(__name__)
+_BEFORE = 500  # test pairs that are scored before training, for the report
 
 
 def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) -> Manifest | None:
     """Trains, calibrates, evaluates and writes a checkpoint.
+
+    Under `accelerate launch` every process calls this; the first one prints and writes.
 
     Args:
         config: The run.
@@ -32,28 +43,28 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
         dry_run: Stop after reading and checking the data, and say what would be done.
 
     Returns:
-        The checkpoint's manifest; None after a dry run.
+        The checkpoint's manifest; None after a dry run, and on all processes but the first.
 
     Raises:
         MarginRMError: A setting, a file or the model is unusable; found before the first step where possible.
     """
+    ranks()  # first of all: joins the other processes, if there are any
     output = Path(expand(config.output))
-    module, encoder = load_for_training(
-        expand(config.model.path),
-        seed=config.seed,
-        max_length=config.model.max_length,
-        trust_remote_code=config.model.trust_remote_code,
-    )
     method = config.method.method()
+    module, encoder = load(config)
     splits = load_splits(config.data, encoder, method, config.seed)
     for split in (splits.train, splits.calibration, splits.test):
-        print(split.summary())  # noqa: T201 - what a command tells its user
-    print(f"forward path: {module.forward_reason}")  # noqa: T201
+        say(split.summary())
+    say(f"forward path: {module.forward_reason}")
     trainer = MarginTrainer(module, splits.train.pairs, config, output / "trainer")
     if dry_run:
-        print(plan(config, splits, sum(weight.numel() for weight in module.parameters())))  # noqa: T201
+        say(plan(config, splits, module, drop_last=trainer.args.dataloader_drop_last))
         return None
+    before = score_pairs(RewardModel.from_module(module, encoder), splits.test.pairs[:_BEFORE]).d
     trainer.train(resume_from_checkpoint=last_step(config, output / "trainer") if resume else None)
+    module = trained(trainer, module, config)
+    if not trainer.is_world_process_zero():
+        return None
     record = RunRecord(
         name=output.name,
         base_model=config.model.path,
@@ -61,12 +72,43 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
         files=splits.files,
         training=config.model_dump(mode="json"),
         truncation=config.data.too_long,
+        history=trainer.history,
+        before=before,
     )
     manifest = export(output, module, encoder, splits, record)
-    curve = "".join(json.dumps(entry) + "\n" for entry in trainer.history)
-    (output / "learning_curve.jsonl").write_text(curve, encoding="utf-8")
     shutil.rmtree(output / "trainer", ignore_errors=True)
     return manifest
+
+
+def load(config: TrainConfig) -> tuple[RewardModule, Encoder]:
+    """Loads what the run starts from, with LoRA matrices if it trains those; the same on every call."""
+    module, encoder = load_for_training(
+        expand(config.model.path),
+        seed=config.seed,
+        max_length=config.model.max_length,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if config.model.lora:
+        module = with_lora(module, config.model.lora, encoder.max_length)
+    return module, encoder
+
+
+def trained(trainer: MarginTrainer, module: RewardModule, config: TrainConfig) -> RewardModule:
+    """Returns the trained module whole: gathered from all ranks where they hold parts, and with LoRA merged in."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every rank takes part
+        if not trainer.is_world_process_zero():
+            return module
+        module, _ = load(config)
+        module.load_state_dict(weights)
+    merge_lora(module)
+    return module
+
+
+def say(line: str) -> None:
+    """Prints a line for people, once however many processes train."""
+    if PartialState().is_main_process:
+        print(line)  # noqa: T201 - what a command tells its user
 
 
 def last_step(config: TrainConfig, run_dir: Path) -> str | None:
@@ -83,10 +125,12 @@ def last_step(config: TrainConfig, run_dir: Path) -> str | None:
             "start over with --no-resume."
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(now), encoding="utf-8")
+    PartialState().wait_for_everyone()  # nobody writes the note before all have read it
+    if PartialState().is_main_process:
+        note.write_text(json.dumps(now), encoding="utf-8")
     found: str | None = get_last_checkpoint(str(run_dir))
     if found:
-        print(f"resuming from {found}")  # noqa: T201 - what a command tells its user
+        say(f"resuming from {found}")
     return found
 
 
@@ -107,21 +151,4 @@ def method_info(config: TrainConfig, method: MarginMethod, history: list[dict[st
         options=options,
         fire_rate=float(np.mean([entry["fire_rate"] for entry in history])) if history else None,
         mean_target_margin=float(np.mean([entry["target_margin"] for entry in history])) if history else None,
-    )
-
-
-def plan(config: TrainConfig, splits: Splits, parameters: int) -> str:
-    """Returns what a dry run tells: steps, tokens and what they cost."""
-    pairs = len(splits.train.pairs)
-    lengths = np.array([len(side.ids) for pair in splits.train.pairs for side in (pair.chosen, pair.rejected)])
-    steps = int(np.ceil(pairs * config.optim.epochs / config.optim.pairs_per_step))
-    quantiles = ", ".join(f"{share:.0%}: {int(np.quantile(lengths, share)):,}" for share in (0.1, 0.5, 0.9, 0.99, 1.0))
-    flops = 6.0 * parameters * float(lengths.sum()) * config.optim.epochs
-    return "\n".join(
-        [
-            f"steps: {steps:,} of {config.optim.pairs_per_step} pairs, {config.optim.train_batch} a forward pass",
-            f"tokens per response: {quantiles}",
-            f"arithmetic: at most {flops / 1e12:,.1f} TFLOP (shared prompts save some of it)",
-            f"weights, gradients and optimiser: {parameters * 16 / 2**30:.2f} GiB in float32",
-        ]
     )

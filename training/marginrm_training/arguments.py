@@ -1,0 +1,67 @@
+"""A run's settings as transformers' arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from transformers import TrainingArguments
+
+from marginrm.errors import ConfigError
+from marginrm_training.config import TrainConfig
+from marginrm_training.margins import ESTIMATED, SMALLEST_REFERENCE_BATCH
+
+
+def ranks() -> int:
+    """Returns how many processes train together; `accelerate launch` starts more than one."""
+    state: Any = PartialState(cpu=not torch.cuda.is_available())
+    return int(state.num_processes)
+
+
+def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> TrainingArguments:
+    """Translates a run into transformers' arguments.
+
+    Raises:
+        ConfigError: A step cannot be made of whole forward passes on every rank.
+    """
+    optim = config.optim
+    reference = optim.train_batch * ranks()
+    if optim.pairs_per_step % reference:
+        raise ConfigError(
+            f"optim.pairs_per_step = {optim.pairs_per_step} is no multiple of train_batch x ranks = {reference}. "
+            "Change one of them: a step is made of whole forward passes."
+        )
+    estimated = config.method.method().estimator in ESTIMATED
+    last = pairs % reference
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        seed=config.seed,
+        data_seed=config.seed,
+        num_train_epochs=optim.epochs,
+        learning_rate=optim.learning_rate,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.clip,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": optim.min_lr_ratio},
+        warmup_steps=optim.warmup_ratio if optim.warmup_ratio < 1 else 0,
+        per_device_train_batch_size=optim.train_batch,
+        gradient_accumulation_steps=optim.pairs_per_step // reference,
+        # A last batch too small for its mean to say anything is left out; with an EMA it can stay.
+        dataloader_drop_last=estimated and 0 < last < SMALLEST_REFERENCE_BATCH and config.method.ema is None,
+        bf16=config.model.dtype == "bfloat16",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to=list(config.loggers) or "none",
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every weight takes part in every step
+    )

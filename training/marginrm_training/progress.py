@@ -1,0 +1,51 @@
+"""The progress bar of a training run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class PairProgress(TrainerCallback):
+    """A progress bar over optimiser steps that shows the quantities people watch."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Draws the bar, at the step that a resumed run stands at."""
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Shows the last log's quantities beside the bar."""
+        if self._bar is not None and logs and "bt_nll" in logs:
+            self._bar.set_postfix_str(
+                f"loss {logs['loss']:.3f} accuracy {logs['accuracy']:.2f} "
+                f"mu {logs['mu_B']:.2f} fired {logs['fire_rate']:.2f}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
