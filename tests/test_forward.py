@@ -113,6 +113,26 @@ def test_a_long_prefix_that_is_computed_apart_changes_neither_rewards_nor_gradie
         torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "bert"])
+@pytest.mark.parametrize("prompt", [20, 150])  # the longer one is computed apart
+def test_mixed_precision_training_stays_close_to_float32(tmp_path: Path, family: str, prompt: int) -> None:
+    module = RewardModule(load(tiny_checkpoint(tmp_path, family)), max_length=512)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, module.base.config.vocab_size, (3, prompt + 30), generator=generator)
+    ids[:, :prompt] = ids[0, :prompt]
+    row = module.collate([[EncodedResponse(tuple(line)) for line in ids.tolist()]])
+    gradients = []
+    for mixed in (False, True):
+        module.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            rewards = module(row)
+        assert rewards.dtype == torch.float32
+        (rewards * torch.tensor([1.0, -2.0, 1.0])).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+    exact, close = gradients
+    assert torch.nn.functional.cosine_similarity(exact, close, dim=0) > 0.98
+
+
 def test_gradient_checkpointing_keeps_the_gradients(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, "qwen2")
     gradients = []

@@ -64,6 +64,9 @@ def packed_attention(
     for option in ("softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise UnsupportedAttentionError(f"attention with {option}")
+    if torch.is_autocast_enabled(query.device.type):  # it casts what SDPA is given, and knows no kernel of ours
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = kwargs.get("sliding_window")
     layout: AttentionLayout = row.layout
     # One gather for all calls: its gradient is one scatter, where a gather per call would fill a whole row each.
