@@ -88,6 +88,7 @@ class FakeRewardModel(FakeModel):
             temperature=temperature,
         )
         self.forward_reason = "a fake computes nothing"
+        self.manifest = None
 
     def expect(self, prompt: str, response: str) -> float:
         return reward_of(self.encoder.encode(prompt, response))

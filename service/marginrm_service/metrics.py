@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from marginrm.errors import MarginRMError
 from marginrm.schemas import PairOut, PromptOut
 from marginrm_service.answer import Answer, Scored
+from marginrm_service.drift import Drift
 from marginrm_service.engine import StepReport
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -99,6 +100,10 @@ class Metrics:
             "marginrm_margins", "Margins of pairs, and of the best over the runner-up.", _REWARDS
         )
         self.confidences = Distribution("marginrm_confidences", "Confidences of those margins.", _CONFIDENCES)
+        self.drift = Drift(
+            "marginrm_margin_psi", "How far margins of pairs have moved from the manifest's: above 0.25 is a shift."
+        )
+        registry.register(self.drift)
         for distribution in (self.rewards, self.margins, self.confidences):
             registry.register(distribution)
 
@@ -128,6 +133,7 @@ class Metrics:
     def comparisons(self, model: str, outcomes: Sequence[PairOut | PromptOut]) -> None:
         """Takes note of margins and confidences: of pairs, and of the best over the runner-up."""
         self.margins.observe(model, [one.margin for one in outcomes if one.margin is not None])
+        self.drift.observe(model, [one.margin for one in outcomes if isinstance(one, PairOut)])
         self.confidences.observe(model, [one.confidence for one in outcomes if one.confidence is not None])
         ties = sum(one.verdict == "tie" if isinstance(one, PairOut) else one.tie for one in outcomes)
         if ties:

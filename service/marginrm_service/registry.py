@@ -108,6 +108,7 @@ class ModelRegistry:
             del self._names[served.name], self._served[served.name]
             self._retire(served)
             self._metrics.ready.remove(served.name)
+            self._metrics.drift.forget(served.name)
 
     def _retire(self, served: ServedModel) -> None:
         card = served.card()
@@ -142,6 +143,7 @@ class ModelRegistry:
             self._retire(before)
         self._names.setdefault(served.name)
         self._served[served.name] = served
+        self._metrics.drift.refer(served.name, served.margin_quantiles)
         self._metrics.model_info.labels(*_info_labels(served.card())).set(1)
 
     def _announce(self, model: RewardModel, golden: float | None, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from marginrm.encoding import Encoder
@@ -36,6 +37,8 @@ class ServedModel:
         self.info: ModelInfo = model.info
         self.encoder: Encoder = model.encoder
         self.shares_prefixes: bool = model.shares_prefixes
+        calibration = model.manifest.calibration if model.manifest else None
+        self.margin_quantiles: Mapping[str, float] = calibration.margin_quantiles if calibration else {}
         self._model = model
         self._metrics = metrics
         self._created = int(time.time())
