@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from marginrm import RewardModel
 from marginrm.cli import build_app
 from marginrm.encoding import EncodedResponse
+from marginrm.errors import DataError
 from marginrm.manifest import Manifest
 from marginrm.preferences import CandidateGroup, PreferencePair
 from marginrm_training.best_of_n import best_of_n_curve, expected_best_of_n
 from marginrm_training.candidates import UNSCORED, score_groups
-from marginrm_training.comparison import compare, mcnemar
+from marginrm_training.comparison import common, compare, mcnemar
 from marginrm_training.data import EncodedPair
 from marginrm_training.evaluation import PairRewards, evaluate, skew, spearman
 from support_models import CHATML_TEMPLATE, tiny_checkpoint
@@ -121,6 +122,13 @@ def test_a_model_that_is_right_more_often_is_told_from_chance() -> None:
     assert (same["difference_low"], same["difference_high"], same["mcnemar_p"]) == (0, 0, 1)
     with pytest.raises(ValueError, match="not the same pairs"):
         compare(first, first[:-1])
+
+
+def test_only_the_pairs_that_both_models_could_read_are_compared() -> None:
+    first, second = common({"f:1": 1.0, "f:2": 2.0, "f:3": 3.0}, {"f:3": -3.0, "f:4": 4.0, "f:2": -2.0})
+    assert (first.tolist(), second.tolist()) == ([2.0, 3.0], [-2.0, -3.0])
+    with pytest.raises(DataError, match="no pair in common"):
+        common({"f:1": 1.0}, {"f:2": 1.0})
 
 
 def preference_file(path: Path, model: RewardModel, seed: int) -> Path:

@@ -111,6 +111,7 @@ def compare(
 ) -> None:
     """Compare two checkpoints on the same pairs: both accuracies, and a paired bootstrap of their difference."""
     from marginrm.reward_model import RewardModel
+    from marginrm_training.comparison import common
     from marginrm_training.comparison import compare as measure
     from marginrm_training.evaluation import score_pairs
 
@@ -118,8 +119,10 @@ def compare(
     margins = []
     for path in (first, second):
         model = RewardModel.from_pretrained(path)
-        margins.append(score_pairs(model, _pairs(model, data).pairs, progress=True).d)
-    _show(measure(*margins), as_json=as_json)
+        pairs = _pairs(model, data).pairs
+        scored = score_pairs(model, pairs, progress=True).d
+        margins.append({pair.pair.source: d for pair, d in zip(pairs, scored.tolist(), strict=True)})
+    _show(measure(*common(*margins)), as_json=as_json)
 
 
 def best_of_n(model: Model, data: Data, max_length: MaxLength = None, as_json: Json = False) -> None:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from marginrm.errors import DataError
+
 Floats = NDArray[np.float64]
+
+
+def common(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[Floats, Floats]:
+    """Returns two models' margins of the pairs that both could read, in one order.
+
+    Args:
+        first: Source (`path:line`) of each pair to the first model's margin.
+        second: The second model's.
+
+    Raises:
+        DataError: They have no pair in common.
+    """
+    shared = [source for source in first if source in second]
+    if not shared:
+        raise DataError("The two models could read no pair in common; their limits of length may be too far apart.")
+    return np.array([first[source] for source in shared]), np.array([second[source] for source in shared])
 
 
 def compare(first: Floats, second: Floats, *, resamples: int = 2000, seed: int = 0) -> dict[str, float]:
@@ -21,7 +40,7 @@ def compare(first: Floats, second: Floats, *, resamples: int = 2000, seed: int =
 
     Returns:
         Both accuracies (ties half), their difference (second - first) with a 95% paired-bootstrap interval, and the
-        two-sided exact McNemar p-value over the pairs on which just one of them is right.
+        two-sided exact McNemar p-value over the pairs on which just one of them is right (a tie is not right there).
     """
     if first.shape != second.shape:
         raise ValueError(f"{first.shape} and {second.shape}: not the same pairs")
