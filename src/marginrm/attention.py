@@ -100,10 +100,10 @@ def _run_call(
     causal = call.causal and mask is None
     if call.trunk and (window is not None or dropout or key.shape[-1] != value.shape[-1]):
         raise UnsupportedAttentionError("prefixes cannot be computed apart with a window, dropout or unequal heads")
-    if call.trunk or _backward_is_slow(query, value, mask, dropout):
+    if call.trunk or _backward_is_slow(query, value, dropout):
         prefix = [part.transpose(0, 1)[None] for part in trunk] if call.trunk else [None, None]
         result: Tensor = CPUAttention.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            query, key, value, *prefix, causal, scaling
+            query, key, value, *prefix, mask, causal, scaling
         )
     else:
         result = F.scaled_dot_product_attention(
@@ -119,14 +119,13 @@ def _run_call(
     return result.transpose(1, 2).flatten(0, 1)
 
 
-def _backward_is_slow(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
+def _backward_is_slow(query: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether this is a backward pass of CPU kernels in half precision, which takes several times that in float32."""
     return (
         query.device.type == "cpu"
         and query.dtype != torch.float32
         and torch.is_grad_enabled()
         and query.requires_grad
-        and mask is None
         and not dropout
         and query.shape[-1] == value.shape[-1]
     )

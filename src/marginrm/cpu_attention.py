@@ -14,7 +14,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward 
 
 
 class CPUAttention(Function):
-    """Softmax attention of lines of tokens to themselves and, without a mask, to a prefix that all lines share.
+    """Softmax attention of lines of tokens to themselves and, wholly, to a prefix that all lines share.
 
     The backward pass computes in float32 even for bfloat16, whose kernel is several times slower. Both of its parts
     take the merged result and its log-sum-exp, since dP = P * (dO V^T - rowsum(dO * O)) with P = exp(QK^T - lse) holds
@@ -29,6 +29,7 @@ class CPUAttention(Function):
         value: Tensor,
         prefix_key: Tensor | None,
         prefix_value: Tensor | None,
+        mask: Tensor | None,
         causal: bool,
         scale: float | None,
     ) -> Tensor:
@@ -41,17 +42,18 @@ class CPUAttention(Function):
             value: As `key`.
             prefix_key: [1, key heads, prefix tokens, head size], or None.
             prefix_value: As `prefix_key`.
+            mask: Added to the scores of a line with itself, [lines or 1, 1, tokens or 1, tokens], or None.
             causal: Whether a token sees only those before it in its line (and the whole prefix).
             scale: Factor on the dot products; None for 1 / sqrt(head size).
         """
-        result, normaliser = _forward(query, key, value, 0.0, causal, scale=scale)
+        result, normaliser = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         if prefix_key is not None:
             prefix, other = _forward(_flat(query), prefix_key, prefix_value, 0.0, False, scale=scale)
             prefix, other = _lines(prefix, query.shape[0]), _lines(other[..., None], query.shape[0])[..., 0]
             share = torch.sigmoid(other - normaliser)[..., None]
             result = torch.lerp(result, prefix, share.to(result.dtype))
             normaliser = torch.logaddexp(normaliser, other)
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, result, normaliser)
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, mask, result, normaliser)
         ctx.options = causal, scale
         return cast("Tensor", result)
 
@@ -59,11 +61,22 @@ class CPUAttention(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of query, key, value, prefix key and prefix value."""
-        query, key, value, prefix_key, prefix_value, result, normaliser = ctx.saved_tensors
+        query, key, value, prefix_key, prefix_value, mask, result, normaliser = ctx.saved_tensors
         causal, scale = ctx.options
         dtype = query.dtype
         gradient, query, key, value, result = (part.float() for part in (gradient, query, key, value, result))
-        d_query, d_key, d_value = _backward(gradient, query, key, value, result, normaliser, 0.0, causal, scale=scale)
+        d_query, d_key, d_value = _backward(
+            gradient,
+            query,
+            key,
+            value,
+            result,
+            normaliser,
+            0.0,
+            causal,
+            attn_mask=None if mask is None else mask.float(),
+            scale=scale,
+        )
         d_prefix: list[Tensor | None] = [None, None]
         if prefix_key is not None:
             d_more, *d_prefix = _backward(
@@ -79,7 +92,7 @@ class CPUAttention(Function):
             )
             d_query = d_query + _lines(d_more, query.shape[0])
         grads = (d_query, d_key, d_value, *d_prefix)
-        return (*(grad if grad is None else grad.to(dtype) for grad in grads), None, None)
+        return (*(grad if grad is None else grad.to(dtype) for grad in grads), None, None, None)
 
 
 def _flat(lines: Tensor) -> Tensor:
