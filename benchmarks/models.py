@@ -33,6 +33,7 @@ def _shape(
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "max_position_embeddings": 4096, "head_dim": 128}
 # Sizes as in the config.json that each of these models was published with.
 SHAPES: dict[str, dict[str, Any]] = {
+    "pythia-70m": _shape(_GPT_NEOX, 512, 2048, 6, 8),
     "pythia-410m": _shape(_GPT_NEOX, 1024, 4096, 24, 16),
     "qwen3-0.6b": _shape(_QWEN3, 1024, 3072, 28, 16, num_key_value_heads=8),
     "tinyllama-1.1b": _shape(_LLAMA, 2048, 5632, 22, 32, num_key_value_heads=4),

@@ -1,0 +1,74 @@
+"""TRL's `RewardTrainer` on pairs of token ids, with the optimiser settings that marginrm has."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets.arrow_dataset import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+
+from benchmarks.groups import Group
+
+
+class TrlTrainer:
+    """`RewardTrainer`; a portion is trained on in one run, and the next goes on with the weights.
+
+    Args:
+        folder: The model.
+        dtype: Of matrix products.
+        batch: Pairs per forward pass and per step.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str, batch: int) -> None:
+        self._model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._directory = tempfile.TemporaryDirectory()
+        self._arguments = RewardConfig(
+            output_dir=self._directory.name,
+            per_device_train_batch_size=batch,
+            num_train_epochs=1,
+            learning_rate=1e-5,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=0.03,
+            adam_beta2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=0,
+            data_seed=0,
+            bf16=dtype == "bfloat16",
+            gradient_checkpointing=False,
+            max_length=None,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        self.detail: dict[str, Any] = {"dtype": dtype, "batch": batch, "version": version("trl")}
+        self.computed: int | None = None
+
+    def prepare(self, groups: Sequence[Group]) -> RewardTrainer:
+        """Returns a trainer for a portion; TRL takes what is tokenised as it is."""
+        rows = [{"chosen_ids": list(group.ids[0]), "rejected_ids": list(group.ids[1])} for group in groups]
+        return RewardTrainer(
+            model=self._model,
+            args=self._arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=self._tokenizer,
+        )
+
+    def score(self, work: RewardTrainer) -> list[float]:
+        """Trains for an epoch and returns the loss of every step."""
+        work.train()
+        return [entry["loss"] for entry in work.state.log_history if "loss" in entry]
+
+
+load = TrlTrainer

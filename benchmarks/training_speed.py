@@ -1,0 +1,188 @@
+"""`python -m benchmarks.training_speed`: pairs per second in training, beside TRL's `RewardTrainer`, in turn in one run.
+
+All contenders start from the same weights and are given the same token ids, batches, order and optimiser settings; so in
+float32 their loss curves must agree, and the report says by how much they do not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.contender_process import ContenderProcess
+from benchmarks.groups import Group
+from benchmarks.models import MINILM, NAMES, build
+from benchmarks.ratios import Spread, ratios
+from benchmarks.studies import shared_prefix
+from benchmarks.texts import ALPACA, load_texts
+from benchmarks.workloads import WORKLOADS, Portions
+
+_LONGEST = 256  # tokens of a sequence as it comes, in both workloads
+SHORT, LONG = "short prompts", "prompt two thirds"
+_OURS, _MARGIN, _TRL = "marginrm bt", "marginrm margin", "TRL"
+_MIB = 2**20
+
+
+def main(
+    trl_python: Annotated[Path, typer.Option(help="Interpreter of an environment with trl, datasets and psutil.")],
+    models: Annotated[str, typer.Option(help=f"With commas between: {', '.join(NAMES)}.")] = "minilm,pythia-70m",
+    dtypes: Annotated[str, typer.Option(help="With commas between: float32, bfloat16.")] = "float32,bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each contender trains on a portion.")] = 3,
+    steps: Annotated[int, typer.Option(min=2, help="Steps in a portion.")] = 4,
+    batch: Annotated[int, typer.Option(min=8, help="Pairs in a step, in one forward pass.")] = 16,
+    data: Annotated[Path, typer.Option(help="Folder of the AlpacaEval files; without them the demo's texts.")] = ALPACA,
+    output: Annotated[Path, typer.Option(help="Folder for models and results.")] = Path("runs/training_speed"),
+) -> None:
+    """Compare the training speed of marginrm with that of TRL on this machine."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    texts = load_texts(data)
+    results = []
+    for name in models.split(","):
+        folder = build(name, output / "models", texts.passages[:4000])
+        short = list(islice(short_pairs(Portions(folder, texts)), rounds * steps * batch + steps * batch))
+        # An encoder shares no prompt, and MiniLM has no room for longer ones.
+        workloads = {SHORT: short} if name == MINILM else {SHORT: short, LONG: list(lengthened(short))}
+        for workload, groups in workloads.items():
+            portions = [groups[start : start + steps * batch] for start in range(0, len(groups), steps * batch)]
+            found = take_turns(folder, portions, dtypes.split(","), batch, trl_python)
+            results.append({"model": name, "workload": workload} | found)
+            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            typer.echo(json.dumps(results[-1]), err=True)
+    tables = markdown(results, texts.source, batch)
+    (output / "report.md").write_text(tables + "\n", encoding="utf-8")
+    typer.echo(tables)
+
+
+def short_pairs(portions: Portions) -> Iterator[Group]:
+    """Yields pairs of at most 256 tokens a sequence."""
+    number = 0
+    while True:
+        for group in portions.portion(WORKLOADS["pairs"], number):
+            if max(map(len, group.ids)) <= _LONGEST:
+                yield group
+        number += 1
+
+
+def lengthened(groups: Sequence[Group]) -> Iterator[Group]:
+    """Yields pairs whose prompt is two thirds of their tokens: in front of each stands text of other pairs."""
+    for number, group in enumerate(groups):
+        prompt = shared_prefix(group.ids)
+        response = sum(len(ids) - prompt for ids in group.ids) / 2
+        missing = max(round(2 * response) - prompt, 0)
+        filler: tuple[int, ...] = ()
+        for other in [*groups[number + 1 :], *groups]:
+            if len(filler) >= missing:
+                break
+            filler += other.ids[0]
+        yield replace(group, ids=tuple(filler[:missing] + ids for ids in group.ids))
+
+
+def take_turns(
+    folder: Path, portions: Sequence[Sequence[Group]], dtypes: Sequence[str], batch: int, trl_python: Path
+) -> dict[str, Any]:
+    """Lets all contenders train on the same portions, one after another, in another order each round.
+
+    Returns:
+        `pairs_per_second` and `ratios` to TRL's best dtype (`Spread`s as dicts), `peak_mib` over the loaded model, `tokens` computed over
+        tokens asked, and `loss_difference`: the largest between two loss curves in float32 in the first round, when all
+        start from the same weights.
+    """
+    own = Path(sys.executable)
+    entrants = {
+        f"{name}, {dtype}": (kind, python, {"dtype": dtype, "batch": batch} | more)
+        for dtype in dtypes
+        for name, kind, python, more in (
+            (_OURS, "marginrm_trainer", own, {"preset": "bt"}),
+            (_MARGIN, "marginrm_trainer", own, {"preset": "margin"}),
+            (_TRL, "trl_trainer", trl_python, {}),
+        )
+    }
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
+    processes = {name: ContenderProcess(kind, python, threads) for name, (kind, python, _) in entrants.items()}
+    rates: dict[str, dict[int, float]] = {name: {} for name in entrants}
+    losses: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
+    computed: dict[str, float] = {}
+    try:
+        for name, process in processes.items():
+            process.load(folder, entrants[name][2])
+        names = list(entrants)
+        for number, portion in enumerate(portions):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                scored = processes[name].score(portion)
+                losses.setdefault(name, scored.rewards)  # of the first round
+                if number:  # the first one warms up
+                    rates[name][number] = len(portion) / scored.seconds
+                    peaks[name] = max(peaks.get(name, 0.0), (scored.peak_rss - processes[name].loaded_rss) / _MIB)
+                    if scored.computed is not None:
+                        computed[name] = scored.computed / sum(group.tokens for group in portion)
+    finally:
+        for process in processes.values():
+            process.close()
+    return _summary(rates, losses) | {"peak_mib": peaks, "tokens": computed, "rounds": len(portions) - 1}
+
+
+def _summary(rates: dict[str, dict[int, float]], losses: dict[str, list[float]]) -> dict[str, Any]:
+    medians = {name: median(values.values()) for name, values in rates.items()}
+    best_trl = max((name for name in rates if name.startswith(_TRL)), key=lambda name: medians[name])
+    exact = [f"{name}, float32" for name in (_OURS, _TRL)]
+    return {
+        "pairs_per_second": {name: _fields(list(values.values())) for name, values in rates.items()},
+        "best_trl": best_trl,
+        "ratios": {name: _fields(ratios(values, rates[best_trl])) for name, values in rates.items()},
+        "margin_cost": {
+            dtype: _fields(ratios(rates[f"{_OURS}, {dtype}"], rates[f"{_MARGIN}, {dtype}"]))
+            for dtype in sorted({name.rsplit(", ", 1)[1] for name in rates})
+        },
+        "loss_difference": max(abs(a - b) for a, b in zip(*(losses[name] for name in exact), strict=True))
+        if all(name in losses for name in exact)
+        else None,
+    }
+
+
+def _fields(values: Sequence[float]) -> dict[str, float]:
+    spread = Spread.of(values)
+    assert spread is not None
+    return {"median": spread.median, "low": spread.low, "high": spread.high}
+
+
+def markdown(results: Sequence[dict[str, Any]], source: str, batch: int) -> str:
+    """Returns the results as tables."""
+    lines = [
+        f"Texts: {source}; {batch} pairs a step; ratios are to TRL's faster dtype, median (lowest to highest round)."
+    ]
+    for result in results:
+        lines += [
+            "",
+            f"**{result['model']}, {result['workload']}**, {result['rounds']} rounds",
+            "",
+            "| | pairs/s | ratio to TRL | peak memory over the model | tokens computed |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for name, rate in result["pairs_per_second"].items():
+            ratio = result["ratios"][name]
+            tokens = f"{result['tokens'][name]:.0%}" if name in result["tokens"] else ""
+            lines.append(
+                f"| {name} | {rate['median']:.1f} | {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) | "
+                f"{result['peak_mib'][name]:,.0f} MiB | {tokens} |"
+            )
+        cost = ", ".join(f"{dtype} {value['median']:.3f}" for dtype, value in result["margin_cost"].items())
+        lines += ["", f"Time of a `margin` step over a `bt` step: {cost}."]
+        if result["loss_difference"] is not None:
+            lines.append(f"Largest difference of the float32 loss curves: {result['loss_difference']:.1e}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
