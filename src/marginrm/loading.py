@@ -99,6 +99,7 @@ def load_for_training(
     *,
     seed: int,
     max_length: int | None = None,
+    positions: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[RewardModule, Encoder]:
@@ -112,11 +113,13 @@ def load_for_training(
         path: A folder or a name on the Hub: a language model, an encoder or a reward model.
         seed: Of the new head's weights.
         max_length: As for `load_for_scoring`.
+        positions: As for `repeat_positions`; None leaves them as they are.
         trust_remote_code: As for `load_for_scoring`.
         revision: As for `load_for_scoring`.
 
     Raises:
         ModelError: As for `load_for_scoring`.
+        ConfigError: `max_length` or `positions` does not suit the model.
     """
     set_seed(seed)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
@@ -130,13 +133,16 @@ def load_for_training(
     classifier, missing = _classifier(path, config, torch.float32, options)
     tokenizer = _tokenizer(path, options)
     _ensure_padding(classifier, tokenizer)
+    if positions is not None:
+        repeat_positions(classifier, positions)
+        tokenizer.model_max_length = positions
     if missing:
         _log.info("New weights, not in %s: %s", path, ", ".join(sorted(missing)))
     draw_head(classifier, missing, seed)
     for part in classifier.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-    limit = length_limit(config, tokenizer, max_length)
+    limit = length_limit(classifier.config, tokenizer, max_length)
     module = RewardModule(classifier, max_length=limit)
     return module, Encoder(tokenizer, max_length=limit, architecture=module.architecture)
 
@@ -151,6 +157,36 @@ def draw_head(classifier: PreTrainedModel, missing: set[str], seed: int) -> None
                 head.weight.normal_(0.0, 1.0 / (head.in_features + 1), generator=generator)
                 if head.bias is not None:
                     head.bias.zero_()
+
+
+def repeat_positions(classifier: PreTrainedModel, positions: int) -> None:
+    """Lets an encoder with learned positions read longer texts: its position embeddings are repeated.
+
+    So Longformer started from RoBERTa (arXiv 2004.05150, section 5). The new positions have to be trained.
+
+    Args:
+        classifier: A BERT; it is changed in place, its configuration too.
+        positions: How many it shall have, more than now.
+
+    Raises:
+        ConfigError: Its positions are not learned, or it has that many.
+    """
+    embeddings = getattr(getattr(classifier, "bert", None), "embeddings", None)
+    if embeddings is None:
+        raise ConfigError(
+            f"model.positions: {type(classifier).__name__} has no learned positions of BERT's kind to repeat. Take the "
+            "setting out; rotary positions reach as far as model.max_length says."
+        )
+    now = embeddings.position_embeddings.weight
+    if positions <= len(now):
+        raise ConfigError(
+            f"model.positions = {positions:,}: the model has {len(now):,} already. Give more, or nothing."
+        )
+    repeated = now.detach().repeat(-(-positions // len(now)), 1)[:positions]
+    embeddings.position_embeddings = nn.Embedding(*repeated.shape, _weight=repeated)
+    embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+    embeddings.register_buffer("token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False)
+    classifier.config.max_position_embeddings = positions
 
 
 def length_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, requested: int | None) -> int:

@@ -37,6 +37,9 @@ class ModelConfig(_Section):
 
     path: str = Field(description="Folder or Hub name of a language model, an encoder or a reward model.")
     max_length: int | None = Field(None, description="Most tokens a sequence may have; the model's own limit if unset.")
+    positions: int | None = Field(
+        None, ge=8, description="Repeat a BERT's learned positions up to here, so that it reads longer texts."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of matrix products; with bfloat16 weights, head and loss stay float32. ours"
     )

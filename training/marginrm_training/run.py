@@ -89,6 +89,7 @@ def load(config: TrainConfig) -> tuple[RewardModule, Encoder]:
         expand(config.model.path),
         seed=config.seed,
         max_length=config.model.max_length,
+        positions=config.model.positions,
         trust_remote_code=config.model.trust_remote_code,
     )
     if config.model.lora:
