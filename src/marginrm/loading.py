@@ -183,7 +183,7 @@ def repeat_positions(classifier: PreTrainedModel, positions: int) -> None:
             f"model.positions = {positions:,}: the model has {len(now):,} already. Give more, or nothing."
         )
     repeated = now.detach().repeat(-(-positions // len(now)), 1)[:positions]
-    embeddings.position_embeddings = nn.Embedding(*repeated.shape, _weight=repeated)
+    embeddings.position_embeddings = nn.Embedding(positions, repeated.shape[1], _weight=repeated)
     embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     embeddings.register_buffer("token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False)
     classifier.config.max_position_embeddings = positions
