@@ -54,10 +54,12 @@ class Job:
         group: The group to be taken next.
         member: The first member of that group that was not taken yet.
         outcomes: One per response: its reward, or the error that took its place.
-        remaining: Responses without an outcome.
+        missing: For each group how many of its responses have no outcome.
+        remaining: Their sum.
         computed: Tokens that the model computed for this job.
         abandoned: Nobody waits for this any more: the queue drops it.
         on_computed: Called with the number of tokens after each step that held a part of this job.
+        on_group: Called with the number of a group when its last outcome has come.
         done: Resolved when no response is left, or failed with the reason why none will come.
         queued_at: When it was queued, in seconds of `perf_counter`.
         started_at: When its first part went into a step.
@@ -70,10 +72,12 @@ class Job:
     group: int = 0
     member: int = 0
     outcomes: list[list[Outcome | None]] = field(init=False)
+    missing: list[int] = field(init=False)
     remaining: int = field(init=False)
     computed: int = 0
     abandoned: bool = False
     on_computed: Callable[[int], None] | None = None
+    on_group: Callable[[int], None] | None = None
     done: asyncio.Future[None] | None = None
     queued_at: float = field(default_factory=perf_counter)
     started_at: float | None = None
@@ -81,7 +85,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self.outcomes = [[None] * len(group) for group in self.groups]
-        self.remaining = sum(len(group) for group in self.groups)
+        self.missing = [len(group) for group in self.groups]
+        self.remaining = sum(self.missing)
 
     @classmethod
     def of(cls, groups: Sequence[Group], *, share_prefix: bool) -> Job:
@@ -107,4 +112,7 @@ class Job:
     def record(self, group: int, start: int, outcomes: Sequence[Outcome]) -> None:
         """Keeps the outcomes of consecutive members of one group."""
         self.outcomes[group][start : start + len(outcomes)] = outcomes
+        self.missing[group] -= len(outcomes)
         self.remaining -= len(outcomes)
+        if self.on_group and not self.missing[group]:
+            self.on_group(group)

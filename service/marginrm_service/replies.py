@@ -17,7 +17,6 @@ from marginrm.schemas import (
     ModelInfo,
     PairIn,
     PairOut,
-    PromptIn,
     PromptOut,
     RankedOut,
     ResponseOut,
@@ -60,10 +59,7 @@ def best_of_n_reply(request: BestOfNRequest, answer: Answer, info: ModelInfo) ->
     """Shapes the answer to `best_of_n_asks`."""
     return BestOfNResponse(
         model=info,
-        prompts=[
-            _prompt(index, prompt, results, request, info.temperature)
-            for index, (prompt, results) in enumerate(zip(request.prompts, answer.results, strict=True))
-        ],
+        prompts=[prompt_reply(index, request, results, info) for index, results in enumerate(answer.results)],
         usage=answer.usage,
     )
 
@@ -108,16 +104,17 @@ def _error_of_side(error: MarginRMError, side: str) -> ErrorBody:
     return ErrorBody(code=body.code, message=message, param=side)
 
 
-def _prompt(
-    index: int, prompt: PromptIn, results: Sequence[Result], request: BestOfNRequest, temperature: float
+def prompt_reply(
+    index: int, request: BestOfNRequest, results: Sequence[Result], info: ModelInfo
 ) -> PromptOut | ItemError:
-    """Ranks the candidates that were scored; the others are listed with their errors."""
+    """Ranks the candidates of one prompt that were scored; the others are listed with their errors."""
+    prompt = request.prompts[index]
     places = [place for place, result in enumerate(results) if isinstance(result, Scored)]
     failed = [(place, result) for place, result in enumerate(results) if isinstance(result, MarginRMError)]
     if not places:
         return ItemError(id=prompt.id, index=index, error=error_body(failed[0][1]))
     scored = [result for result in results if isinstance(result, Scored)]
-    ranked = ranking.rank([one.reward for one in scored], temperature, request.tie_below, request.top_k)
+    ranked = ranking.rank([one.reward for one in scored], info.temperature, request.tie_below, request.top_k)
     return PromptOut(
         id=prompt.id,
         index=index,

@@ -21,15 +21,17 @@ from marginrm.schemas import (
     PromptOut,
     ScoreRequest,
     ScoreResponse,
+    StreamEnd,
 )
-from marginrm_service import tracing
-from marginrm_service.answer import Answer, Ask, Stages
+from marginrm_service import streaming, tracing
+from marginrm_service.answer import Answer, Ask, Result, Stages
 from marginrm_service.deadlines import deadline, seconds_allowed
 from marginrm_service.disconnects import while_connected
 from marginrm_service.errors import DeadlineExceededError
 from marginrm_service.http_errors import error_response, status_of
 from marginrm_service.priority import is_bulk
-from marginrm_service.replies import best_of_n_asks, best_of_n_reply, score_asks, score_reply
+from marginrm_service.replies import best_of_n_asks, best_of_n_reply, prompt_reply, score_asks, score_reply
+from marginrm_service.scoring import OnAsk
 from marginrm_service.scoring import score as score_asked
 from marginrm_service.served import ServedModel
 from marginrm_service.service import Service, ServiceOf
@@ -59,24 +61,46 @@ async def score(body: ScoreRequest, request: Request, service: ServiceOf) -> Res
     """
     model = service.registry.get(body.model)
     answer = await ask(service, model, request, score_asks(body), body.truncation)
-    reply, content = await shape(service, answer, lambda: score_reply(body, answer, model.info))
+    reply, content = await shape(service, answer.usage.responses, lambda: score_reply(body, answer, model.info))
     service.metrics.comparisons(model.name, [pair for pair in reply.pairs if isinstance(pair, PairOut)])
     return _lone_error([*reply.pairs, *reply.items], answer) or json_reply(content, answer.stages)
 
 
-@router.post("/best-of-n", response_model=BestOfNResponse, responses=ERRORS, tags=["scoring"])
+@router.post("/best-of-n", response_model=BestOfNResponse, responses=ERRORS | streaming.DOCUMENTED, tags=["scoring"])
 async def best_of_n(body: BestOfNRequest, request: Request, service: ServiceOf) -> Response:
     """Ranks the candidates of one or many prompts, best first.
 
     The candidates of a prompt share its computation. `p_best` is the probability that a candidate is the best of all,
     `margin` and `confidence` are those of the best over the runner-up. A candidate that cannot be scored is listed
     under `errors`, and the others are ranked without it.
+
+    With `Accept: application/x-ndjson` the outcome of each prompt comes as a line of its own as soon as it is known, and
+    after the last of them a line with `model` and `usage`. If the rest cannot be done, the last line has `status` and
+    `error` instead.
     """
     model = service.registry.get(body.model)
+    if streaming.wanted(request):
+        return await _stream_best_of_n(body, request, service, model)
     answer = await ask(service, model, request, best_of_n_asks(body), body.truncation)
-    reply, content = await shape(service, answer, lambda: best_of_n_reply(body, answer, model.info))
+    reply, content = await shape(service, answer.usage.responses, lambda: best_of_n_reply(body, answer, model.info))
     service.metrics.comparisons(model.name, [prompt for prompt in reply.prompts if isinstance(prompt, PromptOut)])
     return _lone_error(reply.prompts, answer) or json_reply(content, answer.stages)
+
+
+async def _stream_best_of_n(body: BestOfNRequest, request: Request, service: Service, model: ServedModel) -> Response:
+    """Sends each prompt's outcome when it is known."""
+
+    async def line(number: int, results: list[Result]) -> str:
+        outcome, content = await shape(service, len(results), lambda: prompt_reply(number, body, results, model.info))
+        if isinstance(outcome, PromptOut):
+            service.metrics.comparisons(model.name, [outcome])
+        return content
+
+    async def scored(on_ask: OnAsk) -> str:
+        answer = await ask(service, model, request, best_of_n_asks(body), body.truncation, on_ask)
+        return StreamEnd(model=model.info, usage=answer.usage).model_dump_json()
+
+    return await streaming.reply(scored, line)
 
 
 @router.get("/v1/models", tags=["models"])
@@ -86,9 +110,16 @@ async def models(service: ServiceOf) -> ModelList:
 
 
 async def ask(
-    service: Service, model: ServedModel, request: Request, asks: Sequence[Ask], truncation: Truncation
+    service: Service,
+    model: ServedModel,
+    request: Request,
+    asks: Sequence[Ask],
+    truncation: Truncation,
+    on_ask: OnAsk | None = None,
 ) -> Answer:
     """Scores what a route asks, for as long as its client stays and its time is not up.
+
+    `on_ask` is told of each ask's results as they come.
 
     Raises:
         DeadlineExceededError: Its time was up.
@@ -100,7 +131,7 @@ async def ask(
     bulk = is_bulk(request)
     try:
         async with deadline(seconds):
-            work = score_asked(model, asks, truncation, service.pool, bulk=bulk, seconds=seconds)
+            work = score_asked(model, asks, truncation, service.pool, bulk=bulk, seconds=seconds, on_ask=on_ask)
             answer = await while_connected(request, work)
     except DeadlineExceededError as error:
         service.metrics.rejections.labels(model.name, error.code).inc()
@@ -110,14 +141,14 @@ async def ask(
     return answer
 
 
-async def shape(service: Service, answer: Answer, make: Callable[[], ReplyT]) -> tuple[ReplyT, str]:
-    """Makes a reply and its JSON; large ones in a thread, so that the event loop stays free for others."""
+async def shape(service: Service, responses: int, make: Callable[[], ReplyT]) -> tuple[ReplyT, str]:
+    """Makes a reply and its JSON; those of many responses in a thread, so that the event loop stays free for others."""
 
     def run() -> tuple[ReplyT, str]:
         reply = make()
         return reply, reply.model_dump_json()
 
-    if answer.usage.responses < _LARGE:
+    if responses < _LARGE:
         return run()
     return await asyncio.get_running_loop().run_in_executor(service.pool, run)
 

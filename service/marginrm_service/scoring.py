@@ -16,7 +16,7 @@ from marginrm.encoding import EncodedResponse, Encoder, Truncation
 from marginrm.errors import MarginRMError, SequenceTooLongError
 from marginrm.schemas import Usage
 from marginrm_service.answer import Answer, Ask, Result, Scored, Stages
-from marginrm_service.job import Job
+from marginrm_service.job import Job, Outcome
 from marginrm_service.served import ServedModel
 from marginrm_service.tokenising import Encoded, encode_group, encode_text
 
@@ -28,6 +28,7 @@ _CHUNK_CHARACTERS = 200_000
 _CHARACTERS_PER_TOKEN = 64
 
 T = TypeVar("T")
+OnAsk = Callable[[int, list[Result]], None]
 
 
 async def score(
@@ -38,6 +39,7 @@ async def score(
     *,
     bulk: bool = False,
     seconds: float = math.inf,
+    on_ask: OnAsk | None = None,
 ) -> Answer:
     """Scores responses.
 
@@ -48,6 +50,7 @@ async def score(
         pool: Threads that tokenise.
         bulk: Whether it takes the room that interactive work leaves.
         seconds: How long it may take.
+        on_ask: Called on the event loop with the number of an ask and its results, as soon as it has all of them.
 
     Raises:
         UnavailableError: The model takes no more requests now.
@@ -65,6 +68,8 @@ async def score(
         model.learn(characters, job.cost)
         job.bulk = bulk
         job.on_computed = permit.spend
+        if on_ask:
+            _announce(encoded, job, on_ask)
         await model.run(job)
     results = _gather(encoded, job)
     waited = (job.started_at or job.queued_at) - job.queued_at
@@ -153,7 +158,7 @@ def _characters(asks: Sequence[Ask], *, shared: bool) -> int:
 
 
 def _job(encoded: Sequence[Sequence[Encoded]], shares_prefixes: bool) -> Job:
-    groups = [[one for one in outcomes if isinstance(one, EncodedResponse)] for outcomes in encoded]
+    groups = map(_usable, encoded)
     return Job.of([group for group in groups if group], share_prefix=shares_prefixes)
 
 
@@ -161,18 +166,35 @@ async def _in(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
+def _announce(encoded: Sequence[Sequence[Encoded]], job: Job, on_ask: OnAsk) -> None:
+    """Tells of each ask when its group in the job is complete, and at once where there is nothing to compute."""
+    numbers = []
+    for number, outcomes in enumerate(encoded):
+        if _usable(outcomes):
+            numbers.append(number)
+        else:
+            on_ask(number, _results(outcomes, iter(())))
+    job.on_group = lambda group: on_ask(numbers[group], _results(encoded[numbers[group]], iter(job.outcomes[group])))
+
+
 def _gather(encoded: Sequence[Sequence[Encoded]], job: Job) -> list[list[Result]]:
     """Puts rewards and errors into the places of the responses that they belong to."""
     rewards = iter([outcome for outcomes in job.outcomes for outcome in outcomes])
-    results: list[list[Result]] = []
-    for outcomes in encoded:
-        row: list[Result] = []
-        for one in outcomes:
-            if isinstance(one, EncodedResponse):
-                reward = next(rewards)
-                assert reward is not None  # the engine resolves a job only when it is complete
-                row.append(reward if isinstance(reward, MarginRMError) else Scored(reward, len(one.ids), one.truncated))
-            else:
-                row.append(one)
-        results.append(row)
+    return [_results(outcomes, rewards) for outcomes in encoded]
+
+
+def _usable(outcomes: Sequence[Encoded]) -> list[EncodedResponse]:
+    return [one for one in outcomes if isinstance(one, EncodedResponse)]
+
+
+def _results(outcomes: Sequence[Encoded], rewards: Iterator[Outcome | None]) -> list[Result]:
+    """Returns one ask's results; takes a reward from the front for each response that could be encoded."""
+    results: list[Result] = []
+    for one in outcomes:
+        if not isinstance(one, EncodedResponse):
+            results.append(one)
+            continue
+        reward = next(rewards)
+        assert reward is not None  # the engine resolves only what is complete
+        results.append(reward if isinstance(reward, MarginRMError) else Scored(reward, len(one.ids), one.truncated))
     return results

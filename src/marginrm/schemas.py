@@ -276,6 +276,20 @@ class BestOfNResponse(_Reply):
     usage: Usage
 
 
+class StreamEnd(_Reply):
+    """Last line of a streamed answer: what the plain answer says beside its prompts."""
+
+    model: ModelInfo
+    usage: Usage
+
+
+class StreamError(_Reply):
+    """Last line of a streamed answer whose rest will not come: the status that a plain answer would have had, and why."""
+
+    status: int
+    error: ErrorBody
+
+
 class ModelCard(ModelInfo):
     """A served model, in the shape that OpenAI's clients read, and how it runs."""
 

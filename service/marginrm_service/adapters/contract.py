@@ -116,7 +116,7 @@ async def score(
 
 async def reply(service: Service, rewarded: Rewarded, make: Callable[[], BaseModel]) -> Response:
     """Sends an answer; a large one is made off the event loop."""
-    _, content = await shape(service, rewarded.answer, make)
+    _, content = await shape(service, rewarded.answer.usage.responses, make)
     return json_reply(content, rewarded.answer.stages)
 
 
