@@ -1,0 +1,108 @@
+"""`POST /best-of-n` in lines: what comes when, what ends a stream, and what it does to the engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+
+from support_server import serving
+from support_service import FakeRewardModel, Gate
+
+LINES = {"Accept": "application/x-ndjson"}
+PROMPTS = [
+    {"id": f"p{number}", "prompt": f"Question {number}?", "candidates": [f"Answer {number}.{n}" for n in range(5)]}
+    for number in range(12)
+]
+
+
+def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def test_the_lines_hold_what_the_plain_answer_holds() -> None:
+    body = {"prompts": PROMPTS, "top_k": 2}
+    with serving(FakeRewardModel()) as server:
+        plain = httpx.post(f"{server.url}/best-of-n", json=body).json()
+        response = httpx.post(f"{server.url}/best-of-n", json=body, headers=LINES)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("application/x-ndjson")
+    *outcomes, end = lines_of(response)
+    assert sorted(outcomes, key=lambda line: line["index"]) == plain["prompts"]
+    assert end == {"model": plain["model"], "usage": plain["usage"]}
+
+
+def test_a_line_comes_before_the_rest_is_computed() -> None:
+    model, gate = FakeRewardModel(), Gate()
+    model.token_budget = 60
+    with serving(model) as server:
+        model.on_forward = gate
+        gate.open(2)  # of about six steps
+        with httpx.stream("POST", f"{server.url}/best-of-n", json={"prompts": PROMPTS}, headers=LINES) as response:
+            incoming = response.iter_lines()
+            first = json.loads(next(incoming))
+            assert first["ranking"]
+            assert server.service.registry.get("default")._door.tokens > 0  # the worker waits for the gate
+            model.on_forward = lambda _: None
+            gate.open(2)
+            rest = [json.loads(line) for line in incoming]
+    assert len(rest) == len(PROMPTS)  # the other prompts and the last line
+
+
+def test_a_client_that_hangs_up_in_mid_stream_frees_the_engine() -> None:
+    model, gate = FakeRewardModel(), Gate()
+    model.token_budget = 60
+    with serving(model) as server:
+        door = server.service.registry.get("default")._door
+        model.on_forward = gate
+        gate.open(2)  # of about six steps
+        with httpx.stream("POST", f"{server.url}/best-of-n", json={"prompts": PROMPTS}, headers=LINES) as response:
+            next(response.iter_lines())
+        deadline = time.monotonic() + 20
+        while door.requests and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (door.requests, door.tokens) == (0, 0)
+        steps = len(model.steps)
+        model.on_forward = lambda _: None
+        gate.open(2)
+        assert httpx.post(f"{server.url}/best-of-n", json={"prompts": PROMPTS[:1]}).status_code == 200
+        assert len(model.steps) <= steps + 2  # what was left of the stream was not computed
+
+
+def test_a_refusal_before_the_first_line_has_its_own_status() -> None:
+    with serving(FakeRewardModel()) as server:
+        unknown = httpx.post(f"{server.url}/best-of-n", json={"model": "x", "prompts": PROMPTS}, headers=LINES)
+        late = {**LINES, "X-Request-Timeout": "soon"}
+        invalid = httpx.post(f"{server.url}/best-of-n", json={"prompts": PROMPTS}, headers=late)
+    assert unknown.status_code == 404
+    assert invalid.status_code == 422
+    assert invalid.json()["error"]["param"] == "X-Request-Timeout"
+
+
+def test_a_deadline_in_mid_stream_ends_it_with_status_and_error() -> None:
+    model, gate = FakeRewardModel(), Gate()
+    model.token_budget = 60
+    with serving(model) as server:
+        model.on_forward = gate
+        gate.open(2)  # of about six steps
+        headers = {**LINES, "X-Request-Timeout": "1.5"}
+        with httpx.stream("POST", f"{server.url}/best-of-n", json={"prompts": PROMPTS}, headers=headers) as response:
+            lines = [json.loads(line) for line in response.iter_lines()]
+            request_id = response.headers["x-request-id"]
+        model.on_forward = lambda _: None
+        gate.open(2)
+    assert 1 <= len(lines) - 1 < len(PROMPTS)
+    assert lines[-1]["status"] == 504
+    assert lines[-1]["error"]["code"] == "deadline_exceeded"
+    assert lines[-1]["error"]["request_id"] == request_id
+
+
+def test_one_unusable_prompt_is_a_line_among_the_others() -> None:
+    prompts = [*PROMPTS[:2], {"id": "bad", "prompt": "x" * 100_000, "candidates": ["a", "b"]}, PROMPTS[2]]
+    with serving(FakeRewardModel()) as server:
+        *outcomes, end = lines_of(httpx.post(f"{server.url}/best-of-n", json={"prompts": prompts}, headers=LINES))
+    assert {line["index"] for line in outcomes} == {0, 1, 2, 3}
+    assert [line["id"] for line in outcomes if "error" in line] == ["bad"]
+    assert end["usage"]["responses"] == 15
