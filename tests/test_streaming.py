@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from typing import Any
 
@@ -106,3 +107,28 @@ def test_one_unusable_prompt_is_a_line_among_the_others() -> None:
     assert {line["index"] for line in outcomes} == {0, 1, 2, 3}
     assert [line["id"] for line in outcomes if "error" in line] == ["bad"]
     assert end["usage"]["responses"] == 15
+
+
+def test_a_slow_reader_holds_up_nobody_and_gets_every_line() -> None:
+    long = [{**PROMPTS[0], "candidates": [f"Answer {n} " * 40 for n in range(2)]} for _ in range(200)]
+    body = json.dumps({"prompts": long, "return_text": True}).encode()
+    head = (
+        "POST /best-of-n HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept: application/x-ndjson\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with serving(FakeRewardModel()) as server, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.settimeout(30)
+        reader.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        reader.sendall(head.encode() + body)
+        received = reader.recv(100)
+        door = server.service.registry.get("default")._door
+        deadline = time.monotonic() + 20
+        while door.requests and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert door.requests == 0  # all is computed while nobody reads
+        assert httpx.post(f"{server.url}/best-of-n", json={"prompts": PROMPTS[:1]}).status_code == 200
+        while part := reader.recv(65536):
+            received += part
+    assert received.count(b'"mean"') == 200
+    assert b'"usage"' in received
