@@ -15,6 +15,7 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from marginrm.client import (
@@ -230,3 +231,80 @@ def test_work_whose_client_has_given_up_is_dropped() -> None:
         gate.open()
         assert client.score(PROMPT, RESPONSES) == [model.expect(PROMPT, response) for response in RESPONSES]
         assert server.service.registry.get("default")._door.tokens == 0
+
+
+GROUPS = [
+    {"prompt": f"Question {number}?", "candidates": [f"Answer {number}.{index}" for index in range(count)]}
+    for number, count in enumerate((3, 9, 1, 4, 2, 7))
+]
+
+
+def test_streamed_rankings_are_the_plain_ones() -> None:
+    async def collected(url: str) -> dict[int, Any]:
+        async with AsyncRewardClient(url, batch_size=8) as client:
+            return {index: outcome async for index, outcome in client.best_of_n_stream(GROUPS, top_k=2)}
+
+    with serving(FakeRewardModel()) as server, RewardClient(server.url, batch_size=8) as client:
+        plain = client.best_of_n_many(GROUPS[:1] + GROUPS[2:], top_k=2)
+        streamed = dict(client.best_of_n_stream(GROUPS, top_k=2))
+        assert [streamed[index] for index in (0, 2, 3, 4, 5)] == plain
+        assert asyncio.run(collected(server.url)) == streamed
+
+
+def test_a_stream_that_breaks_goes_on_with_what_is_missing() -> None:
+    with serving(FakeRewardModel()) as server:
+        body = {"prompts": GROUPS}
+        whole = httpx.post(f"{server.url}/best-of-n", json=body, headers={"Accept": "application/x-ndjson"}).content
+        with RewardClient(server.url) as client:
+            expected = dict(client.best_of_n_stream(GROUPS))
+            with httpx.Client() as plain:
+                rest = {"prompts": [GROUPS[index] for index in (2, 3, 4, 5)]}
+                accept = {"Accept": "application/x-ndjson"}
+                second = plain.post(f"{server.url}/best-of-n", json=rest, headers=accept).content
+    lines = {json.loads(line).get("index"): line + b"\n" for line in whole.splitlines()}
+    broken = lines[0] + lines[1] + lines[2][:20]  # and no more
+    with scripted((200, {}, broken), (200, {}, second)) as (url, arrivals), RewardClient(url, backoff=0.01) as client:
+        assert dict(client.best_of_n_stream(GROUPS)) == expected
+        assert len(arrivals) == 2
+
+
+def test_an_error_in_mid_stream_is_raised_with_its_status() -> None:
+    late = json.dumps({"status": 422, "error": {"code": "odd", "message": "no", "request_id": "r"}}).encode() + b"\n"
+    with (
+        scripted((200, {}, late)) as (url, _),
+        RewardClient(url) as client,
+        pytest.raises(InvalidRequestError, match="odd"),
+    ):
+        list(client.best_of_n_stream(GROUPS))
+
+
+def test_a_large_group_is_cut_and_ranked_as_if_it_were_not() -> None:
+    candidates = [f"Candidate {number}" for number in range(50)]
+    with (
+        serving(FakeRewardModel()) as server,
+        RewardClient(server.url) as whole,
+        RewardClient(server.url, batch_size=7, concurrency=3) as parts,
+    ):
+        expected = whole.best_of_n(PROMPT, candidates, top_k=5)
+        found = parts.best_of_n(PROMPT, candidates, top_k=5)
+        assert found.best == expected.best
+        assert [(one.candidate, one.rank, one.reward) for one in found.ranking] == [
+            (one.candidate, one.rank, one.reward) for one in expected.ranking
+        ]
+        assert found.mean == pytest.approx(expected.mean)
+        assert parts.score(PROMPT, candidates) == whole.score(PROMPT, candidates)
+        with pytest.raises(ItemScoreError) as raised:
+            parts.score(PROMPT, [*candidates, "word " * 5000])
+    assert raised.value.index == 0
+    assert "50" in str(raised.value)
+
+
+def test_a_part_that_fails_says_which_items_it_was_about() -> None:
+    pairs = [{"prompt": PROMPT, "chosen": "a", "rejected": "b"}] * 10
+    with (
+        scripted(refusal(500, "broken")) as (url, _),
+        RewardClient(url, batch_size=4, concurrency=2) as client,
+        pytest.raises(ServerError) as raised,
+    ):
+        client.score_pairs(pairs)
+    assert "pairs 0 to 1" in raised.value.__notes__[0]

@@ -234,7 +234,9 @@ def test_the_worker_dies(http, model):
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_stopped")
         assert int(reply.headers["retry-after"]) >= 1
     assert http.get("/readyz").status_code == 503
-    assert http.get("/healthz").status_code == 200
+    lost = http.get("/healthz")
+    assert (lost.status_code, lost.json()["error"]["code"]) == (503, "not_ready")
+    assert "Restart" in lost.json()["error"]["message"]
     assert metric(http, "marginrm_ready") == 0
 
 

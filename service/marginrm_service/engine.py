@@ -75,6 +75,11 @@ class ScoringEngine:
         return self._thread.is_alive() and not self._closing and self._failure is None
 
     @property
+    def died(self) -> bool:
+        """Whether the worker ended without being told to; it cannot be started again."""
+        return self._failure is not None
+
+    @property
     def step_seconds(self) -> float:
         """How long the present step has been running; 0 between steps."""
         began = self._step_began

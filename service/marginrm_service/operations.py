@@ -11,9 +11,10 @@ from marginrm_service.service import ServiceOf
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/healthz")
-async def healthz() -> dict[str, str]:
-    """Says that the process is alive, also while models load."""
+@router.get("/healthz", responses={503: {"model": ErrorReply, "description": "Only a new process helps."}})
+async def healthz(service: ServiceOf) -> dict[str, str]:
+    """Says that the process is alive, also while models load; 503 if a model's worker has died."""
+    service.registry.check_alive()
     return {"status": "alive"}
 
 

@@ -204,6 +204,18 @@ class ModelRegistry:
             if served.stalled:
                 raise NotReadyError(f"A forward pass of model {name!r} does not end.", retry_after=60)
 
+    def check_alive(self) -> None:
+        """Returns if no model is beyond help.
+
+        Raises:
+            NotReadyError: The worker of one has died, which only a new process mends.
+        """
+        for served in self._served.values():
+            if served.died:
+                raise NotReadyError(
+                    f"The worker of model {served.name!r} has died. Restart the server.", retry_after=60
+                )
+
     def cards(self) -> list[ModelCard]:
         """Returns the cards of the models that are loaded."""
         return [served.card() for served in self._served.values()]

@@ -71,6 +71,11 @@ class ServedModel:
         return self._engine.alive
 
     @property
+    def died(self) -> bool:
+        """Whether its worker ended without being told to."""
+        return self._engine.died
+
+    @property
     def stalled(self) -> bool:
         """Whether its present step has been running for longer than any should."""
         return self._engine.step_seconds > self._stall_seconds

@@ -9,20 +9,22 @@ with RewardClient("http://127.0.0.1:8000") as client:
 
 Connections are kept and reused. What may pass (429, 502, 503, 504, a connection that breaks) is tried again with
 growing, jittered waits, and not before the server's `Retry-After`. Errors are drawn in `marginrm.client_errors`. What is
-sent and when is decided in `marginrm.client_calls`; here are the two loops that do it.
+sent and when is decided in `marginrm.client_calls` and `client_stream`; here are the two loops that do it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack
 from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
 
-from marginrm.client_calls import Call, Calls, Group, Outcome, Pair, Prompt, Reply, Send, Wait
+from marginrm.client_calls import Call, Calls, Group, Pair, Parallel, Prompt, Send, Wait
 from marginrm.client_errors import (
     DeadlineError,
     InvalidRequestError,
@@ -36,6 +38,8 @@ from marginrm.client_errors import (
     UnauthorizedError,
     UnexpectedReplyError,
 )
+from marginrm.client_replies import Outcome, Reply
+from marginrm.client_stream import Found, Receive, best_of_n_stream
 from marginrm.errors import ConfigError
 from marginrm.ranking import Comparison, Ranking
 from marginrm.schemas import ModelCard, TruncationPolicy
@@ -56,6 +60,7 @@ __all__ = [
     "UnexpectedReplyError",
 ]
 
+_Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 
 
@@ -68,10 +73,11 @@ class RewardClient:
         api_key: Sent as a bearer token.
         truncation: What the server does with a sequence that is too long: `error`, or cut the prompt (`prompt_left`).
         timeout: Seconds for each connect, read and write.
-        deadline: Seconds for one request with all its retries; no limit by default.
+        deadline: Seconds for one call with all its requests and retries; no limit by default.
         max_retries: How often a request that may pass is sent again.
         backoff: Seconds before the first retry; doubles with each, up to 8.
-        batch_size: Responses in one request of a batch verb, at most.
+        batch_size: Responses in one request, at most: larger calls are cut, and a larger group is ranked here.
+        concurrency: Requests of one call at a time, at most.
         transport: An httpx transport of your own: proxies, certificates, an application in the same process.
 
     Raises:
@@ -90,9 +96,11 @@ class RewardClient:
         max_retries: int = 4,
         backoff: float = 0.25,
         batch_size: int = 256,
+        concurrency: int = 4,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._calls = _calls(model, truncation, timeout, deadline, max_retries, backoff, batch_size)
+        self._concurrency = _at_least_one("concurrency", concurrency)
         self._http = httpx.Client(base_url=_checked_url(base_url), headers=_headers(api_key), transport=transport)
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
@@ -102,17 +110,17 @@ class RewardClient:
             ItemScoreError: The prompt or a response could not be scored.
             RewardClientError: No answer, or a refusal.
         """
-        return self._run(self._calls.score(prompt, responses))
+        return self._run_all(self._calls.score(prompt, responses))
 
     def compare(self, prompt: Prompt, chosen: str, rejected: str, *, tie_below: float = 0.5) -> Comparison:
         """Returns margin, confidence and verdict. Raises as `score` does."""
-        return self._run(self._calls.compare(prompt, chosen, rejected, tie_below))
+        return self._run_all(self._calls.compare(prompt, chosen, rejected, tie_below))
 
     def best_of_n(
         self, prompt: Prompt, candidates: Sequence[str], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> Ranking:
         """Ranks candidates, best first. Raises as `score` does."""
-        return self._run(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
+        return self._run_all(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
 
     def score_pairs(self, pairs: Sequence[Pair], *, tie_below: float = 0.5) -> list[Comparison | ItemScoreError]:
         """Compares many pairs.
@@ -127,13 +135,48 @@ class RewardClient:
         Raises:
             RewardClientError: No answer, or a refusal.
         """
-        return self._run(self._calls.score_pairs(pairs, tie_below))
+        return self._run_all(self._calls.score_pairs(pairs, tie_below))
 
     def best_of_n_many(
         self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> list[Ranking | ItemScoreError]:
         """Ranks the candidates of many prompts (`CandidateGroup`s, or mappings). Else as `score_pairs`."""
-        return self._run(self._calls.best_of_n_many(groups, top_k, tie_below))
+        return self._run_all(self._calls.best_of_n_many(groups, top_k, tie_below))
+
+    def best_of_n_stream(
+        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+    ) -> Iterator[tuple[int, Ranking | ItemScoreError]]:
+        """Ranks the candidates of many prompts, and yields each outcome as soon as it is there.
+
+        Yields:
+            The group's place among those asked, and its ranking or its error. If the connection breaks, what has not
+            come is asked for again.
+
+        Raises:
+            RewardClientError: No answer, or a refusal.
+        """
+        call = best_of_n_stream(self._calls, groups, top_k, tie_below)
+        outcome: Outcome | bytes = None
+        parts: Iterator[bytes] = iter(())
+        with ExitStack() as answer:
+            while True:
+                try:
+                    step = call.send(outcome)
+                except StopIteration:
+                    return
+                outcome = None
+                if isinstance(step, Found):
+                    yield step.index, step.outcome
+                elif isinstance(step, Wait):
+                    time.sleep(step.seconds)
+                elif isinstance(step, Receive):
+                    try:
+                        outcome = next(parts, b"")
+                    except httpx.HTTPError as error:
+                        outcome = error
+                else:
+                    answer.close()
+                    outcome, parts = self._open(step, answer)
 
     def models(self) -> list[ModelCard]:
         """Returns the served models. Raises as `score_pairs` does."""
@@ -169,6 +212,29 @@ class RewardClient:
             result: _Result = stop.value
             return result
 
+    def _run_all(self, parallel: Parallel[_Part, _Result]) -> _Result:
+        if len(parallel.calls) < 2:
+            return parallel.join([self._run(call) for call in parallel.calls])
+        pool = ThreadPoolExecutor(min(self._concurrency, len(parallel.calls)), thread_name_prefix="reward-client")
+        try:
+            return parallel.join(list(pool.map(self._run, parallel.calls)))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error the requests that have not begun are not sent
+
+    def _open(self, step: Send, answer: ExitStack) -> tuple[Reply | httpx.HTTPError, Iterator[bytes]]:
+        """Sends a request and leaves a good answer open, for its parts to be taken one by one."""
+        try:
+            response = answer.enter_context(
+                self._http.stream(
+                    step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
+                )
+            )
+            if response.status_code == 200:
+                return Reply(200, response.headers, b""), response.iter_bytes()
+            return Reply(response.status_code, response.headers, response.read()), iter(())
+        except httpx.HTTPError as error:
+            return error, iter(())
+
     def _send(self, step: Send) -> Reply | httpx.HTTPError:
         try:
             with self._http.stream(
@@ -198,34 +264,63 @@ class AsyncRewardClient:
         max_retries: int = 4,
         backoff: float = 0.25,
         batch_size: int = 256,
+        concurrency: int = 4,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._calls = _calls(model, truncation, timeout, deadline, max_retries, backoff, batch_size)
+        self._concurrency = _at_least_one("concurrency", concurrency)
         self._http = httpx.AsyncClient(base_url=_checked_url(base_url), headers=_headers(api_key), transport=transport)
 
     async def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
         """As `RewardClient.score`."""
-        return await self._run(self._calls.score(prompt, responses))
+        return await self._run_all(self._calls.score(prompt, responses))
 
     async def compare(self, prompt: Prompt, chosen: str, rejected: str, *, tie_below: float = 0.5) -> Comparison:
         """As `RewardClient.compare`."""
-        return await self._run(self._calls.compare(prompt, chosen, rejected, tie_below))
+        return await self._run_all(self._calls.compare(prompt, chosen, rejected, tie_below))
 
     async def best_of_n(
         self, prompt: Prompt, candidates: Sequence[str], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> Ranking:
         """As `RewardClient.best_of_n`."""
-        return await self._run(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
+        return await self._run_all(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
 
     async def score_pairs(self, pairs: Sequence[Pair], *, tie_below: float = 0.5) -> list[Comparison | ItemScoreError]:
         """As `RewardClient.score_pairs`."""
-        return await self._run(self._calls.score_pairs(pairs, tie_below))
+        return await self._run_all(self._calls.score_pairs(pairs, tie_below))
 
     async def best_of_n_many(
         self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> list[Ranking | ItemScoreError]:
         """As `RewardClient.best_of_n_many`."""
-        return await self._run(self._calls.best_of_n_many(groups, top_k, tie_below))
+        return await self._run_all(self._calls.best_of_n_many(groups, top_k, tie_below))
+
+    async def best_of_n_stream(
+        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+    ) -> AsyncIterator[tuple[int, Ranking | ItemScoreError]]:
+        """As `RewardClient.best_of_n_stream`."""
+        call = best_of_n_stream(self._calls, groups, top_k, tie_below)
+        outcome: Outcome | bytes = None
+        parts: AsyncIterator[bytes] = _no_parts()
+        async with AsyncExitStack() as answer:
+            while True:
+                try:
+                    step = call.send(outcome)
+                except StopIteration:
+                    return
+                outcome = None
+                if isinstance(step, Found):
+                    yield step.index, step.outcome
+                elif isinstance(step, Wait):
+                    await asyncio.sleep(step.seconds)
+                elif isinstance(step, Receive):
+                    try:
+                        outcome = await anext(parts, b"")
+                    except httpx.HTTPError as error:
+                        outcome = error
+                else:
+                    await answer.aclose()
+                    outcome, parts = await self._open(step, answer)
 
     async def models(self) -> list[ModelCard]:
         """As `RewardClient.models`."""
@@ -261,6 +356,33 @@ class AsyncRewardClient:
             result: _Result = stop.value
             return result
 
+    async def _run_all(self, parallel: Parallel[_Part, _Result]) -> _Result:
+        room = asyncio.Semaphore(self._concurrency)
+
+        async def run(call: Call[_Part]) -> _Part:
+            async with room:
+                return await self._run(call)
+
+        tasks = [asyncio.ensure_future(run(call)) for call in parallel.calls]
+        try:
+            return parallel.join(list(await asyncio.gather(*tasks)))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _open(self, step: Send, answer: AsyncExitStack) -> tuple[Reply | httpx.HTTPError, AsyncIterator[bytes]]:
+        try:
+            response = await answer.enter_async_context(
+                self._http.stream(
+                    step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
+                )
+            )
+            if response.status_code == 200:
+                return Reply(200, response.headers, b""), response.aiter_bytes()
+            return Reply(response.status_code, response.headers, await response.aread()), _no_parts()
+        except httpx.HTTPError as error:
+            return error, _no_parts()
+
     async def _send(self, step: Send) -> Reply | httpx.HTTPError:
         try:
             async with self._http.stream(
@@ -291,8 +413,20 @@ def _calls(
         deadline=deadline,
         max_retries=max_retries,
         backoff=backoff,
-        batch_size=batch_size,
+        batch_size=_at_least_one("batch_size", batch_size),
     )
+
+
+async def _no_parts() -> AsyncIterator[bytes]:
+    nothing: tuple[bytes, ...] = ()
+    for part in nothing:
+        yield part
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ConfigError(f"{name} = {value}: it must be at least 1.")
+    return value
 
 
 def _check_deadline(step: Send) -> None:

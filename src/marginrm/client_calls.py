@@ -1,8 +1,8 @@
-"""The client's logic without any I/O: each verb is a generator that says what to send and how long to wait.
+"""The client's logic without any I/O: each request is a generator that says what to send and how long to wait.
 
-A call yields `Send` or `Wait` steps, is given back what came of each, and returns the verb's result. `RewardClient` and
-`AsyncRewardClient` drive the same calls with a blocking and an awaiting loop. Scoring changes nothing on the server, so
-that every request may be sent again.
+A call yields `Send` or `Wait` steps, is given back what came of each, and returns its result. A verb is one call, or
+several that may run side by side (`Parallel`). `RewardClient` and `AsyncRewardClient` drive the same calls with a blocking
+and an awaiting loop. Scoring changes nothing on the server, so that every request may be sent again.
 """
 
 from __future__ import annotations
@@ -13,46 +13,38 @@ import random
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from marginrm.client_errors import (
     DeadlineError,
     ItemScoreError,
-    ResponseError,
     RewardClientError,
     TransportError,
     UnexpectedReplyError,
-    response_error,
 )
-from marginrm.errors import EncodingError, MarginRMError, NonFiniteRewardError
+from marginrm.client_replies import (
+    Outcome,
+    Reply,
+    Result,
+    check_order,
+    comparison,
+    lone_item_error,
+    or_raise,
+    parsed,
+    ranking,
+    refusal,
+    rewards_of,
+)
 from marginrm.preferences import CandidateGroup, PreferencePair
-from marginrm.ranking import Comparison, RankedCandidate, Ranking
-from marginrm.schemas import (
-    BestOfNResponse,
-    ErrorBody,
-    ErrorReply,
-    ItemError,
-    ModelCard,
-    ModelList,
-    PairOut,
-    PromptOut,
-    ScoreResponse,
-    TruncationPolicy,
-)
+from marginrm.ranking import Comparison, Ranking, rank
+from marginrm.schemas import BestOfNResponse, ModelCard, ModelInfo, ModelList, ScoreResponse, TruncationPolicy
 
 Prompt = str | Sequence[Mapping[str, str]]
 Pair = PreferencePair | Mapping[str, Any]
 Group = CandidateGroup | Mapping[str, Any]
 
-# Of errors that are an item's own: a request with one item is answered with its status.
-_ITEM_ERRORS: tuple[type[MarginRMError], ...] = (*EncodingError.__subclasses__(), NonFiniteRewardError)
-_ITEM_CODES = frozenset(kind.code for kind in _ITEM_ERRORS)
-_RETRIED = frozenset({429, 502, 503, 504})
 _LONGEST_WAIT = 60.0  # a server that asks for more is given up on: its caller knows better what to do meanwhile
 
 
@@ -78,19 +70,41 @@ class Wait:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back; the names of `headers` match in any case."""
-
-    status: int
-    headers: Mapping[str, str]
-    content: bytes
-
-
-Outcome = Reply | httpx.HTTPError | None  # of a Send: a reply or why none came; of a Wait: None
-Result = TypeVar("Result")
 Call = Generator[Send | Wait, Outcome, Result]
 _Model = TypeVar("_Model", bound=BaseModel)
+_Part = TypeVar("_Part")
+_Whole = TypeVar("_Whole")
+_Other = TypeVar("_Other")
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel(Generic[_Part, _Whole]):
+    """Calls that may run side by side, and how their results, in order, become one."""
+
+    calls: list[Call[_Part]]
+    join: Callable[[list[_Part]], _Whole]
+
+    def then(self, function: Callable[[_Whole], _Other]) -> Parallel[_Part, _Other]:
+        """Returns the same calls with a function applied to their joint result."""
+        return Parallel(self.calls, lambda parts: function(self.join(parts)))
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some candidates of one group: from `first` up to `stop` of group `group`."""
+
+    group: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """What came of a slice, and the model that made it (None where there is no ranking)."""
+
+    slice: Slice
+    outcome: Ranking | ItemScoreError
+    model: ModelInfo | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +115,11 @@ class Calls:
         model: Name of the served model.
         truncation: What the server does with sequences that are too long.
         timeout: Seconds for each connect, read and write.
-        deadline: Seconds for one request with all its retries; None for no limit.
+        deadline: Seconds for one verb with all its requests and retries; None for no limit.
         max_retries: How often a request is sent again.
         backoff: Seconds before the first retry; doubles with each, up to `backoff_max`.
         backoff_max: Seconds.
-        batch_size: Responses in one request of a batch verb, at most (a single group may have more).
+        batch_size: Responses in one request, at most.
         clock: Monotonic seconds.
         draw: Gives uniform numbers in [0, 1), for the jitter.
     """
@@ -121,214 +135,190 @@ class Calls:
     clock: Callable[[], float] = field(default=time.monotonic)
     draw: Callable[[], float] = field(default=random.random)
 
-    def score(self, prompt: Prompt, responses: Sequence[str]) -> Call[list[float]]:
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> Parallel[list[Ranked], list[float]]:
         """One reward per response. Asks `/best-of-n`, where the prompt travels and is computed once."""
         if not responses:
-            return []
-        ranking = yield from self.best_of_n(prompt, responses, None, 0.5)
-        rewards = {ranked.candidate: ranked.reward for ranked in ranking.ranking}
-        if sorted(rewards) != list(range(len(responses))):
-            raise UnexpectedReplyError(f"Asked for {len(responses)} rewards, got {len(rewards)}.")
-        return [rewards[index] for index in range(len(responses))]
+            return Parallel([], lambda _: [])
+        return self.best_of_n(prompt, responses, None, 0.5).then(lambda ranked: rewards_of(ranked, len(responses)))
 
-    def compare(self, prompt: Prompt, chosen: str, rejected: str, tie_below: float) -> Call[Comparison]:
+    def compare(
+        self, prompt: Prompt, chosen: str, rejected: str, tie_below: float
+    ) -> Parallel[list[Comparison | ItemScoreError], Comparison]:
         """One pair."""
         pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
-        return _or_raise((yield from self.score_pairs(pairs, tie_below))[0])
+        return self.score_pairs(pairs, tie_below).then(lambda outcomes: or_raise(outcomes[0]))
 
     def best_of_n(
         self, prompt: Prompt, candidates: Sequence[str], top_k: int | None, tie_below: float
-    ) -> Call[Ranking]:
+    ) -> Parallel[list[Ranked], Ranking]:
         """One group."""
         groups = [{"prompt": prompt, "candidates": list(candidates)}]
-        return _or_raise((yield from self.best_of_n_many(groups, top_k, tie_below))[0])
+        return self.best_of_n_many(groups, top_k, tie_below).then(lambda outcomes: or_raise(outcomes[0]))
 
-    def score_pairs(self, pairs: Sequence[Pair], tie_below: float) -> Call[list[Comparison | ItemScoreError]]:
+    def score_pairs(
+        self, pairs: Sequence[Pair], tie_below: float
+    ) -> Parallel[list[Comparison | ItemScoreError], list[Comparison | ItemScoreError]]:
         """Many pairs, in as few requests as `batch_size` allows."""
-        results: list[Comparison | ItemScoreError] = []
         size = max(1, self.batch_size // 2)
-        for start in range(0, len(pairs), size):
-            asked = [_fields(pair, ("prompt", "chosen", "rejected")) for pair in pairs[start : start + size]]
-            body = {**self._common(tie_below), "pairs": asked}
-            try:
-                reply = yield from self._request("POST", "/score", body, ScoreResponse)
-            except ResponseError as error:
-                results.append(_lone_item_error(error, asked, start))
-                continue
-            _check_order(reply.pairs, len(asked))
-            results.extend(_comparison(pair, start) for pair in reply.pairs)
-        return results
+        until = self.until()
+        calls = [
+            self._pairs(pairs[start : start + size], start, tie_below, until) for start in range(0, len(pairs), size)
+        ]
+        return Parallel(calls, lambda parts: [outcome for part in parts for outcome in part])
 
     def best_of_n_many(
         self, groups: Sequence[Group], top_k: int | None, tie_below: float
-    ) -> Call[list[Ranking | ItemScoreError]]:
-        """Many groups, in as few requests as `batch_size` allows."""
-        asked = [_fields(group, ("prompt", "candidates")) for group in groups]
-        results: list[Ranking | ItemScoreError] = []
-        for start, stop in _batches([len(group["candidates"]) for group in asked], self.batch_size):
-            body = {**self._common(tie_below), "top_k": top_k, "prompts": asked[start:stop]}
-            try:
-                reply = yield from self._request("POST", "/best-of-n", body, BestOfNResponse)
-            except ResponseError as error:
-                results.append(_lone_item_error(error, asked[start:stop], start))
-                continue
-            _check_order(reply.prompts, stop - start)
-            results.extend(_ranking(prompt, start) for prompt in reply.prompts)
-        return results
+    ) -> Parallel[list[Ranked], list[Ranking | ItemScoreError]]:
+        """Many groups, in as few requests as `batch_size` allows; a larger group goes in slices, and is ranked here."""
+        asked = self.groups(groups)
+        sizes = [len(group["candidates"]) for group in asked]
+        until = self.until()
+        calls = [self._slices(asked, slices, top_k, tie_below, until) for slices in cut(sizes, self.batch_size)]
+
+        def join(parts: list[list[Ranked]]) -> list[Ranking | ItemScoreError]:
+            found: list[list[Ranked]] = [[] for _ in asked]
+            for ranked in (one for part in parts for one in part):
+                found[ranked.slice.group].append(ranked)
+            return [rejoined(slices, top_k, tie_below) for slices in found]
+
+        return Parallel(calls, join)
 
     def models(self) -> Call[list[ModelCard]]:
         """The served models."""
-        return (yield from self._request("GET", "/v1/models", None, ModelList)).data
+        return (yield from self._request("GET", "/v1/models", None, ModelList, self.until())).data
 
     def ready(self) -> Call[bool]:
         """One look, without retries."""
-        outcome = yield self._send("GET", "/readyz", None, self._until())
+        outcome = yield self.send("GET", "/readyz", None, self.until())
         return isinstance(outcome, Reply) and outcome.status == 200
 
-    def _common(self, tie_below: float) -> dict[str, Any]:
+    def groups(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+        """Returns groups as the server takes them."""
+        return [_fields(group, ("prompt", "candidates")) for group in groups]
+
+    def common(self, tie_below: float) -> dict[str, Any]:
+        """Returns what every scoring request says."""
         return {"model": self.model, "truncation": self.truncation, "tie_below": tie_below}
 
-    def _until(self) -> float:
+    def until(self) -> float:
+        """Returns when a verb that begins now has to be done, in seconds of `clock`."""
         return math.inf if self.deadline is None else self.clock() + self.deadline
 
-    def _send(self, method: str, path: str, content: bytes | None, until: float) -> Send:
+    def send(
+        self, method: str, path: str, content: bytes | None, until: float, accept: str = "application/json"
+    ) -> Send:
+        """Returns the step that sends a request."""
         left = max(0.001, until - self.clock())
-        headers = {"X-Request-Timeout": f"{left:.3f}"} if math.isfinite(left) else {}
+        headers = {"Accept": accept} | ({"X-Request-Timeout": f"{left:.3f}"} if math.isfinite(left) else {})
         return Send(method, path, content, min(self.timeout, left), until, headers)
 
-    def _request(self, method: str, path: str, body: Any, shape: type[_Model]) -> Call[_Model]:
-        # ASCII escapes carry even a lone surrogate, which is then the item's error and not a crash here.
-        content = None if body is None else json.dumps(body, allow_nan=False).encode()
-        until = self._until()
-        for attempt in range(self.max_retries + 1):
-            outcome = yield self._send(method, path, content, until)
-            if isinstance(outcome, Reply) and outcome.status == 200:
-                return _parsed(outcome, shape)
-            error, wait = _refusal(outcome, attempt + 1)
-            if wait is None or attempt == self.max_retries:
-                raise error
-            backoff = min(self.backoff_max, self.backoff * 2**attempt) * (1 + self.draw()) / 2
-            wait = max(wait, backoff)
-            late = isinstance(error, TransportError) or error.code == "deadline_exceeded"
-            if late and self.clock() + wait >= until:
-                raise DeadlineError(f"No answer within {self.deadline:g} s. Last: {error}") from error
-            if wait > _LONGEST_WAIT or self.clock() + wait >= until:
-                raise error
-            yield Wait(wait)
-        raise AssertionError("unreachable")  # pragma: no cover
+    def pause(self, outcome: Outcome, attempt: int, until: float) -> Call[None]:
+        """Waits before a failed request is sent again; raises what it failed with if there is no use in that."""
+        error, wait = refusal(outcome, attempt + 1)
+        if wait is None or attempt >= self.max_retries:
+            raise error
+        backoff = min(self.backoff_max, self.backoff * 2**attempt) * (1 + self.draw()) / 2
+        wait = max(wait, backoff)
+        late = isinstance(error, TransportError) or error.code == "deadline_exceeded"
+        if late and self.clock() + wait >= until:
+            raise DeadlineError(f"No answer within {self.deadline:g} s. Last: {error}") from error
+        if wait > _LONGEST_WAIT or self.clock() + wait >= until:
+            raise error
+        yield Wait(wait)
 
-
-def retry_after(value: str | None) -> float | None:
-    """Returns the seconds that a `Retry-After` header asks for, given as seconds or as a date; None if it says nothing."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
+    def _pairs(
+        self, pairs: Sequence[Pair], start: int, tie_below: float, until: float
+    ) -> Call[list[Comparison | ItemScoreError]]:
+        asked = [_fields(pair, ("prompt", "chosen", "rejected")) for pair in pairs]
+        body = {**self.common(tie_below), "pairs": asked}
         try:
-            moment = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+            reply = yield from self._request("POST", "/score", body, ScoreResponse, until)
+        except RewardClientError as error:
+            error.add_note(f"This was about pairs {start} to {start + len(asked) - 1}.")
+            return [lone_item_error(error, asked, start)]
+        check_order(reply.pairs, len(asked))
+        return [comparison(pair, start + pair.index) for pair in reply.pairs]
+
+    def _slices(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        slices: Sequence[Slice],
+        top_k: int | None,
+        tie_below: float,
+        until: float,
+    ) -> Call[list[Ranked]]:
+        asked = [
+            {**groups[one.group], "candidates": groups[one.group]["candidates"][one.first : one.stop]} for one in slices
+        ]
+        whole = len(asked[0]["candidates"]) == len(groups[slices[0].group]["candidates"])
+        body = {**self.common(tie_below), "top_k": top_k if whole else None, "prompts": asked}
+        try:
+            reply = yield from self._request("POST", "/best-of-n", body, BestOfNResponse, until)
+        except RewardClientError as error:
+            error.add_note(f"This was about groups {slices[0].group} to {slices[-1].group}.")
+            return [Ranked(slices[0], lone_item_error(error, asked, slices[0].group, slices[0].first), None)]
+        check_order(reply.prompts, len(asked))
+        return [
+            Ranked(one, ranking(prompt, one.group, one.first), reply.model)
+            for one, prompt in zip(slices, reply.prompts, strict=True)
+        ]
+
+    def _request(self, method: str, path: str, body: Any, shape: type[_Model], until: float) -> Call[_Model]:
+        content = None if body is None else encoded(body)
+        attempt = 0
+        while True:
+            outcome = yield self.send(method, path, content, until)
+            if isinstance(outcome, Reply) and outcome.status == 200:
+                return parsed(outcome, shape)
+            yield from self.pause(outcome, attempt, until)
+            attempt += 1
 
 
-def _refusal(outcome: Outcome, attempts: int) -> tuple[RewardClientError, float | None]:
-    """Returns the error that an outcome means, and how long to wait at least before trying again (None: do not)."""
-    if isinstance(outcome, Reply):
-        asked = retry_after(outcome.headers.get("retry-after"))
-        body = _error_body(outcome)
-        request_id = body.request_id or outcome.headers.get("x-request-id")
-        error = response_error(outcome.status, body.code, body.message, request_id, asked, body.param)
-        return error, (asked or 0.0) if outcome.status in _RETRIED else None
-    tries = f"{attempts} tries" if attempts > 1 else "1 try"
-    failure = TransportError(f"No answer after {tries}: {type(outcome).__name__}: {outcome}")
-    failure.__cause__ = outcome
-    hopeless = isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError)
-    return failure, None if hopeless or not isinstance(outcome, httpx.TransportError) else 0.0
+def encoded(body: Any) -> bytes:
+    """Returns a body as JSON; ASCII escapes carry even a lone surrogate, which is then the item's error, not a crash."""
+    return json.dumps(body, allow_nan=False).encode()
 
 
-def _error_body(reply: Reply) -> ErrorBody:
-    try:
-        return ErrorReply.model_validate_json(reply.content).error
-    except ValidationError:  # a proxy's page
-        return ErrorBody(code="unknown", message="The answer holds no error that a marginrm server writes.")
+def cut(sizes: Sequence[int], limit: int) -> list[list[Slice]]:
+    """Deals groups, in order, into requests of at most `limit` responses; a larger group goes in slices of its own."""
+    requests: list[list[Slice]] = []
+    room = 0
+    for group, size in enumerate(sizes):
+        if size > limit:
+            requests += [[Slice(group, first, min(first + limit, size))] for first in range(0, size, limit)]
+            room = 0
+            continue
+        if not requests or size > room:
+            requests.append([])
+            room = limit
+        requests[-1].append(Slice(group, 0, size))
+        room -= size
+    return requests
 
 
-def _parsed(reply: Reply, shape: type[_Model]) -> _Model:
-    try:
-        return shape.model_validate_json(reply.content)
-    except ValidationError as error:
-        raise UnexpectedReplyError(
-            f"The answer is no {shape.__name__} ({error.error_count()} faults). Is this the URL of a marginrm server?"
-        ) from error
+def rejoined(slices: Sequence[Ranked], top_k: int | None, tie_below: float) -> Ranking | ItemScoreError:
+    """Returns the outcome of one group from those of its slices.
 
-
-def _check_order(outcomes: Sequence[Any], asked: int) -> None:
-    if [outcome.index for outcome in outcomes] != list(range(asked)):
-        raise UnexpectedReplyError(f"Asked for {asked} outcomes in order, got {len(outcomes)} in another.")
+    Raises:
+        UnexpectedReplyError: Another model answered for some of them.
+    """
+    if len(slices) == 1:
+        return slices[0].outcome
+    rewards: list[float] = []
+    models = set()
+    for one in slices:
+        if isinstance(one.outcome, ItemScoreError):
+            return one.outcome
+        assert one.model is not None
+        models.add((one.model.revision, one.model.temperature))
+        rewards += rewards_of(one.outcome, one.slice.stop - one.slice.first)
+    if len(models) > 1:
+        raise UnexpectedReplyError("The model was replaced while its rewards came in. Ask again.")
+    ((_, temperature),) = models
+    return rank(rewards, temperature, tie_below, top_k)
 
 
 def _fields(item: PreferencePair | CandidateGroup | Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     if isinstance(item, Mapping):
         return {name: item[name] for name in (*names, "id") if name in item or name != "id"}
     return {name: getattr(item, name) for name in names}
-
-
-def _batches(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Cuts groups, in order, into ranges of at most `limit` responses; a larger group is alone."""
-    ranges, start, total = [], 0, 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > limit:
-            ranges.append((start, index))
-            start, total = index, 0
-        total += size
-    return [*ranges, (start, len(sizes))] if sizes else []
-
-
-def _comparison(outcome: PairOut | ItemError, offset: int) -> Comparison | ItemScoreError:
-    if isinstance(outcome, ItemError):
-        return _item_error(outcome, offset)
-    return Comparison(
-        margin=outcome.margin,
-        confidence=outcome.confidence,
-        verdict=outcome.verdict,
-        chosen=outcome.chosen.reward,
-        rejected=outcome.rejected.reward,
-    )
-
-
-def _ranking(outcome: PromptOut | ItemError, offset: int) -> Ranking | ItemScoreError:
-    if isinstance(outcome, ItemError):
-        return _item_error(outcome, offset)
-    if outcome.errors:  # a ranking of some candidates is not the one that was asked for
-        first = outcome.errors[0]
-        param = first.error.param or f"candidates[{first.candidate}]"
-        return ItemScoreError(offset + outcome.index, first.error.code, first.error.message, outcome.id, param)
-    return Ranking(
-        best=outcome.best,
-        margin=outcome.margin,
-        confidence=outcome.confidence,
-        tie=outcome.tie,
-        ranking=tuple(RankedCandidate(r.candidate, r.rank, r.reward, r.p_best) for r in outcome.ranking),
-        mean=outcome.mean,
-        std=outcome.std,
-    )
-
-
-def _item_error(outcome: ItemError, offset: int) -> ItemScoreError:
-    error = outcome.error
-    return ItemScoreError(offset + outcome.index, error.code, error.message, outcome.id, error.param)
-
-
-def _lone_item_error(error: ResponseError, asked: Sequence[Mapping[str, Any]], offset: int) -> ItemScoreError:
-    """Returns what a refusal says of the only item of a request, for which the server gives a status; else raises it."""
-    if len(asked) != 1 or error.code not in _ITEM_CODES:
-        raise error
-    return ItemScoreError(offset, error.code, error.message, asked[0].get("id"), error.param)
-
-
-def _or_raise(outcome: Result | ItemScoreError) -> Result:
-    if isinstance(outcome, ItemScoreError):
-        raise outcome
-    return outcome
