@@ -26,27 +26,7 @@ from marginrm_training.margins import PRESETS
 from marginrm_training.run import last_step, train
 from marginrm_training.trainer import MarginTrainer
 from support_models import tiny_checkpoint
-
-GOOD = ("Red, yellow and blue.", "Paris is the capital.", "Put it into boiling water.", "Yeast eats sugar.")
-BAD = ("No.", "I do not know.", "Ask somebody else, please.", "0123456789")
-
-
-def rows(count: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": f"Question {index // 2}: what is it?",
-            "chosen": GOOD[index % 4],
-            "rejected": BAD[(index + index // 4) % 4],
-            "strength": 0.6 + 0.3 * (index % 2),
-        }
-        for index in range(count)
-    ]
-
-
-def write(path: Path, content: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    return path
-
+from support_training import rows, write
 
 Make = Callable[..., TrainConfig]
 

@@ -13,13 +13,17 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from marginrm.errors import ConfigError
 from marginrm_training.config import TrainConfig
-from marginrm_training.margins import ESTIMATED, SMALLEST_REFERENCE_BATCH
 
 
 def ranks() -> int:
     """Returns how many processes train together; `accelerate launch` starts more than one."""
     state: Any = PartialState(cpu=not torch.cuda.is_available())
     return int(state.num_processes)
+
+
+def left_over(config: TrainConfig, pairs: int) -> int:
+    """Returns how many pairs an epoch leaves out, drawn anew each time: those that do not fill all ranks' last batch."""
+    return pairs % (config.optim.train_batch * ranks())
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -40,7 +44,7 @@ def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> Traini
     """Translates a run into transformers' arguments.
 
     Raises:
-        ConfigError: A step cannot be made of whole forward passes on every rank.
+        ConfigError: A step cannot be made of whole forward passes on every rank, or the pairs do not fill one.
     """
     optim = config.optim
     reference = optim.train_batch * ranks()
@@ -49,8 +53,11 @@ def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> Traini
             f"optim.pairs_per_step = {optim.pairs_per_step} is no multiple of train_batch x ranks = {reference}. "
             "Change one of them: a step is made of whole forward passes."
         )
-    estimated = config.method.method().estimator in ESTIMATED
-    last = pairs % reference
+    if pairs < reference:
+        raise ConfigError(
+            f"There are {pairs} training pairs, and one forward pass takes train_batch x ranks = {reference}. Lower "
+            "optim.train_batch, or add pairs."
+        )
     return TrainingArguments(
         output_dir=str(run_dir),
         seed=config.seed,
@@ -66,8 +73,8 @@ def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> Traini
         warmup_steps=optim.warmup_ratio if optim.warmup_ratio < 1 else 0,
         per_device_train_batch_size=optim.train_batch,
         gradient_accumulation_steps=optim.pairs_per_step // reference,
-        # A last batch too small for its mean to say anything is left out; with an EMA it can stay.
-        dataloader_drop_last=estimated and 0 < last < SMALLEST_REFERENCE_BATCH and config.method.ema is None,
+        # Else ranks would fill up their last batches with pairs they had before, which mu_B and loss would count twice.
+        dataloader_drop_last=True,
         bf16=config.model.dtype == "bfloat16",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,

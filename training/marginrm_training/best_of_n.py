@@ -109,6 +109,18 @@ def shortest_group(gold: Sequence[Sequence[float]]) -> int:
     return min(len(group) for group in gold)
 
 
+def curve_end(points: Sequence[BestOfNPoint], gold: Sequence[Sequence[float]]) -> str | None:
+    """Returns in words where a curve ends before the last of `DEFAULT_NS`, and why; None if it does not."""
+    last = points[-1].n
+    if last >= DEFAULT_NS[-1]:
+        return None
+    longer = sum(len(group) > last for group in gold)
+    return (
+        f"the curve ends at N = {last}: the shortest group has {shortest_group(gold)} candidates "
+        f"({longer:,} of {len(gold):,} prompts have more than {last})"
+    )
+
+
 def _expected(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], n: int) -> NDArray[np.float64]:
     """Returns each prompt's expected quality of the pick, [prompts]."""
     return np.array([expected_best_of_n(group, truth, n) for group, truth in zip(scores, gold, strict=True)])

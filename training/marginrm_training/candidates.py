@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import DataError
-from marginrm.preferences import CandidateGroup
+from marginrm.preferences import CandidateGroup, read_groups
 from marginrm.reward_model import RewardModel
 
 UNSCORED = -math.inf  # what a candidate that the model cannot read counts as in a race; never shown as a reward
@@ -41,6 +42,20 @@ class ScoredGroups:
         )
 
 
+def load_groups(path: str | Path) -> list[CandidateGroup]:
+    """Reads candidate groups that a curve can be made of.
+
+    Raises:
+        DataError: The file cannot be read, has no group, or a group has no gold qualities.
+    """
+    groups = list(read_groups(path))
+    if not groups:
+        raise DataError(f"{path}: has no group of candidates; it is empty.")
+    for group in groups:
+        _gold(group)
+    return groups
+
+
 def score_groups(model: RewardModel, groups: Sequence[CandidateGroup]) -> ScoredGroups:
     """Scores every candidate that fits the model, cutting prompts from the left where that makes one fit.
 
@@ -49,11 +64,10 @@ def score_groups(model: RewardModel, groups: Sequence[CandidateGroup]) -> Scored
     Raises:
         DataError: A group has no gold qualities.
     """
+    gold = [_gold(group) for group in groups]
     encoded: list[list[EncodedResponse]] = []
     places: list[list[int]] = []
     for group in groups:
-        if group.gold is None:
-            raise DataError(f"{group.source}: the candidates have no gold quality (win_prob, gold or quality).")
         outcomes = model.encoder.encode_group(group.prompt, group.candidates, "prompt_left")
         kept = [(index, found) for index, found in enumerate(outcomes) if isinstance(found, EncodedResponse)]
         places.append([index for index, _ in kept])
@@ -66,7 +80,13 @@ def score_groups(model: RewardModel, groups: Sequence[CandidateGroup]) -> Scored
             row[index] = value
     return ScoredGroups(
         rewards,
-        [list(group.gold or ()) for group in groups],
+        gold,
         [[len(candidate) for candidate in group.candidates] for group in groups],
         sum(response.truncated for group in encoded for response in group),
     )
+
+
+def _gold(group: CandidateGroup) -> list[float]:
+    if group.gold is None:
+        raise DataError(f"{group.source}: the candidates have no gold quality (win_prob, gold or quality).")
+    return list(group.gold)

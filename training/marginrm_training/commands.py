@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from marginrm_training.best_of_n import BestOfNPoint
     from marginrm_training.candidates import ScoredGroups
     from marginrm_training.data import EncodedPair, Split
+    from marginrm_training.report import Report
 
 Data = Annotated[
     Path, typer.Option("--data", help="Preference pairs: a file, a folder or a data set.", show_default=False)
@@ -85,9 +88,6 @@ def evaluate(
     """
     from marginrm.errors import ConfigError
     from marginrm.reward_model import RewardModel
-    from marginrm_training.evaluation import evaluate as measure
-    from marginrm_training.evaluation import score_pairs
-    from marginrm_training.intervals import evaluation_intervals
 
     _quiet()
     benchmark = _benchmark(data, form)
@@ -99,16 +99,10 @@ def evaluate(
     if benchmark:
         _show(_benchmark_metrics(loaded, benchmark, data), as_json=as_json)
         return
-    split = _pairs(loaded, data)
-    rewards = score_pairs(loaded, split.pairs, progress=True)
-    metrics = measure(rewards, split.pairs, loaded.temperature)
-    metrics |= evaluation_intervals(rewards.d, loaded.temperature)
-    _show(metrics, as_json=as_json)
+    measured = _measured(loaded, model, data)
+    _show(measured.metrics, as_json=as_json)
     if report:
-        from marginrm_training.report import Report
-
-        curve = _curve(_scored(loaded, candidates)) if candidates else ()
-        Report(model, split.summary(), split.pairs, rewards, loaded.temperature, metrics, best_of_n=curve).write(report)
+        replace(measured, best_of_n=_curve(_scored(loaded, candidates)) if candidates else ()).write(report)
         typer.echo(f"report written to {report}", err=True)
 
 
@@ -155,33 +149,29 @@ def compare(
     from marginrm_training.comparison import common, compare_picks
     from marginrm_training.comparison import compare as measure
     from marginrm_training.comparison_report import ComparisonReport
-    from marginrm_training.evaluation import score_pairs
 
     _quiet()
     if not data and not candidates:
         raise ConfigError("Nothing to compare on: give --data FILE (pairs), --candidates FILE (groups), or both.")
     scored, groups = [], []
-    by_source: dict[str, EncodedPair] = {}
+    pairs: dict[str, EncodedPair] = {}
     for path in (first, second):
         model = RewardModel.from_pretrained(path, max_length=max_length)
         if data:
-            pairs = _pairs(model, data).pairs
-            d = score_pairs(model, pairs, progress=True).d.tolist()
-            scored.append({pair.pair.source: margin for pair, margin in zip(pairs, d, strict=True)})
-            by_source |= {pair.pair.source: pair for pair in pairs}
+            margins, known = _margins(model, data)
+            scored.append(margins)
+            pairs |= known
         if candidates:
             groups.append(_scored(model, candidates))
-    metrics: dict[str, float] = {}
-    margins = common(*scored) if data else None
-    if margins:
-        metrics |= measure(*margins)
+    both = common(*scored) if data else None
+    metrics = measure(*both) if both else {}
     if groups:
         metrics |= compare_picks(groups[0].rewards, groups[1].rewards, groups[0].gold)
     _show(metrics, as_json=as_json)
     if report:
-        shared = [by_source[source] for source in scored[0] if source in scored[1]] if scored else []
+        shared = [pairs[source] for source in scored[0] if source in scored[1]] if scored else []
         curves = (_curve(groups[0]), _curve(groups[1])) if groups else None
-        ComparisonReport(first, second, metrics, shared, margins, curves).write(report)
+        ComparisonReport(first, second, metrics, shared, both, curves).write(report)
         typer.echo(f"report written to {report}", err=True)
 
 
@@ -254,31 +244,43 @@ def _benchmark_metrics(model: RewardModel, benchmark: Benchmark, data: Path) -> 
 
 
 def _scored(model: RewardModel, data: Path) -> ScoredGroups:
-    from marginrm.errors import DataError
-    from marginrm.preferences import read_groups
-    from marginrm_training.candidates import score_groups
+    from marginrm_training.candidates import load_groups, score_groups
 
-    groups = list(read_groups(data))
-    if not groups:
-        raise DataError(f"{data}: has no group of candidates; it is empty.")
-    scored = score_groups(model, groups)
+    scored = score_groups(model, load_groups(data))
     typer.echo(scored.summary(), err=True)
     return scored
 
 
 def _curve(scored: ScoredGroups) -> list[BestOfNPoint]:
     """Returns the curve, and says where it ends and why."""
-    from marginrm_training.best_of_n import DEFAULT_NS, best_of_n_curve, shortest_group
+    from marginrm_training.best_of_n import best_of_n_curve, curve_end
 
     points = best_of_n_curve(scored.rewards, scored.gold, scored.lengths)
-    if points[-1].n < DEFAULT_NS[-1]:
-        longer = sum(len(group) > points[-1].n for group in scored.gold)
-        typer.echo(
-            f"the curve ends at N = {points[-1].n}: the shortest group has {shortest_group(scored.gold)} candidates "
-            f"({longer:,} of {len(scored.gold):,} prompts have more than {points[-1].n})",
-            err=True,
-        )
+    if end := curve_end(points, scored.gold):
+        typer.echo(end, err=True)
     return points
+
+
+def _margins(model: RewardModel, data: Path) -> tuple[dict[str, float], dict[str, EncodedPair]]:
+    """Returns each pair's margin and the pair itself, both by `path:line`."""
+    from marginrm_training.evaluation import score_pairs
+
+    pairs = {pair.pair.source: pair for pair in _pairs(model, data).pairs}
+    d = score_pairs(model, list(pairs.values()), progress=True).d.tolist()
+    return dict(zip(pairs, d, strict=True)), pairs
+
+
+def _measured(model: RewardModel, name: str, data: Path) -> Report:
+    """Measures a model on pairs; what it finds is a report, whether or not that is written."""
+    from marginrm_training.evaluation import evaluate as measure
+    from marginrm_training.evaluation import score_pairs
+    from marginrm_training.intervals import evaluation_intervals
+    from marginrm_training.report import Report
+
+    split = _pairs(model, data)
+    rewards = score_pairs(model, split.pairs, progress=True)
+    metrics = measure(rewards, split.pairs, model.temperature) | evaluation_intervals(rewards.d, model.temperature)
+    return Report(name, split.summary(), split.pairs, rewards, model.temperature, metrics)
 
 
 def _pairs(model: RewardModel, data: Path) -> Split:
@@ -293,11 +295,11 @@ def _pairs(model: RewardModel, data: Path) -> Split:
     return split
 
 
-def _show(metrics: dict[str, float], *, as_json: bool = False) -> None:
+def _show(metrics: Mapping[str, float], *, as_json: bool = False) -> None:
     from marginrm_training.tables import lines
 
     if as_json:
-        typer.echo(json.dumps(metrics, indent=2))
+        typer.echo(json.dumps(dict(metrics), indent=2))
         return
     width = max(len(name) for name in metrics)
     for name, text in lines(metrics):

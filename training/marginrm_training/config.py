@@ -64,6 +64,10 @@ class DataConfig(_Section):
     )
     calibration: str | None = Field(None, description="Pairs to fit the temperature on; else split off by prompt.")
     test: str | None = Field(None, description="Pairs to report on; else split off by prompt.")
+    best_of_n: str | None = Field(
+        None,
+        description="Candidate groups with gold qualities (.jsonl, .gz too): the report then has a Best-of-N curve.",
+    )
     calibration_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to calibrate on. ours")
     test_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to report on. ours")
     limit: int | None = Field(None, ge=1, description="Use this many training pairs at most, drawn at random.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ import numpy as np
 from marginrm.calibration import calibrate
 from marginrm.encoding import Encoder
 from marginrm.manifest import Calibration, DataFile, GoldenSample, Manifest, MethodInfo
+from marginrm.preferences import CandidateGroup
 from marginrm.reward_model import RewardModel
 from marginrm.reward_module import RewardModule
+from marginrm_training.best_of_n import BestOfNPoint, best_of_n_curve, curve_end
+from marginrm_training.candidates import score_groups
 from marginrm_training.data import EncodedPair, Splits
 from marginrm_training.evaluation import Floats, PairRewards, evaluate, score_pairs
 from marginrm_training.report import Report
 
+_log = logging.getLogger(__name__)
 _GOLDEN_PAIRS = 4
 # How far a golden reward may lie from the recorded float32 one, as a share of the larger of 1 and the largest reward.
 # Rounding differs between processors; a wrong tokenizer, template or weight file is off by far more.
@@ -50,6 +55,7 @@ class RunRecord:
         truncation: What happened to pairs that were too long.
         history: The step log.
         before: Margins of the first test pairs before training, [pairs].
+        groups: Candidates for the report's Best-of-N curve.
     """
 
     name: str
@@ -60,6 +66,7 @@ class RunRecord:
     truncation: str
     history: Sequence[Mapping[str, float]] = ()
     before: Floats | None = None
+    groups: Sequence[CandidateGroup] = ()
 
 
 def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Splits, record: RunRecord) -> Manifest:
@@ -99,6 +106,7 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
         metrics=metrics,
         history=record.history,
         before=record.before,
+        best_of_n=_curve(served, record.groups) if record.groups else (),
     ).write(directory / "report.html")
     RewardModel.from_pretrained(directory, dtype="float32").verify_golden()
     return manifest
@@ -172,6 +180,15 @@ def model_card(manifest: Manifest) -> str:
         _RECORDED,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _curve(served: RewardModel, groups: Sequence[CandidateGroup]) -> list[BestOfNPoint]:
+    scored = score_groups(served, groups)
+    _log.info("Best-of-N: %s", scored.summary())
+    points = best_of_n_curve(scored.rewards, scored.gold, scored.lengths)
+    if end := curve_end(points, scored.gold):
+        _log.info("Best-of-N: %s", end)
+    return points
 
 
 def _manifest(

@@ -35,12 +35,11 @@ class Measured:
     activations: int
 
 
-def plan(config: TrainConfig, splits: Splits, module: RewardModule, *, drop_last: bool) -> str:
-    """Returns steps, a histogram of lengths, and estimates of memory and time; `drop_last` is the trainer's."""
+def plan(config: TrainConfig, splits: Splits, module: RewardModule) -> str:
+    """Returns steps, a histogram of lengths, and estimates of memory and time."""
     optim = config.optim
     pairs = splits.train.pairs
-    batches = len(pairs) / (optim.train_batch * ranks())
-    an_epoch = math.floor(batches) if drop_last else math.ceil(batches)
+    an_epoch = len(pairs) // (optim.train_batch * ranks())
     accumulated = optim.pairs_per_step // (optim.train_batch * ranks())
     steps = math.ceil(math.ceil(an_epoch / accumulated) * optim.epochs)
     lengths = [len(side.ids) for pair in pairs for side in (pair.chosen, pair.rejected)]

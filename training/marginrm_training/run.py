@@ -18,7 +18,8 @@ from marginrm.manifest import Manifest, MethodInfo
 from marginrm.reward_model import RewardModel
 from marginrm.reward_module import RewardModule
 from marginrm_training.adapters import merge_lora, with_lora
-from marginrm_training.arguments import check_loggers, ranks
+from marginrm_training.arguments import check_loggers, left_over, ranks
+from marginrm_training.candidates import load_groups
 from marginrm_training.config import TrainConfig, expand
 from marginrm_training.data import load_splits
 from marginrm_training.evaluation import score_pairs
@@ -54,12 +55,15 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     check_reference_batch(method, config.optim.train_batch * processes)
     module, encoder = load(config)
     splits = load_splits(config.data, encoder, method, config.seed)
+    groups = load_groups(expand(config.data.best_of_n)) if config.data.best_of_n else []
     for split in (splits.train, splits.calibration, splits.test):
         say(split.summary())
     say(f"forward path: {module.forward_reason}")
+    if rest := left_over(config, len(splits.train.pairs)):
+        say(f"each epoch leaves out {rest:,} training pairs, drawn anew: they do not fill a forward pass on every rank")
     trainer = MarginTrainer(module, splits.train.pairs, config, output / "trainer")
     if dry_run:
-        say(plan(config, splits, module, drop_last=trainer.args.dataloader_drop_last))
+        say(plan(config, splits, module))
         return None
     before = score_pairs(RewardModel.from_module(module, encoder), splits.test.pairs[:_BEFORE]).d
     trainer.train(resume_from_checkpoint=last_step(config, output / "trainer", resume=resume))
@@ -75,6 +79,7 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
         truncation=config.data.too_long,
         history=trainer.history,
         before=before,
+        groups=groups,
     )
     manifest = export(output, module, encoder, splits, record)
     if (output / "trainer" / "runs").is_dir():  # TensorBoard's event files, which outlive the steps to resume from
