@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Awaitable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.reliability import checks, setup, traffic
@@ -14,7 +14,6 @@ from benchmarks.reliability.server import WatchedServer
 from benchmarks.reliability.traffic import Question
 
 _CAPACITY_SECONDS = 20.0
-_CLIENTS = 64
 
 
 def overload(minutes: float, times: float, deadline: float) -> Report:
@@ -70,18 +69,16 @@ def overload(minutes: float, times: float, deadline: float) -> Report:
 async def _load(
     url: str, asked: Sequence[Question], rate: float, seconds: float, deadline: float
 ) -> tuple[list[Outcome], int]:
-    """Sends from many clients in turn, since httpx looks through all of a client's connections at every request."""
-    async with AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(traffic.client(url, 3 * deadline)) for _ in range(_CLIENTS)]
-        turns = iter(range(10**9))
-        headers = {"X-Request-Timeout": str(deadline)}
-
-        def send(planned: float, start: float) -> Awaitable[Outcome]:
-            turn = next(turns)
-            question = asked[turn % len(asked)]
-            return traffic.ask(clients[turn % _CLIENTS], question, planned=planned, start=start, headers=headers)
-
-        return await traffic.open_loop(send, rate, seconds)
+    headers = {"X-Request-Timeout": str(deadline)}
+    async with traffic.clients(url, 3 * deadline) as clients:
+        questions = itertools.cycle(asked)
+        return await traffic.open_loop(
+            lambda planned, start: traffic.ask(
+                next(clients), next(questions), planned=planned, start=start, headers=headers
+            ),
+            rate,
+            seconds,
+        )
 
 
 def _tokens_per_request(path: Path, asked: Sequence[Question]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import socket
 import struct
@@ -80,10 +81,10 @@ async def _everything(
     seconds: float,
     swapping: Callable[[httpx.AsyncClient, float], Awaitable[int]],
 ) -> tuple[list[Outcome], int, list[Outcome], int]:
-    turns = iter(range(10**9))
-    async with traffic.client(url, 60) as http:
+    questions = itertools.cycle(asked)
+    async with traffic.client(url, 60) as http, traffic.clients(url, 60) as clients:
         load = traffic.open_loop(
-            lambda planned, start: traffic.ask(http, asked[next(turns) % len(asked)], planned=planned, start=start),
+            lambda planned, start: traffic.ask(next(clients), next(questions), planned=planned, start=start),
             rate,
             seconds,
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from marginrm import RewardModel
 from marginrm_training.demo.preferences import generate_groups
 
 _TOLERANCE = 2e-4  # of a float32 reward against the float32 reference: sums are taken in another order in a crowd
+_CLIENTS = 64
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # each client would load certificates for longer than a request takes
 
 
@@ -67,6 +70,13 @@ def questions(
 def client(url: str, timeout: float) -> httpx.AsyncClient:
     """Returns a client without a limit on connections: waiting in the client is not what is measured."""
     return httpx.AsyncClient(base_url=url, timeout=timeout, limits=httpx.Limits(max_connections=None), verify=_NO_TLS)
+
+
+@asynccontextmanager
+async def clients(url: str, patience: float) -> AsyncIterator[Iterator[httpx.AsyncClient]]:
+    """Opens many clients, to be used in turn: httpx looks through all of a client's connections at every request."""
+    async with AsyncExitStack() as stack:
+        yield itertools.cycle([await stack.enter_async_context(client(url, patience)) for _ in range(_CLIENTS)])
 
 
 async def ask(
