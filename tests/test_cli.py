@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from marginrm.cli import GROUP, build_app
+from support_models import tiny_checkpoint
+from support_training import config_file, rows, write
 
 COMMANDS = ("score", "serve", "key", "train", "evaluate", "calibrate", "compare", "best-of-n", "ablate", "demo")
 
@@ -52,3 +55,33 @@ def test_a_command_whose_extra_is_not_installed_says_how_to_install_it() -> None
     with pytest.raises(Exception, match=r'pip install "marginrm\[service\]"'):
         CliRunner().invoke(app, ["serve", "--port", "1"], catch_exceptions=False)
     assert 'pip install "marginrm[service]"' in CliRunner().invoke(app, ["--help"]).output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("typo", "run.toml: optim.learning_rat is not a setting. Did you mean 'learning_rate'?"),
+        ("missing file", "nowhere.jsonl"),
+        (
+            "margin in half of the rows",
+            "half.jsonl:2: this row has no 'margin', which the method reads from every row.",
+        ),
+        ("two labels", "head gives 2 values per sequence; a reward model gives 1 (num_labels = 1)"),
+    ],
+)
+def test_a_run_that_cannot_be_trained_stops_with_the_cure(tmp_path: Path, fault: str, told: str) -> None:
+    tiny_checkpoint(tmp_path / "base", "llama", **({"num_labels": 2} if fault == "two labels" else {}))
+    half = write(tmp_path / "half.jsonl", [row | ({} if i % 2 else {"margin": 1}) for i, row in enumerate(rows(32))])
+    sections: dict[str, dict[str, dict[str, object]]] = {
+        "typo": {"optim": {"learning_rat": 1e-5}},
+        "missing file": {"data": {"train": str(tmp_path / "nowhere.jsonl")}},
+        "margin in half of the rows": {"data": {"train": str(half)}, "method": {"preset": "column"}},
+        "two labels": {},
+    }
+    path = config_file(tmp_path, 32, **sections[fault])
+    result = run("train", str(path))
+    assert result.returncode == 1
+    assert result.stderr.count("marginrm: error:") == 1
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
