@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
+from marginrm import RewardModel
+from marginrm.errors import ConfigError
+from marginrm_training.ablation import ablate
+from marginrm_training.arguments import check_sharding
 from marginrm_training.config import load_config
 from marginrm_training.run import train
 from support_models import tiny_checkpoint
@@ -18,7 +25,8 @@ from support_training import config_file
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
 RUNS = [("bt", 64), ("bt", 70), ("margin", 64), ("margin", 70)]  # 70 pairs do not fill their last batch of 16
-HALF = {"train_batch": 8}  # of each process; two of them make the same 16 pairs
+# Of each process; two of them make the same 16 pairs a forward pass.
+TWO: dict[str, Any] = {"learning_rate": 1e-2, "pairs_per_step": 16, "epochs": 2.0, "train_batch": 8}
 
 # On every rank: trains each configuration, then its first step to resume from to the end again, and keeps what the rank
 # has: the learning curve and all weights, once and again.
@@ -47,12 +55,36 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
-def launch(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp_cpu.yaml")]
+# As the command, but accelerate is told that these CPUs are GPUs: it shards on nothing else, although torch does.
+SHARDED = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from marginrm_training import run
+from marginrm_training.config import load_config
+from marginrm_training.trainer import MarginTrainer
+
+class Sharding(MarginTrainer):
+    def create_accelerator_and_postprocess(self):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+    def train(self, **options):
+        super().train(**options)
+        parts = [weight.to_local().numel() for weight in self.model_wrapped.parameters()]
+        whole = sum(weight.numel() for weight in self.model_wrapped.parameters())
+        print(f"rank {self.args.process_index} holds {sum(parts) / whole:.2f}")
+
+run.MarginTrainer = Sharding
+run.train(load_config(Path(sys.argv[1])))
+"""
+
+
+def launch(*command: str | Path, config: Path = CONFIGS / "ddp_cpu.yaml") -> subprocess.CompletedProcess[str]:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     started = [*accelerate, "--main_process_port", "0", *map(str, command)]
-    done = subprocess.run(started, capture_output=True, text=True, check=False, timeout=550)
-    assert done.returncode == 0, done.stderr
-    return done
+    return subprocess.run(started, capture_output=True, text=True, check=False, timeout=550)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +111,10 @@ def test_two_processes_train_what_one_trains(folder: Path) -> None:
         name, method = f"{preset}{pairs}", {"preset": preset}
         train(load_config(config_file(folder, pairs, name=name, method=method)))
         alone.append(curve(folder / name))
-        halves: dict[str, Any] = {"learning_rate": 1e-2, "pairs_per_step": 16, "epochs": 2.0} | HALF
-        together.append(config_file(folder, pairs, name=f"{name}-two", method=method, optim=halves))
+        together.append(config_file(folder, pairs, name=f"{name}-two", method=method, optim=TWO))
     (folder / "rank.py").write_text(RANK, encoding="utf-8")
-    launch(folder / "rank.py", *together)
+    done = launch(folder / "rank.py", *together)
+    assert done.returncode == 0, done.stderr
     for (_, pairs), expected, path in zip(RUNS, alone, together, strict=True):
         (first, resumed), (_, again) = [torch.load(path.with_suffix(f".rank{rank}")) for rank in (0, 1)]
         assert len(expected) == 2 * (pairs // 16)
@@ -94,17 +126,60 @@ def test_two_processes_train_what_one_trains(folder: Path) -> None:
 
 
 def test_the_command_writes_one_checkpoint_and_says_what_it_leaves_out(folder: Path) -> None:
-    single = config_file(folder, 70, name="command-one")
-    train(load_config(single))
-    marginrm = Path(sys.executable).with_name("marginrm")
+    train(load_config(config_file(folder, 70, name="command-one")))
     path = config_file(folder, 70, name="command-two")
-    dry = launch("--no_python", marginrm, "train", path, "--set", "optim.train_batch=8", "--dry-run")
-    assert dry.stdout.count("each epoch leaves out 6 training pairs") == 1
-    assert "steps: 8 of 16 pairs, 8 a forward pass, 2 rank(s)" in dry.stdout
+    marginrm = Path(sys.executable).with_name("marginrm")
     done = launch("--no_python", marginrm, "train", path, "--set", "optim.train_batch=8")
+    assert done.returncode == 0, done.stderr
     for line in ("each epoch leaves out 6 training pairs", "train: 70 pairs", "written to"):
         assert done.stdout.count(line) == 1
     assert_same_curve(curve(folder / "command-one"), curve(folder / "command-two"))
-    assert sorted(path.name for path in (folder / "command-two").iterdir()) == sorted(
-        path.name for path in (folder / "command-one").iterdir()
-    )
+    assert files(folder / "command-two") == files(folder / "command-one")
+
+
+def files(output: Path) -> list[str]:
+    return sorted(str(path.relative_to(output)) for path in output.rglob("*"))
+
+
+def test_sharded_weights_train_alike_and_are_written_whole(folder: Path) -> None:
+    train(load_config(config_file(folder, 70, name="whole")))
+    path = config_file(folder, 70, name="sharded", optim=TWO)
+    shards = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
+    (folder / "fsdp.yaml").write_text(yaml.safe_dump(shards), encoding="utf-8")
+    (folder / "sharded.py").write_text(SHARDED, encoding="utf-8")
+    done = launch(folder / "sharded.py", path, config=folder / "fsdp.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 holds 0.5" in done.stdout
+    assert_same_curve(curve(folder / "whole"), curve(folder / "sharded"))
+    # Rewards, not weights: Adam blows up the rounding of the key's bias, whose gradient is 0 in truth.
+    rewards = [
+        [sample["reward"] for sample in json.loads((folder / name / "reward_manifest.json").read_text())["golden"]]
+        for name in ("whole", "sharded")
+    ]
+    assert rewards[1] == pytest.approx(rewards[0], abs=1e-3)
+    assert RewardModel.from_pretrained(folder / "sharded", dtype="float32").verify_golden() is not None
+
+
+def test_asking_for_shards_on_cpus_is_refused() -> None:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ACCELERATE_USE_FSDP", "true")
+        check_sharding(sharded=True)
+        with pytest.raises(ConfigError, match=r"on CPUs it shards nothing.*ddp_cpu\.yaml"):
+            check_sharding(sharded=False)
+    check_sharding(sharded=False)
+
+
+def test_an_ablation_under_a_launcher_is_refused(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="starts its own processes"):
+            ablate(tmp_path / "any.toml")
+
+
+@pytest.mark.parametrize("name", ["ddp_cpu", "fsdp", "deepspeed_zero2"])
+def test_the_example_configurations_are_accelerates(name: str) -> None:
+    config: Any = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # a key that it does not know is an error
+    assert (config.num_processes, config.mixed_precision) == (2, "no")
+    options = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    for key in (config.fsdp_config or {}) | (config.deepspeed_config or {}):
+        assert f"--{key}" in options

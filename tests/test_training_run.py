@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from marginrm import RewardModel
-from marginrm.errors import ConfigError, ManifestError
+from marginrm.errors import ConfigError, DataError, ManifestError
 from marginrm.loading import load_for_training
 from marginrm.manifest import Manifest
 from marginrm_training.config import TrainConfig, parse_config
@@ -212,6 +212,33 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, make: Make, capsys: pytest.Cap
     assert train(make(), dry_run=True) is None
     assert "steps: 9 of 16 pairs" in capsys.readouterr().out
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_pairs_that_fill_no_pass_are_left_out_and_counted(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = make().model_dump(mode="json", exclude_none=True)
+    settings["data"]["limit"] = 47
+    train(parse_config(settings, "test"), dry_run=True)
+    told = capsys.readouterr().out
+    assert "each epoch leaves out 15 training pairs" in told
+    assert "steps: 6 of 16 pairs" in told
+    settings["data"]["limit"] = 15
+    with pytest.raises(ConfigError, match="There are 15 training pairs, and one forward pass takes"):
+        train(parse_config(settings, "test"))
+
+
+def test_a_run_with_candidates_reports_best_of_n(tmp_path: Path, make: Make) -> None:
+    texts = ["Red, yellow and blue.", "No.", "Paris is the capital.", "I do not know."]
+    candidates = [{"text": text, "quality": float(index % 2 == 0)} for index, text in enumerate(texts)]
+    groups = write(tmp_path / "groups.jsonl", [{"prompt": f"Task {n}?", "candidates": candidates} for n in range(3)])
+    settings = make().model_dump(mode="json", exclude_none=True)
+    settings["data"]["best_of_n"] = str(groups)
+    train(parse_config(settings, "test"))
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Best-of-N</h2>" in page
+    assert "The curve ends at N = 4" in page
+    groups.write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match=r"groups\.jsonl: has no group of candidates"):
+        train(parse_config(settings | {"output": str(tmp_path / "none")}, "test"))
 
 
 def test_trap_a_reference_batch_too_small_stops_before_the_first_step(make: Make) -> None:

@@ -54,6 +54,8 @@ class RewardModule(nn.Module):
             )
         self._pool = _pooling_of(self.base)
         self.architecture: Architecture = "decoder" if self._pool is _last_token_reward else "encoder"
+        # By these layers FSDP shards; accelerate looks for them here.
+        self._no_split_modules = self.base._no_split_modules  # noqa: SLF001 - transformers has no public name for it
         for part in _head_modules(self.base):
             part.float().register_forward_pre_hook(_in_float32)
         self.forward_path: ForwardPath

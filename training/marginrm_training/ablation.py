@@ -209,6 +209,8 @@ def ablate(
     Finished runs are kept: called again, the command goes on where it was ended. RESULTS are in the output folder:
     results.jsonl, table.md, and a folder for each run.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("ablate starts its own processes: call it without accelerate or torchrun, with --jobs N.")
     ablation = load_ablation(config)
     output = Path(ablation.output)
     if dry_run:

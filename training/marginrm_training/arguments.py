@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
+from accelerate.utils.environment import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -24,6 +25,19 @@ def ranks() -> int:
 def left_over(config: TrainConfig, pairs: int) -> int:
     """Returns how many pairs an epoch leaves out, drawn anew each time: those that do not fill all ranks' last batch."""
     return pairs % (config.optim.train_batch * ranks())
+
+
+def check_sharding(*, sharded: bool) -> None:
+    """Refuses to train unsharded where shards were asked for.
+
+    Raises:
+        ConfigError: accelerate was started for FSDP and does not do it on this device, which it does not say.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not sharded:
+        raise ConfigError(
+            "accelerate was started with an FSDP configuration, and on CPUs it shards nothing. Start it on GPUs, or "
+            "with examples/accelerate/ddp_cpu.yaml."
+        )
 
 
 def check_loggers(names: Sequence[str]) -> None:

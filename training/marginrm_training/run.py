@@ -18,7 +18,7 @@ from marginrm.manifest import Manifest, MethodInfo
 from marginrm.reward_model import RewardModel
 from marginrm.reward_module import RewardModule
 from marginrm_training.adapters import merge_lora, with_lora
-from marginrm_training.arguments import check_loggers, left_over, ranks
+from marginrm_training.arguments import check_loggers, check_sharding, left_over, ranks
 from marginrm_training.candidates import load_groups
 from marginrm_training.config import TrainConfig, expand
 from marginrm_training.data import load_splits
@@ -62,6 +62,7 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     if rest := left_over(config, len(splits.train.pairs)):
         say(f"each epoch leaves out {rest:,} training pairs, drawn anew: they do not fill a forward pass on every rank")
     trainer = MarginTrainer(module, splits.train.pairs, config, output / "trainer")
+    check_sharding(sharded=trainer.is_fsdp_enabled)
     if dry_run:
         say(plan(config, splits, module))
         return None
