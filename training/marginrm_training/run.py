@@ -69,6 +69,7 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     before = score_pairs(RewardModel.from_module(module, encoder), splits.test.pairs[:_BEFORE]).d
     trainer.train(resume_from_checkpoint=last_step(config, output / "trainer", resume=resume))
     module = trained(trainer, module, config)
+    PartialState().destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
     if not trainer.is_world_process_zero():
         return None
     record = RunRecord(
