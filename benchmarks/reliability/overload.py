@@ -32,11 +32,14 @@ def overload(minutes: float, times: float, deadline: float) -> Report:
     with WatchedServer(base, setup.WORK / "capacity.log") as server:
         rate = asyncio.run(traffic.capacity(server.url, asked, min(_CAPACITY_SECONDS, seconds)))
     with WatchedServer(base, setup.WORK / "overload.log") as server:
+        cpu = [server.cpu_seconds]
         at_one = asyncio.run(_load(server.url, asked, rate, max(30.0, seconds / 3), deadline))
+        cpu.append(server.cpu_seconds)
         server.rss.clear()
         started = time.perf_counter()
         outcomes, sent = asyncio.run(_load(server.url, asked, rate * times, seconds, deadline))
         took = time.perf_counter() - started
+        cpu.append(server.cpu_seconds)
         rss = list(server.rss)
     accepted = [outcome.seconds for outcome in outcomes if outcome.status == 200]
     p99 = checks.percentile(accepted, 0.99)
@@ -46,6 +49,8 @@ def overload(minutes: float, times: float, deadline: float) -> Report:
         "capacity": f"{rate:.1f} requests/s (closed loop of 16), each 8 candidates and about {tokens:.0f} tokens",
         "load": f"{times:g} times that, {sent:,} requests in {seconds:.0f} s (Poisson), all answered after {took:.0f} s",
         "deadline": f"{deadline:g} s, as X-Request-Timeout; the queue has its default bounds",
+        "the server's CPU time for each right answer": f"{_cpu(cpu[0], cpu[1], at_one[0])} at 1x, "
+        f"{_cpu(cpu[1], cpu[2], outcomes)} at {times:g}x",
     }
     return Report(
         f"Overload, {times:g} times capacity",
@@ -79,6 +84,10 @@ async def _load(
             rate,
             seconds,
         )
+
+
+def _cpu(before: float, after: float, outcomes: Sequence[Outcome]) -> str:
+    return f"{1000 * (after - before) / max(1, sum(outcome.status == 200 for outcome in outcomes)):.1f} ms"
 
 
 def _tokens_per_request(path: Path, asked: Sequence[Question]) -> float:

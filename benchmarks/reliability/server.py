@@ -73,6 +73,12 @@ class WatchedServer:
         """What it has written."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
+    @property
+    def cpu_seconds(self) -> float:
+        """The time that its threads have computed so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
     def _address(self) -> str:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:

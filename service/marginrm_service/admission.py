@@ -54,6 +54,15 @@ class Admission:
             A permit; use it as a context manager, so that its room is given back.
 
         Raises:
+            OverloadedError, WouldBeLateError: As `check` does.
+        """
+        self.check(tokens, seconds, bulk=bulk)
+        return Permit(self, tokens, bulk=bulk)
+
+    def check(self, tokens: int, seconds: float = math.inf, *, bulk: bool = False) -> None:
+        """Returns if `enter` would let this request in.
+
+        Raises:
             OverloadedError: There is no room now.
             WouldBeLateError: By the measured rate it cannot be done in time.
         """
@@ -69,7 +78,6 @@ class Admission:
                 f"With {self.requests:,} requests before it, this one could not be answered within {seconds:g} s.",
                 retry_after=_seconds(late),
             )
-        return Permit(self, tokens, bulk=bulk)
 
     def expected_seconds(self, tokens: int, *, bulk: bool = False) -> float:
         """Returns after how long a request should be done if it came now; 0 before anything was measured.

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
 
 from marginrm_service import adapters, admin, http_errors, operations, pages, routes, tracing
+from marginrm_service.errors import OverloadedError
+from marginrm_service.full_house import FullHouse
 from marginrm_service.key_check import KeyCheck
 from marginrm_service.keys import KeyFile, RateLimit
 from marginrm_service.middleware import BodyLimit, RequestContext
@@ -66,6 +70,7 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
         telemetry=tracing.FASTAPI_OFF,
     )
     app.state.service = service
+    app.add_middleware(FullHouse, service=service, routes=_scoring_routes(service.settings))
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
     app.add_middleware(
         KeyCheck,
@@ -84,6 +89,19 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
     app.include_router(admin.router)
     app.include_router(pages.router)
     return app
+
+
+def _scoring_routes(settings: Settings) -> dict[str, tuple[BaseRoute, int]]:
+    """Returns the routes that score, by path, and what each answers when the queue is full."""
+    return {
+        route.path: (route, status)
+        for router, status in (
+            (routes.router, http_errors.STATUSES[OverloadedError]),
+            *((router, settings.adapter_overload_status) for router in adapters.ROUTERS),
+        )
+        for route in router.routes
+        if isinstance(route, APIRoute) and "POST" in (route.methods or ())
+    }
 
 
 def _keys(path: Path | None) -> KeyFile | None:

@@ -15,7 +15,7 @@ from marginrm.errors import MarginRMError, ModelError
 from marginrm.memory import give_memory_back
 from marginrm.schemas import ModelCard
 from marginrm_service import logs
-from marginrm_service.errors import LastModelError, NotReadyError, UnknownModelError
+from marginrm_service.errors import LastModelError, NotReadyError, OverloadedError, UnknownModelError
 from marginrm_service.job import Job
 from marginrm_service.metrics import Metrics
 from marginrm_service.served import ServedModel
@@ -188,6 +188,31 @@ class ModelRegistry:
         Clients of other servers send a name that the operator of this one did not choose.
         """
         return self.get(name if name in self._names or len(self._names) > 1 else DEFAULT_MODEL)
+
+    def check_room(self, size: int, seconds: float, *, bulk: bool) -> None:
+        """Returns if some model may have room for a request of which only the head was read.
+
+        Which model it asks for stands in its body, so all have to be full. A refusal is counted under the model's name
+        if there is one model only, else under none.
+
+        Raises:
+            OverloadedError: As `ServedModel.check_room` does; of several models' refusals, the one with the least wait.
+        """
+        refusals: list[OverloadedError] = []
+        for name in self._names:
+            try:
+                self.get(name).check_room(size, seconds, bulk=bulk)
+            except OverloadedError as error:
+                refusals.append(error)
+            except NotReadyError:
+                return
+            else:
+                return
+        if not refusals:
+            return
+        refusal = min(refusals, key=lambda error: error.retry_after)
+        self._metrics.rejections.labels("" if len(refusals) > 1 else next(iter(self._names)), refusal.code).inc()
+        raise refusal
 
     def check_ready(self) -> None:
         """Returns if every model takes requests.

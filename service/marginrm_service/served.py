@@ -55,8 +55,8 @@ class ServedModel:
         self._metrics = metrics
         self._stall_seconds = stall_seconds
         self._created = int(time.time())
-        turn = max(model.token_budget // QUANTA_PER_STEP, 1)
-        self._door = Admission(max_tokens=max_queue_tokens, max_requests=max_queue_requests, turn=turn)
+        self._turn = max(model.token_budget // QUANTA_PER_STEP, 1)
+        self._door = Admission(max_tokens=max_queue_tokens, max_requests=max_queue_requests, turn=self._turn)
         self._engine = ScoringEngine(model, name=model.info.name, on_step=self._measure)
         self._characters_per_token = 4.0
 
@@ -114,6 +114,23 @@ class ServedModel:
         except OverloadedError as error:
             self._metrics.rejections.labels(self.name, error.code).inc()
             raise
+
+    def check_room(self, size: int, seconds: float, *, bulk: bool) -> None:
+        """Returns if a request may find room, as far as the size of its body tells.
+
+        Only half of the tokens that a text of this size would be are counted, and at most one turn: a request is refused
+        by its size when the queue is full to within a moment's work, and else by what its texts cost.
+
+        Args:
+            size: Of the body, in bytes; 0 if it is not known.
+            seconds: Until the request's deadline.
+            bulk: Whether it takes the room that interactive work leaves.
+
+        Raises:
+            OverloadedError: There is no room now, or its answer would be late.
+        """
+        least = min(int(size / self._characters_per_token / 2), self._turn, self._door.max_tokens)
+        self._door.check(least, seconds, bulk=bulk)
 
     def learn(self, characters: int, tokens: int) -> None:
         """Takes note of what some characters really cost in tokens."""

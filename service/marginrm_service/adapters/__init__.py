@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends
 from marginrm_service.adapters import embeddings, llama_factory, openai, openrlhf, rerank, slime, tei, vllm
 from marginrm_service.adapters.contract import overload_status
 
+ROUTERS = tuple(module.router for module in (openrlhf, slime, llama_factory, vllm, embeddings, rerank, tei, openai))
 router = APIRouter(dependencies=[Depends(overload_status)], tags=["other servers' contracts"])
-for _module in (openrlhf, slime, llama_factory, vllm, embeddings, rerank, tei, openai):
-    router.include_router(_module.router)
+for _router in ROUTERS:
+    router.include_router(_router)
