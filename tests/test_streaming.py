@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 
-from support_server import serving
+from marginrm_service.app import create_app
+from marginrm_service.settings import Settings
+from support_models import SENTENCES, tiny_checkpoint
+from support_server import ServerProcess, serving
 from support_service import FakeRewardModel, Gate
 
 LINES = {"Accept": "application/x-ndjson"}
@@ -132,3 +138,62 @@ def test_a_slow_reader_holds_up_nobody_and_gets_every_line() -> None:
             received += part
     assert received.count(b'"mean"') == 200
     assert b'"usage"' in received
+
+
+def test_sigterm_in_mid_stream_finishes_the_stream_before_exit_0(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", "llama")
+    arguments = ("--model", checkpoint, "--dtype", "float32", "--token-budget", "64")
+    prompts = [
+        {
+            "id": f"p{number}",
+            "prompt": f"{number}?",
+            "candidates": [f"{text} {n}" for n in range(20) for text in SENTENCES],
+        }
+        for number in range(8)
+    ]
+    with ServerProcess(tmp_path / "log", *arguments) as process:
+        process.wait_until_ready()
+        with httpx.stream(
+            "POST", f"{process.url}/best-of-n", json={"prompts": prompts, "top_k": 1}, headers=LINES, timeout=60
+        ) as response:
+            incoming = response.iter_lines()
+            lines = [json.loads(next(incoming))]
+            metrics = httpx.get(f"{process.url}/metrics", timeout=30).text
+            assert 'marginrm_queue_requests{model="default"} 1.0' in metrics, (
+                "too little work to be ended in its middle"
+            )
+            process.signal(signal.SIGTERM)
+            while "SIGTERM" not in process.log:
+                time.sleep(0.01)
+            lines += [json.loads(line) for line in incoming]
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.log
+    *outcomes, end = lines
+    assert sorted(line["index"] for line in outcomes) == list(range(len(prompts)))
+    assert all("ranking" in line for line in outcomes)
+    assert end["usage"]["responses"] == sum(len(prompt["candidates"]) for prompt in prompts)
+
+
+def test_the_openapi_document_describes_every_kind_of_line() -> None:
+    document = create_app(Settings()).openapi()
+    content = document["paths"]["/best-of-n"]["post"]["responses"]["200"]["content"]
+    assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/BestOfNResponse"}
+    check = jsonschema.Draft202012Validator({**content["application/x-ndjson"]["schema"], **document})
+    bad = {"id": "bad", "prompt": "x" * 100_000, "candidates": ["a"]}
+    model, gate = FakeRewardModel(), Gate()
+    model.token_budget = 60
+    with serving(model) as server:
+        url = f"{server.url}/best-of-n"
+        rows = lines_of(httpx.post(url, json={"prompts": [PROMPTS[0], bad]}, headers=LINES))
+        model.on_forward = gate
+        gate.open(2)
+        cut = lines_of(httpx.post(url, json={"prompts": PROMPTS}, headers={**LINES, "X-Request-Timeout": "0.7"}))
+        model.on_forward = lambda _: None
+        gate.open(2)
+    (ranked,) = [row for row in rows if "ranking" in row]
+    assert {"error" in row for row in rows[:2]} == {True, False}
+    assert cut[-1]["status"] == 504
+    for row in rows + cut:
+        check.validate(row)
+    for wrong in ({}, {"model": rows[2]["model"]}, {"status": 504}, {**ranked, "ranking": "none"}):
+        assert not check.is_valid(wrong)

@@ -8,13 +8,13 @@ import os
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
-from marginrm_service import adapters, admin, http_errors, operations, pages, routes, tracing
+from marginrm_service import adapters, admin, http_errors, operations, pages, routes, streaming, tracing
 from marginrm_service.errors import OverloadedError
 from marginrm_service.full_house import FullHouse
 from marginrm_service.key_check import KeyCheck
@@ -60,7 +60,7 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
             if traces:
                 await asyncio.to_thread(traces.shutdown)  # sends what it holds
 
-    app = FastAPI(
+    app = _App(
         title="marginrm",
         version=version("marginrm"),
         description=_DESCRIPTION,
@@ -68,6 +68,7 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
         docs_url=None,
         redoc_url=None,
         telemetry=tracing.FASTAPI_OFF,
+        separate_input_output_schemas=False,  # of answers with a serializer of their own it would say nothing
     )
     app.state.service = service
     app.add_middleware(FullHouse, service=service, routes=_scoring_routes(service.settings))
@@ -89,6 +90,14 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
     app.include_router(admin.router)
     app.include_router(pages.router)
     return app
+
+
+class _App(FastAPI):
+    """An app whose OpenAPI document describes streamed lines too."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Returns the OpenAPI document."""
+        return streaming.describe(super().openapi())
 
 
 def _scoring_routes(settings: Settings) -> dict[str, tuple[BaseRoute, int]]:

@@ -9,18 +9,31 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import TypeAdapter
 
 from marginrm.errors import MarginRMError
-from marginrm.schemas import StreamError
+from marginrm.schemas import ItemError, PromptOut, StreamEnd, StreamError
 from marginrm_service.answer import Result
 from marginrm_service.http_errors import error_body, status_of
 from marginrm_service.logs import request_id
 from marginrm_service.scoring import OnAsk
 
 NDJSON = "application/x-ndjson"
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {NDJSON: {"schema": {"type": "string", "description": "One JSON object a line."}}}}
+_REFERENCE = "#/components/schemas/{model}"
+_ROW = TypeAdapter[Any](PromptOut | ItemError | StreamEnd | StreamError).json_schema(ref_template=_REFERENCE)
+# What the OpenAPI document says of a line, and the schemas that it refers to.
+SCHEMAS: dict[str, Any] = _ROW.pop("$defs") | {
+    "BestOfNRow": _ROW | {"title": "BestOfNRow", "description": "One line of a streamed answer."}
 }
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {NDJSON: {"schema": {"$ref": _REFERENCE.format(model="BestOfNRow")}}}}
+}
+
+
+def describe(document: dict[str, Any]) -> dict[str, Any]:
+    """Adds the schemas of lines to an OpenAPI document, which FastAPI makes of whole answers only."""
+    document["components"]["schemas"] = SCHEMAS | document["components"]["schemas"]
+    return document
 
 
 def wanted(request: Request) -> bool:
