@@ -7,6 +7,7 @@ sequence and at the first of an encoder's, always by position, so nothing here d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,11 +58,25 @@ class _Draft:
     removable: range
 
 
+@functools.lru_cache(maxsize=4)
+def _backend(serialised: str) -> Tokenizer:
+    """Makes a tokenizer of what `to_str` wrote; equal ones are one.
+
+    Each thread that tokenises remembers words for each tokenizer for as long as it lives, even when the tokenizer is
+    gone (tokenizers 0.23; clearing its cache does not help). So a server whose models are swapped must not make anew
+    what it has.
+    """
+    tokenizer = Tokenizer.from_str(serialised)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class Encoder:
     """Turns (prompt, response) into token ids for one tokenizer and one kind of model.
 
-    Thread-safe: it works on a private copy of the tokenizer, with the padding and truncation that some tokenizer files
-    carry switched off.
+    Thread-safe: it works on a copy of the tokenizer, which nobody changes, with the padding and truncation that some
+    tokenizer files carry switched off.
 
     Args:
         tokenizer: A transformers tokenizer with the `tokenizers` back end (all current families have it).
@@ -82,9 +97,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.architecture: Architecture = architecture
-        self._backend = Tokenizer.from_str(backend.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = _backend(backend.to_str())
         self._templated = architecture == "decoder" and bool(tokenizer.chat_template)
         self._chat_template = _dateless(tokenizer.get_chat_template()) if self._templated else None
         self._bos = self._leading_bos()
