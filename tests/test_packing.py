@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marginrm.packing import ROOT, PackingPlan, cost, plan_row, plan_steps, shared_prefix
+from marginrm.packing import ROOT, SHARE_FROM, PackingPlan, cost, plan_row, plan_steps, shared_prefix
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7)
 groups = st.lists(st.lists(tokens, min_size=1, max_size=5), min_size=1, max_size=5)
@@ -103,3 +103,47 @@ def test_a_group_over_the_budget_is_split_and_its_prefix_computed_again() -> Non
 @pytest.mark.parametrize("share", [True, False])
 def test_no_groups_make_no_steps(share: bool) -> None:
     assert list(plan_steps([], 10, share_prefix=share)) == []
+
+
+@given(groups, st.integers(1, 3))
+def test_groups_that_start_alike_share_it_and_read_back_their_own_tokens(
+    batch: list[list[list[int]]], share_from: int
+) -> None:
+    plan = plan_row(batch, share_prefix=True, share_from=share_from)
+    members = [member for group in batch for member in group]
+    for leaf, member in zip(plan.leaves, members, strict=True):
+        indices = visible(plan, leaf)
+        assert [plan.ids[index] for index in indices] == member
+        assert [plan.position_ids[index] for index in indices] == list(range(len(member)))
+    assert len(plan.ids) <= sum(cost(group, share_prefix=True) for group in batch)
+    assert all(run.length > 0 and run.parent < index for index, run in enumerate(plan.runs))
+
+
+@given(st.lists(tokens, min_size=1, max_size=8))
+def test_responses_sent_one_by_one_share_every_prefix_of_a_radix_tree(sequences: list[list[int]]) -> None:
+    plan = plan_row([[sequence] for sequence in sequences], share_prefix=True, share_from=1)
+    # Each response keeps its last token; what comes before is in the row once, whoever starts with it.
+    heads = {tuple(sequence[:length]) for sequence in sequences for length in range(1, len(sequence))}
+    assert len(plan.ids) == len(heads) + len(sequences)
+
+
+def test_two_requests_with_one_system_prompt_by_hand() -> None:
+    plan = plan_row([[[1, 1, 2, 7], [1, 1, 2, 8]], [[3, 4]], [[1, 1, 5, 9]]], share_prefix=True, share_from=2)
+    assert plan.ids == [1, 1, 2, 7, 8, 5, 9, 3, 4]
+    assert [(run.length, run.parent, run.offset) for run in plan.runs] == [
+        (2, ROOT, 0),
+        (1, 0, 2),
+        (1, 1, 3),
+        (1, 1, 3),
+        (2, 0, 2),
+        (2, ROOT, 0),
+    ]
+    assert plan.last == [3, 4, 8, 6]
+
+
+def test_a_few_common_tokens_are_not_worth_sharing_between_groups() -> None:
+    template = [5] * (SHARE_FROM - 1)
+    apart = [[[*template, 1, 2]], [[*template, 3, 4]]]
+    assert len(plan_row(apart, share_prefix=True).runs) == 2
+    together = [[[*template, 5, 1, 2]], [[*template, 5, 3, 4]]]
+    assert len(plan_row(together, share_prefix=True).runs) == 3
