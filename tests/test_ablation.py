@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,20 @@ def test_an_ablation_measures_compares_and_keeps_what_is_finished(small, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
     assert run_all(ablation) == []
     assert {path: path.stat().st_mtime_ns for path in output.rglob("result.json")} == before
-    assert len(finished(output, plan(ablation))) == 2
+    assert len(finished(ablation.kept, plan(ablation))) == 2
+
+
+def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path):
+    small.write_text(f'results = "{tmp_path}/kept"\n' + small.read_text())
+    ablation = load_ablation(small)
+    assert run_all(ablation, jobs=2) == []
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {"result.json", "arrays.npz"}
+
+    shutil.rmtree(tmp_path / "out")  # as on another machine
+    assert run_all(ablation) == []
+    assert (tmp_path / "out" / "table.md").read_text() == table
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_a_run_that_fails_is_named_with_its_log(small, tmp_path):

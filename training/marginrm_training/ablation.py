@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from marginrm.errors import ConfigError, MarginRMError
 
 FLIP = "flip"  # the axis that no training configuration has: the share of training labels to swap
+RESULT, ARRAYS = "result.json", "arrays.npz"  # of a finished run, in its folder
 _POLL_SECONDS = 0.2
 
 
@@ -45,6 +47,8 @@ class Ablation(_Section):
 
     Attributes:
         output: Folder of the runs, `results.jsonl` and `table.md`.
+        results: Folder for what finished runs found, small enough to be kept under version control, so that another
+            machine goes on where this one stopped; without it they stay in `output`/runs.
         baseline: The variant that the others are compared with, pair by pair.
         seeds: Of head, split and order; the same seed gives all variants the same.
         variants: By name, the settings (`section.key`) that make it.
@@ -56,6 +60,7 @@ class Ablation(_Section):
     """
 
     output: str
+    results: str | None = None
     baseline: str
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -64,6 +69,11 @@ class Ablation(_Section):
     evaluations: tuple[Evaluation, ...] = Field(min_length=1)
     demo: bool = False
     keep_checkpoints: bool = False
+
+    @property
+    def kept(self) -> Path:
+        """Where each finished run has a folder with its result and its arrays."""
+        return Path(self.results) if self.results else Path(self.output) / "runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +142,11 @@ def plan(ablation: Ablation) -> list[Run]:
     return runs
 
 
-def finished(output: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def finished(kept: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Returns the results that belong to these runs, in their order."""
     results = {}
     for run in runs:
-        path = output / "runs" / run.label / "result.json"
+        path = kept / run.label / RESULT
         if path.is_file():
             results[run.digest] = json.loads(path.read_text(encoding="utf-8"))
     return [results[run.digest] for run in runs if run.digest in results]
@@ -158,7 +168,7 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
     output = Path(ablation.output)
     runs = plan(ablation)
     _prepare(ablation, output)
-    done = {result["digest"] for result in finished(output, runs)}
+    done = {result["digest"] for result in finished(ablation.kept, runs)}
     pending = [run for run in runs if run.digest not in done]
     deadline = time.monotonic() + limit_minutes * 60 if limit_minutes is not None else float("inf")
     active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
@@ -173,7 +183,10 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
                 for run, process in list(active.values()):
                     if process.poll() is not None:
                         del active[run.digest]
-                        failed += [run] if process.returncode else []
+                        if process.returncode:
+                            failed.append(run)
+                        else:
+                            _keep(output / "runs" / run.label, ablation.kept / run.label)
                         bar.update()
                         write_report(ablation, output, runs)
                 time.sleep(_POLL_SECONDS)
@@ -189,11 +202,11 @@ def write_report(ablation: Ablation, output: Path, runs: Sequence[Run]) -> None:
     """Writes `results.jsonl` and `table.md` from the runs that are finished."""
     from marginrm_training.ablation_report import table
 
-    results = finished(output, runs)
+    results = finished(ablation.kept, runs)
     lines = "".join(json.dumps(result) + "\n" for result in results)
     (output / "results.jsonl").write_text(lines, encoding="utf-8")
     if results:
-        (output / "table.md").write_text(table(ablation, output, results, len(runs)), encoding="utf-8")
+        (output / "table.md").write_text(table(ablation, results, len(runs)), encoding="utf-8")
 
 
 def ablate(
@@ -215,7 +228,7 @@ def ablate(
     output = Path(ablation.output)
     if dry_run:
         runs = plan(ablation)
-        known = {result["digest"] for result in finished(output, runs)}
+        known = {result["digest"] for result in finished(ablation.kept, runs)}
         for run in runs:
             typer.echo(f"{'finished' if run.digest in known else 'to do   '} {run.label}")
         return
@@ -225,6 +238,15 @@ def ablate(
     if failed:
         logs = ", ".join(str(output / "runs" / run.label / "log") for run in failed)
         raise MarginRMError(f"{len(failed)} runs failed. Their logs say why: {logs}")
+
+
+def _keep(made: Path, kept: Path) -> None:
+    """Puts a finished run's result where results are kept; it comes last there too."""
+    if made == kept:
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in (ARRAYS, RESULT):
+        shutil.copyfile(made / name, kept / name)
 
 
 def _prepare(ablation: Ablation, output: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from marginrm_training.ablation import Ablation, Evaluation, plan
+from marginrm_training.ablation import ARRAYS, Ablation, Evaluation, plan
 from marginrm_training.comparison import discordant, mcnemar
 from marginrm_training.evaluation import correctness
 
@@ -24,12 +23,11 @@ _TRAINING = ("fire_rate", "mean_target_margin", "temperature", "seconds", "peak_
 Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes
 
 
-def table(ablation: Ablation, output: Path, results: Sequence[Mapping[str, Any]], runs: int) -> str:
+def table(ablation: Ablation, results: Sequence[Mapping[str, Any]], runs: int) -> str:
     """Returns the report.
 
     Args:
         ablation: What was run.
-        output: Its folder, where each run's arrays are.
         results: The finished runs.
         runs: How many runs there are in all.
     """
@@ -38,7 +36,7 @@ def table(ablation: Ablation, output: Path, results: Sequence[Mapping[str, Any]]
     for result in results:
         cells.setdefault((result["variant"], tuple(result["axes"].values())), []).append(result)
     arrays = {
-        result["digest"]: dict(np.load(output / "runs" / labels[result["digest"]] / "arrays.npz")) for result in results
+        result["digest"]: dict(np.load(ablation.kept / labels[result["digest"]] / ARRAYS)) for result in results
     }
     introduction = (
         f"{len(results)} of {runs} runs. Mean over seeds ± the seeds' standard deviation; in brackets a 95% bootstrap "

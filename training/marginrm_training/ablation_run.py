@@ -23,7 +23,7 @@ from marginrm.errors import ConfigError
 from marginrm.manifest import Manifest
 from marginrm.preferences import read_groups
 from marginrm.reward_model import RewardModel
-from marginrm_training.ablation import FLIP, Evaluation
+from marginrm_training.ablation import ARRAYS, FLIP, RESULT, Evaluation
 from marginrm_training.candidates import score_groups
 from marginrm_training.config import expand, parse_config
 from marginrm_training.data import encode_pairs
@@ -50,14 +50,14 @@ def main(folder: Path) -> None:
     for evaluation in map(Evaluation.model_validate, spec["evaluations"]):
         measure = measure_pairs if evaluation.kind == "pairs" else measure_best_of_n
         metrics[evaluation.name], arrays[evaluation.name] = measure(checkpoint, evaluation)
-    np.savez_compressed(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
+    np.savez_compressed(folder / ARRAYS, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
     result = {name: spec[name] for name in ("digest", "variant", "axes", "seed", "config")} | {
         "train": training_figures(manifest) | {"seconds": seconds, "peak_memory_gib": peak_memory_gib()},
         "evaluations": metrics,
     }
     if not spec["keep_checkpoints"]:
         shutil.rmtree(checkpoint)
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
 
 
 def measure_pairs(checkpoint: Path, evaluation: Evaluation) -> tuple[dict[str, float], Floats]:
