@@ -182,7 +182,10 @@ def test_all_contracts_give_one_conversation_the_reward_of_score(tmp_path):
     )
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello é<|im_end|>\n"
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello é"}]
-    with serving(model) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+    with (
+        serving(model, reward_cache_mib=0) as running,  # each contract's reward is to come from the model
+        httpx.Client(base_url=running.url, timeout=60) as http,
+    ):
 
         def ask(path: str, body: dict):
             response = http.post(path, json=body)

@@ -86,7 +86,10 @@ def expected(checkpoint) -> list[float]:
 
 @pytest.fixture
 def http(model) -> Iterator[httpx.Client]:
-    with serving(model, stall_seconds=0.2) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with (
+        serving(model, stall_seconds=0.2, reward_cache_mib=0) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
         yield client
 
 
@@ -209,7 +212,7 @@ def test_tokenizer_raises(http, model, expected, fault):
     sound = model.encoder
     model.encoder = FaultyEncoder(sound.tokenizer, max_length=sound.max_length, architecture=sound.architecture)
     model.encoder.fault = fault
-    with serving(model) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with serving(model, reward_cache_mib=0) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         one_prompt = client.post("/best-of-n", json={"prompts": [{"prompt": PROMPT, "candidates": RESPONSES}]}).json()
         (prompt,) = one_prompt["prompts"]
         assert [(one["candidate"], one["error"]["code"]) for one in prompt["errors"]] == [(BAD, "tokenizer_failed")]
@@ -311,7 +314,7 @@ def admin(checkpoint, tmp_path_factory) -> Iterator[httpx.Client]:
     key = add_key(keys, "root")
     model = RewardModel.from_pretrained(checkpoint, dtype="float32")
     with (
-        serving(model, admin_key_file=keys, dtype="float32") as server,
+        serving(model, admin_key_file=keys, dtype="float32", reward_cache_mib=0) as server,
         httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as client,
     ):
         yield client

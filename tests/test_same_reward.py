@@ -77,7 +77,7 @@ def test_trainer_library_and_server_give_a_pair_the_same_reward(checkpoint: Path
     assert max(scored) - min(scored) > 100 * TOLERANCE  # else anything would agree
 
     with (
-        serving(model) as server,
+        serving(model, reward_cache_mib=0) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
         RewardClient(server.url) as client,
     ):

@@ -19,7 +19,7 @@ def test_late_work_leaves_the_queue_before_its_forward_pass() -> None:
     gate = Gate()
     model = FakeRewardModel()
     with (
-        serving(model) as server,
+        serving(model, reward_cache_mib=0) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
         ThreadPoolExecutor() as pool,
     ):

@@ -294,7 +294,7 @@ def test_a_full_queue_is_429_with_retry_after_and_the_accepted_are_answered():
 
 def test_what_no_queue_could_hold_is_413():
     with serving(FakeRewardModel(), max_queue_tokens=100) as server:
-        items = [{"prompt": "p", "response": "word " * 20}] * 10
+        items = [{"prompt": "p", "response": f"{number} " + "word " * 20} for number in range(10)]
         response = httpx.post(f"{server.url}/score", json={"items": items})
         assert response.status_code == 413
         assert error_of(response)["code"] == "request_too_large"
@@ -303,7 +303,7 @@ def test_what_no_queue_could_hold_is_413():
 def test_a_client_that_hangs_up_stops_costing():
     gate = Gate()
     model = FakeRewardModel()
-    with serving(model) as server:
+    with serving(model, reward_cache_mib=0) as server:
         model.on_forward = gate
         model.steps.clear()
         body = {"items": [{"prompt": "p", "response": "first"}]}

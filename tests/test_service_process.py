@@ -38,6 +38,7 @@ def encoder_checkpoint(tmp_path_factory):
 def server(checkpoint, encoder_checkpoint, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = ("--model", checkpoint, "--model", f"bert={encoder_checkpoint}", "--dtype", "float32")
+    arguments += ("--reward-cache-mib", "0")  # each reward is to come from the model
     with ServerProcess(log, *arguments, "--log-format", "json", "--log-level", "debug") as process:
         process.wait_until_ready()
         yield process
@@ -161,7 +162,7 @@ def test_no_text_of_a_client_is_in_the_log_which_is_json(server):
 
 
 def test_sigterm_finishes_what_was_accepted_and_exits_with_0(checkpoint, tmp_path):
-    arguments = ("--model", checkpoint, "--dtype", "float32", "--token-budget", "300")
+    arguments = ("--model", checkpoint, "--dtype", "float32", "--token-budget", "300", "--reward-cache-mib", "0")
     with ServerProcess(tmp_path / "log", *arguments) as process:
         process.wait_until_ready()
         prompt = " ".join(SENTENCES)

@@ -31,7 +31,7 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
 
 def test_the_lines_hold_what_the_plain_answer_holds() -> None:
     body = {"prompts": PROMPTS, "top_k": 2}
-    with serving(FakeRewardModel()) as server:
+    with serving(FakeRewardModel(), reward_cache_mib=0) as server:
         plain = httpx.post(f"{server.url}/best-of-n", json=body).json()
         response = httpx.post(f"{server.url}/best-of-n", json=body, headers=LINES)
     assert response.status_code == 200
@@ -122,7 +122,7 @@ def test_a_slow_reader_holds_up_nobody_and_gets_every_line() -> None:
         "POST /best-of-n HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept: application/x-ndjson\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    with serving(FakeRewardModel()) as server, socket.socket() as reader:
+    with serving(FakeRewardModel(), reward_cache_mib=0) as server, socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.settimeout(30)
         reader.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))

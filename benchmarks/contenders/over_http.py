@@ -34,6 +34,7 @@ class OverHttp:
         self._log = tempfile.NamedTemporaryFile(prefix="marginrm-serve-", suffix=".log")  # noqa: SIM115 - for life
         command = [Path(sys.executable).with_name("marginrm"), "serve", "--model", folder, "--port", "0"]
         command += ["--dtype", dtype, "--device", device]
+        command += ["--reward-cache-mib", "0"]  # every round sends the same texts
         self._server = subprocess.Popen(
             list(map(str, command)),
             stdout=self._log,

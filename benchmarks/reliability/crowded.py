@@ -26,7 +26,7 @@ def crowded(candidates: int, pairs: int) -> Report:
     """
     path, _ = setup.model_paths()
     asked = traffic.questions([setup.reference(path)], 64, candidates=2, characters=200)
-    with WatchedServer(["--model", str(path), "--dtype", "float32"], setup.WORK / "crowded.log") as server:
+    with WatchedServer(["--model", str(path), *setup.COMPUTED], setup.WORK / "crowded.log") as server:
         idle, crowd, step, seconds = asyncio.run(_measure(server.url, asked, candidates, pairs))
     p95_idle, p95_crowd = checks.percentile(idle, 0.95), checks.percentile(crowd, 0.95)
     most = 3 * p95_idle + step

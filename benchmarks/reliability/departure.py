@@ -26,7 +26,7 @@ def sigterm(times: int) -> Report:
     path, _ = setup.model_paths()
     # Short requests, and so many of them: what is at stake is the moment at which a connection arrives.
     asked = traffic.questions([setup.reference(path)], 64, candidates=2, characters=60)
-    arguments = ["--model", str(path), "--dtype", "float32"]
+    arguments = ["--model", str(path), *setup.COMPUTED]
     with WatchedServer(arguments, setup.WORK / "capacity.log") as server:
         rate = _LOAD * asyncio.run(traffic.capacity(server.url, asked, 5))
     outcomes: list[Outcome] = []

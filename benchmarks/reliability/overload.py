@@ -27,7 +27,7 @@ def overload(minutes: float, times: float, deadline: float) -> Report:
     path, _ = setup.model_paths()
     asked = traffic.questions([setup.reference(path)], 64)
     tokens = _tokens_per_request(path, asked)
-    base = ["--model", str(path), "--dtype", "float32"]
+    base = ["--model", str(path), *setup.COMPUTED]
     seconds = minutes * 60
     with WatchedServer(base, setup.WORK / "capacity.log") as server:
         rate = asyncio.run(traffic.capacity(server.url, asked, min(_CAPACITY_SECONDS, seconds)))

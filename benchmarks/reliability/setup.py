@@ -11,6 +11,8 @@ from marginrm_training.demo.model import build_model
 from marginrm_training.demo.recipe import RECIPE
 
 WORK = Path("runs/reliability")
+# Few texts are asked again and again: it is the model that is to be tried, and not the memory for its rewards.
+COMPUTED = ("--dtype", "float32", "--reward-cache-mib", "0")
 
 
 def model_paths() -> tuple[Path, Path]:

@@ -40,7 +40,7 @@ def soak(minutes: float) -> Report:
     asked = traffic.questions([setup.reference(path) for path in paths], 64)
     seconds = minutes * 60
     admin = Admin(setup.WORK)
-    arguments = ["--model", str(paths[0]), "--dtype", "float32", *admin.arguments]
+    arguments = ["--model", str(paths[0]), *setup.COMPUTED, *admin.arguments]
     with WatchedServer(arguments, setup.WORK / "soak.log") as server:
         rate = _LOAD * asyncio.run(traffic.capacity(server.url, asked, min(20.0, seconds)))
         server.rss.clear()

@@ -45,7 +45,8 @@ class Stages:
         tokenise: Until its texts were token ids.
         queue: From then until its first part went into a step.
         forward: The steps that held a part of it.
-        total: From its admission to its last reward; more than the others together if it was served in slices.
+        total: From its admission to its last reward; more than the others together if it was served in slices or waited
+            for what another request computed.
     """
 
     tokenise: float

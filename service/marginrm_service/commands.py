@@ -56,6 +56,10 @@ def serve(
     max_queue_requests: Annotated[
         int | None, typer.Option(help="Requests that may wait per model.", show_default="2048")
     ] = None,
+    reward_cache_mib: Annotated[
+        float | None,
+        typer.Option(help="MiB of rewards to keep per model; 0 computes each anew.", show_default="64"),
+    ] = None,
     max_body_bytes: Annotated[
         int | None, typer.Option(help="The largest request body; beyond, 413.", show_default="33554432")
     ] = None,
@@ -116,6 +120,7 @@ def serve(
         token_budget=token_budget,
         max_queue_tokens=max_queue_tokens,
         max_queue_requests=max_queue_requests,
+        reward_cache_mib=reward_cache_mib,
         max_body_bytes=max_body_bytes,
         request_timeout=request_timeout,
         max_request_timeout=max_request_timeout,

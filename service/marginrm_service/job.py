@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from marginrm.packing import cost, shared_prefix
 
 Group = Sequence[EncodedResponse]
 Outcome = float | MarginRMError
+Place = tuple[int, int]  # number of the group, and of the member in it
 
 
 @dataclass(slots=True)
@@ -39,6 +40,12 @@ class GroupPlan:
             cost=cost(ids, share_prefix=share_prefix),
         )
 
+    def part(self, members: Sequence[int]) -> GroupPlan:
+        """Returns the plan of some members. What they share beyond the whole group is not looked for: that takes time."""
+        lengths = [self.lengths[member] for member in members]
+        shared = self.shared if len(members) > 1 else 0
+        return GroupPlan(lengths, shared, sum(lengths) - shared * (len(lengths) - 1))
+
 
 @dataclass(eq=False, slots=True)
 class Job:
@@ -51,6 +58,7 @@ class Job:
         groups: Encoded responses, those with a common prompt together; no group is empty.
         plans: One for each group.
         bulk: Whether it takes the room that interactive work leaves.
+        places: Where each distinct response stands, by `reward_cache.key_of`; empty if nothing is to be reused.
         group: The group to be taken next.
         member: The first member of that group that was not taken yet.
         outcomes: One per response: its reward, or the error that took its place.
@@ -69,6 +77,7 @@ class Job:
     groups: Sequence[Group]
     plans: list[GroupPlan]
     bulk: bool = False
+    places: Mapping[bytes, Sequence[Place]] = field(default_factory=dict)
     group: int = 0
     member: int = 0
     outcomes: list[list[Outcome | None]] = field(init=False)
@@ -92,6 +101,19 @@ class Job:
     def of(cls, groups: Sequence[Group], *, share_prefix: bool) -> Job:
         """Makes a job of groups that are not empty. Takes time on large ones: call it off the event loop."""
         return cls(groups, [GroupPlan.of(group, share_prefix=share_prefix) for group in groups])
+
+    def part(self, members: Mapping[int, Sequence[int]]) -> Job:
+        """Makes a job of some members of some groups, given by their numbers, for the same request."""
+        groups = [[self.groups[group][member] for member in chosen] for group, chosen in members.items()]
+        plans = [self.plans[group].part(chosen) for group, chosen in members.items()]
+        return Job(groups, plans, bulk=self.bulk, on_computed=self.on_computed)
+
+    def absorb(self, part: Job) -> None:
+        """Adds what a part of it has cost."""
+        self.computed += part.computed
+        self.forward_seconds += part.forward_seconds
+        if self.started_at is None:
+            self.started_at = part.started_at
 
     @property
     def cost(self) -> int:

@@ -19,6 +19,7 @@ from marginrm.schemas import PairOut, PromptOut
 from marginrm_service.answer import Answer, Scored
 from marginrm_service.drift import Drift
 from marginrm_service.engine import StepReport
+from marginrm_service.reuse import Reused
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKENS = (16, 64, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
@@ -72,10 +73,25 @@ class Metrics:
             "marginrm_step_responses", "Responses of a step.", ["model"], buckets=_RESPONSES, registry=registry
         )
         self.tokens_asked = Counter(
-            "marginrm_tokens_asked", "Tokens of responses, each with its whole prompt.", ["model"], registry=registry
+            "marginrm_tokens_asked",
+            "Tokens of responses in steps, each with its whole prompt.",
+            ["model"],
+            registry=registry,
         )
         self.tokens_computed = Counter(
             "marginrm_tokens_computed", "Tokens that the model computed.", ["model"], registry=registry
+        )
+        self.reward_cache_hits = Counter(
+            "marginrm_reward_cache_hits",
+            "Responses whose reward was kept, or was being computed.",
+            ["model", "kind"],
+            registry=registry,
+        )
+        self.reward_cache_misses = Counter(
+            "marginrm_reward_cache_misses", "Responses that had to be computed.", ["model"], registry=registry
+        )
+        self.reward_cache_bytes = Gauge(
+            "marginrm_reward_cache_bytes", "Memory of the rewards that are kept.", ["model"], registry=registry
         )
         self.forward_faults = Counter(
             "marginrm_forward_faults", "Forward passes that raised or gave no number.", ["model"], registry=registry
@@ -121,6 +137,12 @@ class Metrics:
         self.tokens_computed.labels(model).inc(report.computed)
         if report.faults:
             self.forward_faults.labels(model).inc(report.faults)
+
+    def reused(self, model: str, reused: Reused) -> None:
+        """Takes note of what a scoring request did not have to compute, and of what it had to."""
+        self.reward_cache_hits.labels(model, "stored").inc(reused.stored)
+        self.reward_cache_hits.labels(model, "in_flight").inc(reused.in_flight)
+        self.reward_cache_misses.labels(model).inc(reused.computed)
 
     def answer(self, model: str, answer: Answer) -> None:
         """Takes note of what came out of a scoring request."""

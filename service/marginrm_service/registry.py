@@ -111,6 +111,7 @@ class ModelRegistry:
             del self._names[served.name], self._served[served.name]
             self._retire(served)
             self._metrics.ready.remove(served.name)
+            self._metrics.reward_cache_bytes.remove(served.name)
             self._metrics.drift.forget(served.name)
 
     def _retire(self, served: ServedModel) -> None:
@@ -139,6 +140,7 @@ class ModelRegistry:
             self._metrics,
             max_queue_tokens=self._settings.max_queue_tokens,
             max_queue_requests=self._settings.max_queue_requests,
+            reward_cache_bytes=int(self._settings.reward_cache_mib * 2**20),
             stall_seconds=self._settings.stall_seconds,
         )
         served.start()

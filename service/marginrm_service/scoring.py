@@ -17,6 +17,7 @@ from marginrm.errors import MarginRMError, SequenceTooLongError
 from marginrm.schemas import Usage
 from marginrm_service.answer import Answer, Ask, Result, Scored, Stages
 from marginrm_service.job import Job, Outcome
+from marginrm_service.reward_cache import places_of
 from marginrm_service.served import ServedModel
 from marginrm_service.tokenising import Encoded, encode_group, encode_text
 
@@ -62,15 +63,14 @@ async def score(
         encoded: list[list[Encoded]] = [[] for _ in asks]
         for chunk in _chunks(asks):
             await _in(pool, _encode_chunk, model.encoder, asks, chunk, truncation, encoded)
-        job = await _in(pool, _job, encoded, model.shares_prefixes)
+        job = await _in(pool, _job, encoded, model.shares_prefixes, model.reuses)
         tokenised = perf_counter()
-        permit.settle(job.cost)
         model.learn(characters, job.cost)
         job.bulk = bulk
         job.on_computed = permit.spend
         if on_ask:
             _announce(encoded, job, on_ask)
-        await model.run(job)
+        await model.run(job, permit)
     results = _gather(encoded, job)
     waited = (job.started_at or job.queued_at) - job.queued_at
     stages = Stages(tokenised - started, waited, job.forward_seconds, perf_counter() - started)
@@ -157,9 +157,12 @@ def _characters(asks: Sequence[Ask], *, shared: bool) -> int:
     )
 
 
-def _job(encoded: Sequence[Sequence[Encoded]], shares_prefixes: bool) -> Job:
+def _job(encoded: Sequence[Sequence[Encoded]], shares_prefixes: bool, reuses: bool) -> Job:
     groups = map(_usable, encoded)
-    return Job.of([group for group in groups if group], share_prefix=shares_prefixes)
+    job = Job.of([group for group in groups if group], share_prefix=shares_prefixes)
+    if reuses:
+        job.places = places_of(job.groups)
+    return job
 
 
 async def _in(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:

@@ -17,6 +17,8 @@ from marginrm_service.engine import ScoringEngine, StepReport
 from marginrm_service.errors import OverloadedError
 from marginrm_service.job import Job
 from marginrm_service.metrics import Metrics
+from marginrm_service.reuse import Reuse
+from marginrm_service.reward_cache import RewardCache
 
 if TYPE_CHECKING:  # torch takes seconds to import; the server listens before that
     from marginrm.reward_model import RewardModel
@@ -33,6 +35,7 @@ class ServedModel:
         metrics: Where to count.
         max_queue_tokens: The most tokens that may wait.
         max_queue_requests: The most requests that may wait.
+        reward_cache_bytes: Memory for rewards that were given; 0 computes each anew, equal ones in flight too.
         stall_seconds: The longest that a step should take.
     """
 
@@ -43,6 +46,7 @@ class ServedModel:
         *,
         max_queue_tokens: int,
         max_queue_requests: int,
+        reward_cache_bytes: int,
         stall_seconds: float,
     ) -> None:
         self.info: ModelInfo = model.info
@@ -58,6 +62,8 @@ class ServedModel:
         self._turn = max(model.token_budget // QUANTA_PER_STEP, 1)
         self._door = Admission(max_tokens=max_queue_tokens, max_requests=max_queue_requests, turn=self._turn)
         self._engine = ScoringEngine(model, name=model.info.name, on_step=self._measure)
+        self._cache = RewardCache(reward_cache_bytes)
+        self._reuse = Reuse(self._cache) if reward_cache_bytes else None
         self._characters_per_token = 4.0
 
     @property
@@ -74,6 +80,11 @@ class ServedModel:
     def died(self) -> bool:
         """Whether its worker ended without being told to."""
         return self._engine.died
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it looks for what need not be computed again, by the `places` of jobs."""
+        return self._reuse is not None
 
     @property
     def stalled(self) -> bool:
@@ -137,9 +148,26 @@ class ServedModel:
         if characters and tokens:
             self._characters_per_token += _SMOOTHING * (characters / tokens - self._characters_per_token)
 
-    async def run(self, job: Job) -> None:
-        """Computes a job. Raises as `ScoringEngine.run` does."""
-        await self._engine.run(job)
+    async def run(self, job: Job, permit: Permit | None = None) -> None:
+        """Computes a job, apart from what need not be computed again.
+
+        Args:
+            job: What is asked.
+            permit: Its place inside, which is settled for what is left to compute.
+
+        Raises:
+            RequestTooLargeError, EngineStoppedError: As `Permit.settle` and `ScoringEngine.run` do.
+        """
+
+        async def compute(part: Job) -> None:
+            if permit:
+                permit.settle(part.cost)
+            await self._engine.run(part)
+
+        if self._reuse and job.places:
+            self._metrics.reused(self.name, await self._reuse.run(job, compute))
+        else:
+            await compute(job)
 
     def card(self) -> ModelCard:
         """Returns what `/v1/models` says of it."""
@@ -156,6 +184,7 @@ class ServedModel:
         """Puts the queue's present state into the metrics."""
         self._metrics.queue_tokens.labels(self.name).set(self._door.tokens)
         self._metrics.queue_requests.labels(self.name).set(self._door.requests)
+        self._metrics.reward_cache_bytes.labels(self.name).set(self._cache.size)
 
     def _measure(self, report: StepReport) -> None:
         self._door.measured(report.computed, report.seconds, started=report.started)

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     token_budget: int | None = Field(default=None, ge=1, description="The most tokens of one forward pass.")
     max_queue_tokens: int = Field(default=2_000_000, ge=1, description="The most tokens that may wait per model.")
     max_queue_requests: int = Field(default=2_048, ge=1, description="The most requests that may wait per model.")
+    reward_cache_mib: float = Field(
+        default=64.0, ge=0, allow_inf_nan=False, description="MiB of rewards to keep per model; 0 computes each anew."
+    )
     max_body_bytes: int = Field(default=32 * 2**20, ge=1_024, description="The largest request body.")
     request_timeout: float = Field(
         default=120.0, gt=0, description="Seconds for a request that does not say X-Request-Timeout itself."

@@ -152,7 +152,9 @@ class Usage(_Reply):
 
     responses: int = Field(description="Responses that were scored.")
     tokens: int = Field(description="Their tokens, each with its whole prompt.")
-    tokens_computed: int = Field(description="Tokens that the model had to compute, as shared prompts count once.")
+    tokens_computed: int = Field(
+        description="Tokens that the model had to compute, as shared prompts count once and rewards that are kept not at all."
+    )
 
 
 class ErrorBody(_Reply):
