@@ -1,8 +1,9 @@
 """Attention over a packed row: every token sees what comes before it in its own sequence, and nothing else.
 
 The function is registered with transformers as `marginrm_packed`, so every model that goes through the
-`AttentionInterface` runs on packed rows unchanged. What each call reads is gathered from the row by index
-(`packed_layout`), which is exact and differentiable. Without a packed row the function is transformers' own SDPA
+`AttentionInterface` runs on packed rows unchanged. How it is computed is the row's layout's business: what each call
+reads is gathered from the row by index (`packed_layout`), or FlexAttention goes over the row as it is
+(`interval_layout`); both are exact and differentiable. Without a packed row the function is transformers' own SDPA
 attention, so one loaded model takes packed and padded batches alike.
 """
 
@@ -12,19 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from marginrm.cpu_attention import CPUAttention
-from marginrm.packed_layout import AttentionLayout, Rectangle
+from marginrm.interval_layout import IntervalLayout
+from marginrm.packed_layout import AttentionLayout, UnsupportedAttentionError
 
 ATTENTION_NAME = "marginrm_packed"
-
-
-class UnsupportedAttentionError(Exception):
-    """The model asks its attention for something that packed rows cannot represent."""
 
 
 def packed_attention(
@@ -53,8 +49,8 @@ def packed_attention(
         [1, tokens, heads, head size], and None for the weights, which are not materialised.
 
     Raises:
-        UnsupportedAttentionError: The model asks for soft-capping or attention sinks, or, for a row whose prefixes
-            are computed apart, for a window, dropout or values of another size than keys.
+        UnsupportedAttentionError: The model asks for soft-capping or attention sinks, or for what the row's layout
+            does not know.
     """
     row = kwargs.pop("packed_row", None)
     if row is None:
@@ -68,67 +64,8 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = kwargs.get("sliding_window")
-    layout: AttentionLayout = row.layout
-    # One gather for all calls: its gradient is one scatter, where a gather per call would fill a whole row each.
-    sizes = [call.lines * call.longest for call in layout.calls]
-    lines = [_gathered(tensor, layout.tokens, sizes) for tensor in (query, key, value)]
-    depths = [call.trunk for call in layout.calls]
-    trunks = [_gathered(tensor, layout.trunks, depths) for tensor in (key, value)]
-    results = [
-        _run_call(call, own, trunk, scaling, dropout, window)
-        for call, own, trunk in zip(layout.calls, zip(*lines, strict=True), zip(*trunks, strict=True), strict=True)
-    ]
-    return torch.cat(results).index_select(0, layout.order)[None], None
-
-
-def _gathered(tensor: Tensor, index: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Fetches tokens of [1, heads, tokens, head size] into one [tokens, heads, head size] per call."""
-    return torch.split(tensor[0].transpose(0, 1).index_select(0, index), sizes)
-
-
-def _run_call(
-    call: Rectangle,
-    own: tuple[Tensor, ...],
-    trunk: tuple[Tensor, ...],
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-) -> Tensor:
-    """Returns the attention of one call, [lines * longest, heads, head size]."""
-    query, key, value = (part.view(call.lines, call.longest, *part.shape[1:]).transpose(1, 2) for part in own)
-    mask = call.mask(window, query.dtype)
-    causal = call.causal and mask is None
-    if call.trunk and (window is not None or dropout or key.shape[-1] != value.shape[-1]):
-        raise UnsupportedAttentionError("prefixes cannot be computed apart with a window, dropout or unequal heads")
-    if call.trunk or _backward_is_slow(query, value, dropout):
-        prefix = [part.transpose(0, 1)[None] for part in trunk] if call.trunk else [None, None]
-        result: Tensor = CPUAttention.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            query, key, value, *prefix, mask, causal, scaling
-        )
-    else:
-        result = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-    return result.transpose(1, 2).flatten(0, 1)
-
-
-def _backward_is_slow(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether this is a backward pass of CPU kernels in half precision, which takes several times that in float32."""
-    return (
-        query.device.type == "cpu"
-        and query.dtype != torch.float32
-        and torch.is_grad_enabled()
-        and query.requires_grad
-        and not dropout
-        and query.shape[-1] == value.shape[-1]
-    )
+    layout: AttentionLayout | IntervalLayout = row.layout
+    return layout.attend(query, key, value, scale=scaling, dropout=dropout, window=window), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from marginrm.attention_choice import choose_attention
 from marginrm.compiled import compile_parts
 from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
@@ -89,6 +90,7 @@ def load_for_scoring(
     limit = length_limit(config, tokenizer, max_length)
     classifier.to(target)  # type: ignore[arg-type]  # transformers wraps it untyped
     module = RewardModule(classifier, max_length=limit).eval()
+    choose_attention(module)
     if compiled:
         compile_parts(module, longest=limit)
     return module, Encoder(tokenizer, max_length=limit, architecture=module.architecture)

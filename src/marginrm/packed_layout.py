@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from marginrm.cpu_attention import CPUAttention
 from marginrm.packing import ROOT, PackingPlan
 
 # Below this many tokens a prefix is cheaper to read again in each line than to merge.
@@ -26,6 +27,10 @@ SPLIT_FROM = 128
 _UNIT = 32
 # Lines share a call when padding the shorter to the longer wastes at most this share of it.
 _MAX_WASTE = 0.1
+
+
+class UnsupportedAttentionError(Exception):
+    """The model asks its attention for something that packed rows cannot represent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,37 @@ class AttentionLayout:
         """Returns the layout on another device."""
         calls = tuple(call.to(device) for call in self.calls)
         return AttentionLayout(calls, self.tokens.to(device), self.trunks.to(device), self.order.to(device))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
+    ) -> Tensor:
+        """Computes a layer's attention over the row.
+
+        Args:
+            query: [1, heads, tokens, head size].
+            key: [1, key heads, tokens, head size]; key heads divide heads.
+            value: As `key`.
+            scale: Factor on the dot products; None for 1 / sqrt(head size).
+            dropout: Attention dropout, for training.
+            window: Tokens see each other only at a distance below this one; None for no window.
+
+        Returns:
+            [1, tokens, heads, head size].
+
+        Raises:
+            UnsupportedAttentionError: For a row whose prefixes are computed apart: a window, dropout or values of another
+                size than keys.
+        """
+        # One gather for all calls: its gradient is one scatter, where a gather per call would fill a whole row each.
+        sizes = [call.lines * call.longest for call in self.calls]
+        lines = [_gathered(tensor, self.tokens, sizes) for tensor in (query, key, value)]
+        depths = [call.trunk for call in self.calls]
+        trunks = [_gathered(tensor, self.trunks, depths) for tensor in (key, value)]
+        results = [
+            _run_call(call, own, trunk, scale, dropout, window)
+            for call, own, trunk in zip(self.calls, zip(*lines, strict=True), zip(*trunks, strict=True), strict=True)
+        ]
+        return torch.cat(results).index_select(0, self.order)[None]
 
 
 def attention_layout(plan: PackingPlan, *, causal: bool, split_from: int | None = SPLIT_FROM) -> AttentionLayout:
@@ -201,3 +237,53 @@ def _alike(lines: list[Tensor]) -> Iterator[list[Tensor]]:
         filled += len(line)
     if batch:
         yield batch
+
+
+def _gathered(tensor: Tensor, index: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Fetches tokens of [1, heads, tokens, head size] into one [tokens, heads, head size] per call."""
+    return torch.split(tensor[0].transpose(0, 1).index_select(0, index), sizes)
+
+
+def _run_call(
+    call: Rectangle,
+    own: tuple[Tensor, ...],
+    trunk: tuple[Tensor, ...],
+    scale: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """Returns the attention of one call, [lines * longest, heads, head size]."""
+    query, key, value = (part.view(call.lines, call.longest, *part.shape[1:]).transpose(1, 2) for part in own)
+    mask = call.mask(window, query.dtype)
+    causal = call.causal and mask is None
+    if call.trunk and (window is not None or dropout or key.shape[-1] != value.shape[-1]):
+        raise UnsupportedAttentionError("prefixes cannot be computed apart with a window, dropout or unequal heads")
+    if call.trunk or _backward_is_slow(query, value, dropout):
+        prefix = [part.transpose(0, 1)[None] for part in trunk] if call.trunk else [None, None]
+        result: Tensor = CPUAttention.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            query, key, value, *prefix, mask, causal, scale
+        )
+    else:
+        result = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return result.transpose(1, 2).flatten(0, 1)
+
+
+def _backward_is_slow(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether this is a backward pass of CPU kernels in half precision, which takes several times that in float32."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype != torch.float32
+        and torch.is_grad_enabled()
+        and query.requires_grad
+        and not dropout
+        and query.shape[-1] == value.shape[-1]
+    )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from marginrm.attention import ATTENTION_NAME, UnsupportedAttentionError
+from marginrm.attention import ATTENTION_NAME
 from marginrm.encoding import Architecture, EncodedResponse
 from marginrm.errors import HeadError
-from marginrm.packed_layout import SPLIT_FROM
+from marginrm.packed_layout import SPLIT_FROM, AttentionLayout, UnsupportedAttentionError
 from marginrm.rows import EncodedGroup, PackedRow, PaddedRows, pack, pad
 
 ForwardPath = Literal["packed", "padded"]
@@ -37,7 +37,9 @@ class RewardModule(nn.Module):
         classifier: As given; save it with `classifier.save_pretrained`.
         architecture: `decoder` (reward at the last token) or `encoder` (reward at the first).
         forward_path: `packed`, or `padded` for models that packing cannot represent exactly.
-        forward_reason: Why that path, in words.
+        max_length: As given.
+        flex_on: The type of device on which FlexAttention goes over packed rows (`attention_choice`), or None.
+        attention_reason: Why it does or does not, in words; empty where it was not tried.
 
     Raises:
         HeadError: The classifier does not give exactly one value per sequence.
@@ -59,14 +61,22 @@ class RewardModule(nn.Module):
         for part in _head_modules(self.base):
             part.float().register_forward_pre_hook(_in_float32)
         self.forward_path: ForwardPath
+        self.max_length = max_length
+        self.flex_on: str | None = None
+        self.attention_reason = ""
         self._can_split = True
-        self.forward_path, self.forward_reason = self._choose_path(max_length)
+        self.forward_path, self._path_reason = self._choose_path(max_length)
 
     @property
     def base(self) -> PreTrainedModel:
         """The classifier itself, without a PEFT wrapper around it."""
         unwrap = getattr(self.classifier, "get_base_model", None)
         return cast("PreTrainedModel", unwrap()) if unwrap else self.classifier
+
+    @property
+    def forward_reason(self) -> str:
+        """Why that path, and for packed rows that attention, in words."""
+        return "; ".join(filter(None, (self._path_reason, self.attention_reason)))
 
     @property
     def config(self) -> object:
@@ -86,7 +96,12 @@ class RewardModule(nn.Module):
     def collate(self, groups: Sequence[EncodedGroup]) -> PackedRow | PaddedRows:
         """Lays groups out for this model's exact path, on the CPU."""
         if self.forward_path == "packed":
-            return pack(groups, causal=self.architecture == "decoder", split_from=SPLIT_FROM if self._splits else None)
+            return pack(
+                groups,
+                causal=self.architecture == "decoder",
+                split_from=SPLIT_FROM if self._splits else None,
+                flex=self._flexes,
+            )
         return pad(groups, pad_token_id=self.base.config.pad_token_id)
 
     def forward(self, row: PackedRow | PaddedRows) -> Tensor:
@@ -106,6 +121,12 @@ class RewardModule(nn.Module):
     def _splits(self) -> bool:
         """Whether long prefixes are computed apart: only CPU kernels tell the log-sum-exp, and those know no dropout."""
         return self._can_split and self.device.type == "cpu" and not (self.training and _attention_dropout(self.base))
+
+    @property
+    def _flexes(self) -> bool:
+        """Whether FlexAttention is for the rows made now: it knows no dropout, and on CPUs no gradients."""
+        trains_without = self.training and (self.device.type == "cpu" or _attention_dropout(self.base) > 0)
+        return self.flex_on == self.device.type and not trains_without
 
     @property
     def _backbone(self) -> nn.Module:
@@ -195,6 +216,7 @@ class RewardModule(nn.Module):
         if not difference <= PROBE_TOLERANCE.get(self.dtype, 0.1):
             return f"packed and padded rewards differ by {difference:.2g} in a probe"
         window = _sliding_window(self.base.config)
+        assert isinstance(row.layout, AttentionLayout)
         seen = {key for call in row.layout.calls for key, _ in call.masks}
         if window is not None and window < max_length and seen == {None}:
             return f"a sliding window of {window:,} tokens that its attention does not announce"

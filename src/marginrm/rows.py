@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marginrm.encoding import EncodedResponse
+from marginrm.interval_layout import IntervalLayout, interval_layout
 from marginrm.packed_layout import SPLIT_FROM, AttentionLayout, attention_layout
 from marginrm.packing import plan_row
 
@@ -35,7 +36,7 @@ class PackedRow:
     first: Tensor
     last: Tensor
     owner: Tensor | None
-    layout: AttentionLayout
+    layout: AttentionLayout | IntervalLayout
 
     @property
     def tokens(self) -> int:
@@ -98,13 +99,16 @@ class PaddedRows:
         )
 
 
-def pack(groups: Sequence[EncodedGroup], *, causal: bool, split_from: int | None = SPLIT_FROM) -> PackedRow:
+def pack(
+    groups: Sequence[EncodedGroup], *, causal: bool, split_from: int | None = SPLIT_FROM, flex: bool = False
+) -> PackedRow:
     """Packs groups into one row; decoders (causal) share prefixes, encoders share nothing.
 
     Args:
         groups: Encoded responses; rewards come in the order of the groups and of the responses in them.
         causal: Whether the model is a decoder.
         split_from: As for `attention_layout`; of no effect on the rewards.
+        flex: Whether FlexAttention goes over the row, not calls on gathered lines; of no effect on the rewards.
     """
     plan = plan_row([[response.ids for response in group] for group in groups], share_prefix=causal)
     responses = [response for group in groups for response in group]
@@ -118,7 +122,9 @@ def pack(groups: Sequence[EncodedGroup], *, causal: bool, split_from: int | None
         first=torch.tensor([plan.runs[[*plan.ancestors(leaf), leaf][0]].start for leaf in plan.leaves]),
         last=torch.tensor(plan.last),
         owner=None if causal else torch.arange(len(responses)).repeat_interleave(lengths),
-        layout=attention_layout(plan, causal=causal, split_from=split_from),
+        layout=interval_layout(plan, causal=causal)
+        if flex
+        else attention_layout(plan, causal=causal, split_from=split_from),
     )
 
 

@@ -58,10 +58,10 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     groups = load_groups(expand(config.data.best_of_n)) if config.data.best_of_n else []
     for split in (splits.train, splits.calibration, splits.test):
         say(split.summary())
-    say(f"forward path: {module.forward_reason}")
     if rest := left_over(config, len(splits.train.pairs)):
         say(f"each epoch leaves out {rest:,} training pairs, drawn anew: they do not fill a forward pass on every rank")
     trainer = MarginTrainer(module, splits.train.pairs, config, output / "trainer")
+    say(f"forward path: {module.forward_reason}")
     check_sharding(sharded=trainer.is_fsdp_enabled)
     if dry_run:
         say(plan(config, splits, module))

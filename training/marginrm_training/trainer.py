@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from marginrm.attention_choice import choose_attention
 from marginrm.errors import ConfigError, NonFiniteRewardError
 from marginrm.reward_module import RewardModule
 from marginrm_training import losses
@@ -92,6 +93,8 @@ class MarginTrainer(Trainer):
         super().__init__(
             model=module, args=arguments, train_dataset=PairDataset(pairs), data_collator=PairCollator(module)
         )
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
+            choose_attention(module, gradients=True)  # the weights are on their device only now
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation averages it
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

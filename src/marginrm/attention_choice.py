@@ -1,0 +1,106 @@
+"""Which attention goes over a module's packed rows: FlexAttention where it proves itself at load, else rectangles.
+
+FlexAttention reads each token of the row where it lies, by one kernel for rows of any length, and skips the blocks that
+nobody sees. It is a prototype of PyTorch's, compiled by Triton for each GPU, so it is taken only after its rewards, and
+for training its gradients, have been those of the plain path on the device itself. On CPUs it is slower than
+rectangles and has no backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from marginrm.encoding import EncodedResponse
+from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_groups
+from marginrm.rows import PackedRow, pack, pad
+
+# The longer one's row has several blocks, some of them seen by nobody. The shorter one's is within a block, which torch
+# compiles apart: now, not at the first short request.
+_PROBE_TOKENS = (12, 300)
+
+
+def choose_attention(
+    module: RewardModule, wanted: Literal["auto", "rectangles", "flex"] = "auto", *, gradients: bool = False
+) -> None:
+    """Chooses the attention for packed rows on the device where the weights are now, and notes why.
+
+    Where compiling fails or results differ, rectangles are taken, and `forward_reason` says so. Under autocast what is
+    tried is what autocast makes of it.
+
+    Args:
+        module: Changed in place. After a move to another type of device it uses rectangles until this is called again.
+        wanted: `auto` tries FlexAttention on CUDA only; `flex` tries it wherever the weights are.
+        gradients: Whether the module is to be trained, so that gradients must agree too.
+    """
+    module.flex_on, module.attention_reason = None, ""
+    tries = wanted == "flex" or (wanted == "auto" and module.device.type == "cuda")
+    if not tries or module.forward_path == "padded":
+        return
+    obstacle = _obstacle(module, gradients=gradients)
+    if obstacle is None:
+        module.flex_on, module.attention_reason = module.device.type, "attention by FlexAttention"
+    else:
+        module.attention_reason = f"attention on gathered lines, since FlexAttention {obstacle}"
+
+
+def _obstacle(module: RewardModule, *, gradients: bool) -> str | None:
+    """Returns what speaks against FlexAttention for this module, here."""
+    training = module.training
+    module.eval()
+    try:
+        rewards = _rewards_differ(module)
+        return rewards or (_gradients_differ(module) if gradients else None)
+    except Exception as error:  # noqa: BLE001 - a compiler and a driver raise what they like, and there is another way
+        return f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    finally:
+        module.train(training)
+
+
+def _rewards_differ(module: RewardModule) -> str | None:
+    found, expected = [], []
+    with torch.inference_mode():
+        for longest in _PROBE_TOKENS:
+            found.append(module(_row(module, longest, flex=True)))
+            rows = pad(_groups(module, longest), pad_token_id=module.base.config.pad_token_id)
+            expected.append(module(rows.to(module.device)))
+        difference = probe_difference(torch.cat(found), torch.cat(expected))
+    return None if difference <= _tolerance(module) else f"gave rewards that differ by {difference:.2g} in a probe"
+
+
+def _gradients_differ(module: RewardModule) -> str | None:
+    found, expected = (_gradient(module, _row(module, max(_PROBE_TOKENS), flex=flex)) for flex in (True, False))
+    difference = float((found - expected).norm() / expected.norm())
+    return None if difference <= _tolerance(module) else f"gave gradients that differ by {difference:.2g} in a probe"
+
+
+def _gradient(module: RewardModule, row: PackedRow) -> Tensor:
+    """Returns the gradient of the rewards' sum by the embedded tokens, which has come through every layer's attention."""
+    embedded: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        embedded.append(output.requires_grad_())  # with LoRA it has none of its own
+
+    hook = module.base.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            return torch.autograd.grad(module(row).sum(), embedded)[0].float()
+    finally:
+        hook.remove()
+
+
+def _row(module: RewardModule, longest: int, *, flex: bool) -> PackedRow:
+    causal = module.architecture == "decoder"
+    return pack(_groups(module, longest), causal=causal, split_from=None, flex=flex).to(module.device)
+
+
+def _groups(module: RewardModule, longest: int) -> list[list[EncodedResponse]]:
+    return probe_groups(module.base.config.vocab_size, min(module.max_length, longest))
+
+
+def _tolerance(module: RewardModule) -> float:
+    kind = module.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
+    return PROBE_TOLERANCE.get(dtype, 0.1)
