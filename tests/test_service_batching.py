@@ -68,6 +68,23 @@ def test_a_lone_pair_is_in_the_next_step_behind_a_huge_request():
     assert [(portion.job is pair, portion.stop - portion.start) for portion in step] == [(True, 2), (False, 2)]
 
 
+def test_after_a_pair_was_done_beside_a_huge_request_the_next_pair_finds_a_short_step():
+    queue = FairQueue(100)
+    queue.push(job((20, [10] * 10_000)))
+    queue.take()
+    queue.push(job((10, [5, 5])))
+    queue.take()
+    assert [portion.stop - portion.start for portion in queue.take()] == [2]  # one turn
+    assert [portion.stop - portion.start for portion in queue.take()] == [8]  # nobody came: a full one
+
+
+def test_who_comes_after_another_alone_has_a_full_step():
+    queue = FairQueue(100)
+    for _ in range(3):
+        queue.push(job((20, [10] * 8)))
+        assert [portion.stop - portion.start for portion in queue.take()] == [8]
+
+
 def test_a_huge_request_is_served_although_small_ones_keep_coming():
     queue = FairQueue(100)
     huge = job(*[(10, [5, 5])] * 50)
@@ -119,6 +136,7 @@ class Twin:
         self.line: list[str] = []
         self.todo: dict[str, list[tuple[int, int]]] = {}
         self.last_step: list[str] = []
+        self.brief = False
 
     def push(self, name: str, spec: list[tuple[int, list[int]]]) -> None:
         spec = [(shared if len(own) > 1 else 0, own if len(own) > 1 else [shared + own[0]]) for shared, own in spec]
@@ -139,7 +157,9 @@ class Twin:
         self.last_step = []
         turns = dict.fromkeys(line, 0)
         full = completed = False
-        while not full and not completed and any(self.todo[name] for name in line):
+        rounds = 0
+        while not full and not completed and any(self.todo[name] for name in line) and not (self.brief and rounds):
+            rounds += 1
             for name in [name for name in line if self.todo[name]]:
                 full = not self.turn(name, step)
                 if full:
@@ -151,6 +171,7 @@ class Twin:
         self.last_step = sorted((n for n in rest if n in had), key=lambda n: (turns[n], line.index(n)))
         self.line = [name for name in rest if name not in had]
         self.line += self.last_step
+        self.brief = completed and bool(self.last_step)
         return step
 
     def turn(self, name: str, step: set[tuple[str, int, int]]) -> bool:

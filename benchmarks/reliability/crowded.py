@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from benchmarks.reliability import checks, setup, traffic
 from benchmarks.reliability.checks import Check, Report
 from benchmarks.reliability.server import WatchedServer
 from benchmarks.reliability.traffic import Question
+from benchmarks.reliability.wire import Wire
 
 _PAUSE = 0.02  # seconds between pairs: they come one by one, as from a person's tool
 
@@ -27,7 +27,7 @@ def crowded(candidates: int, pairs: int) -> Report:
     path, _ = setup.model_paths()
     asked = traffic.questions([setup.reference(path)], 64, candidates=2, characters=200)
     with WatchedServer(["--model", str(path), *setup.COMPUTED], setup.WORK / "crowded.log") as server:
-        idle, crowd, step, seconds = asyncio.run(_measure(server.url, asked, candidates, pairs))
+        idle, crowd, step, seconds = asyncio.run(_measure(server, asked, candidates, pairs))
     p95_idle, p95_crowd = checks.percentile(idle, 0.95), checks.percentile(crowd, 0.95)
     most = 3 * p95_idle + step
     return Report(
@@ -50,36 +50,38 @@ def crowded(candidates: int, pairs: int) -> Report:
 
 
 async def _measure(
-    url: str, asked: Sequence[Question], candidates: int, pairs: int
+    server: WatchedServer, asked: Sequence[Question], candidates: int, pairs: int
 ) -> tuple[list[float], list[float], float, float]:
-    async with traffic.client(url, 600) as http:
-        await _timed(http, asked, 20)  # connections and caches
-        idle = await _timed(http, asked, pairs)
-        step = await _step_of_many(http, asked, candidates // 5)
+    async with traffic.client(server.url, 600) as http, Wire(server.url, 600) as wire:
+        await _timed(wire, asked, 20)  # connections and caches
+        idle = await _timed(wire, asked, pairs)
+        step = await _step_of_many(server, http, asked, candidates // 5)
         started = time.perf_counter()
         huge = asyncio.create_task(_ask_for_many(http, asked, candidates))
         crowd: list[float] = []
         while not huge.done():
-            crowd += await _timed(http, asked, 1)
+            crowd += await _timed(wire, asked, 1)
         await huge
         seconds = time.perf_counter() - started
     return idle, crowd, step, seconds
 
 
-async def _step_of_many(http: httpx.AsyncClient, asked: Sequence[Question], candidates: int) -> float:
+async def _step_of_many(
+    server: WatchedServer, http: httpx.AsyncClient, asked: Sequence[Question], candidates: int
+) -> float:
     """Returns the average seconds of a step of such a request while it is alone: what a pair may find running."""
-    before = await _steps(http)
+    before = server.steps
     await _ask_for_many(http, asked, candidates)
-    after = await _steps(http)
+    after = server.steps
     return (after[0] - before[0]) / (after[1] - before[1])
 
 
-async def _timed(http: httpx.AsyncClient, asked: Sequence[Question], count: int) -> list[float]:
+async def _timed(wire: Wire, asked: Sequence[Question], count: int) -> list[float]:
     seconds = []
     for number in range(count):
         await asyncio.sleep(_PAUSE)
         now = time.perf_counter()
-        outcome = await traffic.ask(http, asked[number % len(asked)], planned=now, start=now)
+        outcome = await traffic.ask(wire, asked[number % len(asked)], planned=now, start=now)
         if outcome.status != 200 or outcome.fault:
             raise RuntimeError(f"A lone pair failed: {outcome}")
         seconds.append(outcome.seconds)
@@ -94,13 +96,6 @@ async def _ask_for_many(http: httpx.AsyncClient, asked: Sequence[Question], cand
         "candidates": [f"{flat[number % len(flat)]} {number}" for number in range(candidates)],
     }
     (await http.post("/best-of-n", json={"prompts": [prompt], "top_k": 1})).raise_for_status()
-
-
-async def _steps(http: httpx.AsyncClient) -> tuple[float, float]:
-    """Returns the seconds of all steps so far, and how many there were."""
-    text = (await http.get("/metrics")).text
-    found = dict(re.findall(r"^marginrm_step_seconds_(sum|count)\{.*\} (\S+)$", text, re.MULTILINE))
-    return float(found["sum"]), float(found["count"])
 
 
 def _ms(seconds: float) -> str:

@@ -12,6 +12,7 @@ from benchmarks.reliability import setup, traffic
 from benchmarks.reliability.checks import Check, Outcome, Report
 from benchmarks.reliability.server import WatchedServer
 from benchmarks.reliability.traffic import Question
+from benchmarks.reliability.wire import Wire
 
 _LOAD = 0.8
 _SECONDS = 3.0  # of load; the signal comes in the middle
@@ -65,13 +66,13 @@ async def _leave(server: WatchedServer, asked: Sequence[Question], rate: float, 
         question = asked[turn % len(asked)]
         if turn % 2:
             return replace(await traffic.ask(kept, question, planned=planned, start=start), kind="kept connection")
-        async with traffic.client(server.url, 60) as fresh:
+        async with Wire(server.url, 60) as fresh:
             return replace(await traffic.ask(fresh, question, planned=planned, start=start), kind="new connection")
 
     async def leave() -> None:
         await asyncio.sleep(_SECONDS / 2)
         server.process.send_signal(signal.SIGTERM)
 
-    async with traffic.client(server.url, 60) as kept:
+    async with Wire(server.url, 60) as kept:
         (outcomes, _), _ = await asyncio.gather(traffic.open_loop(send, rate, _SECONDS, seed), leave())
     return outcomes

@@ -6,12 +6,14 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.reliability import checks, setup, traffic
 from benchmarks.reliability.checks import Check, Outcome, Report
 from benchmarks.reliability.server import WatchedServer
 from benchmarks.reliability.traffic import Question
+from benchmarks.reliability.wire import Wire
 
 _CAPACITY_SECONDS = 20.0
 
@@ -32,62 +34,95 @@ def overload(minutes: float, times: float, deadline: float) -> Report:
     with WatchedServer(base, setup.WORK / "capacity.log") as server:
         rate = asyncio.run(traffic.capacity(server.url, asked, min(_CAPACITY_SECONDS, seconds)))
     with WatchedServer(base, setup.WORK / "overload.log") as server:
-        cpu = [server.cpu_seconds]
-        at_one = asyncio.run(_load(server.url, asked, rate, max(30.0, seconds / 3), deadline))
-        cpu.append(server.cpu_seconds)
+        one = _load(server, asked, rate, max(30.0, seconds / 3), deadline)
         server.rss.clear()
-        started = time.perf_counter()
-        outcomes, sent = asyncio.run(_load(server.url, asked, rate * times, seconds, deadline))
-        took = time.perf_counter() - started
-        cpu.append(server.cpu_seconds)
+        many = _load(server, asked, rate * times, seconds, deadline)
         rss = list(server.rss)
-    accepted = [outcome.seconds for outcome in outcomes if outcome.status == 200]
+    accepted = [outcome.seconds for outcome in many.outcomes if outcome.status == 200]
     p99 = checks.percentile(accepted, 0.99)
-    once = checks.goodput(at_one[0], deadline, max(30.0, seconds / 3))
-    several = checks.goodput(outcomes, deadline, seconds)
     facts = {
         "capacity": f"{rate:.1f} requests/s (closed loop of 16), each 8 candidates and about {tokens:.0f} tokens",
-        "load": f"{times:g} times that, {sent:,} requests in {seconds:.0f} s (Poisson), all answered after {took:.0f} s",
+        "load": f"{times:g} times that, {many.sent:,} requests in {seconds:.0f} s (Poisson), all answered after "
+        f"{many.took:.0f} s",
         "deadline": f"{deadline:g} s, as X-Request-Timeout; the queue has its default bounds",
-        "the server's CPU time for each right answer": f"{_cpu(cpu[0], cpu[1], at_one[0])} at 1x, "
-        f"{_cpu(cpu[1], cpu[2], outcomes)} at {times:g}x",
+        "at 1x": one.costs(),
+        f"at {times:g}x": many.costs(),
     }
     return Report(
         f"Overload, {times:g} times capacity",
         f"python -m benchmarks.reliability overload --minutes {minutes:g} --times {times:g} --deadline {deadline:g}",
         facts,
         [
-            checks.answered_once(outcomes, sent),
-            checks.only_statuses(outcomes, {200, 429, 503}),
-            checks.right_rewards(outcomes, len(accepted)),
+            checks.answered_once(many.outcomes, many.sent),
+            checks.only_statuses(many.outcomes, {200, 429, 503}),
+            checks.right_rewards(many.outcomes, len(accepted)),
             Check("p99 of the accepted under the deadline", f"{p99:.2f} s of {deadline:g} s", p99 < deadline),
             checks.flat_memory(rss, 0.05),
             Check(
                 f"goodput at {times:g}x at least 90% of that at 1x",
-                f"{several:.1f} against {once:.1f} requests/s: {several / max(once, 1e-9):.0%}",
-                several >= 0.9 * once,
+                f"{many.goodput:.1f} against {one.goodput:.1f} requests/s: {many.goodput / max(one.goodput, 1e-9):.0%}",
+                many.goodput >= 0.9 * one.goodput,
             ),
         ],
     )
 
 
-async def _load(
-    url: str, asked: Sequence[Question], rate: float, seconds: float, deadline: float
-) -> tuple[list[Outcome], int]:
-    headers = {"X-Request-Timeout": str(deadline)}
-    async with traffic.clients(url, 3 * deadline) as clients:
-        questions = itertools.cycle(asked)
-        return await traffic.open_loop(
-            lambda planned, start: traffic.ask(
-                next(clients), next(questions), planned=planned, start=start, headers=headers
-            ),
-            rate,
-            seconds,
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What became of a load, and what it cost.
+
+    Attributes:
+        outcomes: Of its requests.
+        sent: How many those were.
+        took: Seconds until the last was answered.
+        goodput: Right answers within the deadline, per second of sending.
+        server: CPU seconds of the server.
+        client: CPU seconds of this process.
+        worked: Seconds of the steps of the server's worker.
+    """
+
+    outcomes: Sequence[Outcome]
+    sent: int
+    took: float
+    goodput: float
+    server: float
+    client: float
+    worked: float
+
+    def costs(self) -> str:
+        """Returns who computed for how long, for people."""
+        answers = max(1, sum(outcome.status == 200 for outcome in self.outcomes))
+        return (
+            f"the worker is in a step for {self.worked / self.took:.0%} of the time; CPU time for each answer: "
+            f"{1000 * self.server / answers:.1f} ms of the server, {1000 * self.client / answers:.1f} ms of the client"
         )
 
 
-def _cpu(before: float, after: float, outcomes: Sequence[Outcome]) -> str:
-    return f"{1000 * (after - before) / max(1, sum(outcome.status == 200 for outcome in outcomes)):.1f} ms"
+def _load(server: WatchedServer, asked: Sequence[Question], rate: float, seconds: float, deadline: float) -> _Load:
+    cpu, own, worked, started = server.cpu_seconds, time.process_time(), server.steps[0], time.perf_counter()
+    outcomes, sent = asyncio.run(_send(server.url, asked, rate, seconds, deadline))
+    return _Load(
+        outcomes,
+        sent,
+        took=time.perf_counter() - started,
+        goodput=checks.goodput(outcomes, deadline, seconds),
+        server=server.cpu_seconds - cpu,
+        client=time.process_time() - own,
+        worked=server.steps[0] - worked,
+    )
+
+
+async def _send(
+    url: str, asked: Sequence[Question], rate: float, seconds: float, deadline: float
+) -> tuple[list[Outcome], int]:
+    headers = f"X-Request-Timeout: {deadline:g}\r\n"
+    questions = itertools.cycle(asked)
+    async with Wire(url, 3 * deadline) as wire:
+        return await traffic.open_loop(
+            lambda planned, start: traffic.ask(wire, next(questions), planned=planned, start=start, headers=headers),
+            rate,
+            seconds,
+        )
 
 
 def _tokens_per_request(path: Path, asked: Sequence[Question]) -> float:

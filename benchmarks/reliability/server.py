@@ -79,6 +79,13 @@ class WatchedServer:
         times = psutil.Process(self.process.pid).cpu_times()
         return times.user + times.system
 
+    @property
+    def steps(self) -> tuple[float, float]:
+        """The seconds of all of the worker's steps so far, and how many there were."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        found = dict(re.findall(r"^marginrm_step_seconds_(sum|count)\{.*\} (\S+)$", text, re.MULTILINE))
+        return float(found["sum"]), float(found["count"])
+
     def _address(self) -> str:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:

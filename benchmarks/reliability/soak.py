@@ -21,10 +21,12 @@ from benchmarks.reliability.admin import Admin
 from benchmarks.reliability.checks import Check, Outcome, Report
 from benchmarks.reliability.server import WatchedServer
 from benchmarks.reliability.traffic import Question
+from benchmarks.reliability.wire import Wire
 
 _LOAD = 0.8
 _SWAP_SECONDS = 20.0
 _DISTURBANCES_PER_SECOND = 2.0
+_DEADLINE = 30.0  # seconds that a request gives the server, as X-Request-Timeout; its client waits for twice as long
 _ALLOWED = (200, 400, 404, 413, 422, 429, 503, 504)
 
 Disturb = Callable[[httpx.AsyncClient, Question, random.Random], Awaitable[Outcome]]
@@ -82,9 +84,10 @@ async def _everything(
     swapping: Callable[[httpx.AsyncClient, float], Awaitable[int]],
 ) -> tuple[list[Outcome], int, list[Outcome], int]:
     questions = itertools.cycle(asked)
-    async with traffic.client(url, 60) as http, traffic.clients(url, 60) as clients:
+    headers = f"X-Request-Timeout: {_DEADLINE:g}\r\n"
+    async with traffic.client(url, 60) as http, Wire(url, 2 * _DEADLINE) as wire:
         load = traffic.open_loop(
-            lambda planned, start: traffic.ask(next(clients), next(questions), planned=planned, start=start),
+            lambda planned, start: traffic.ask(wire, next(questions), planned=planned, start=start, headers=headers),
             rate,
             seconds,
         )
@@ -119,19 +122,19 @@ async def _disturbances(url: str, asked: Sequence[Question], seconds: float) -> 
 async def _cancelled(http: httpx.AsyncClient, question: Question, generator: random.Random) -> Outcome:
     """A client that gives up after a moment."""
     now = time.perf_counter()
-    task = asyncio.ensure_future(traffic.ask(http, question, planned=now, start=now))
-    await asyncio.wait([task], timeout=generator.uniform(0, 0.05))
-    task.cancel()
-    (result,) = await asyncio.gather(task, return_exceptions=True)
+    async with Wire(str(http.base_url), 60) as wire:
+        task = asyncio.ensure_future(traffic.ask(wire, question, planned=now, start=now))
+        await asyncio.wait([task], timeout=generator.uniform(0, 0.05))
+        task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
     status = result.status if isinstance(result, Outcome) else None
     return Outcome("cancelled", status, 0.0, "" if status else "gone")
 
 
 async def _killed(http: httpx.AsyncClient, question: Question, generator: random.Random) -> Outcome:
     """A client whose connection is reset in the middle of its request, or while it waits."""
-    request = http.build_request("POST", "/best-of-n", json=question.body)
     head = b"POST /best-of-n HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    message = head % len(request.content) + request.content
+    message = head % len(question.sent) + question.sent
     part = message[: generator.randint(1, len(message))] if generator.random() < 0.5 else message
     parts = urlsplit(str(http.base_url))
     _, writer = await asyncio.open_connection(parts.hostname, parts.port)

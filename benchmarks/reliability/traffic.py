@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import json
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import httpx
 
 from benchmarks.reliability.checks import Outcome
+from benchmarks.reliability.wire import Wire
 from marginrm import RewardModel
 from marginrm_training.demo.preferences import generate_groups
 
 _TOLERANCE = 2e-4  # of a float32 reward against the float32 reference: sums are taken in another order in a crowd
-_CLIENTS = 64
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # each client would load certificates for longer than a request takes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Question:
     """A Best-of-N request and its rewards, by the revision of the model that answers."""
 
     body: dict[str, Any]
     rewards: Mapping[str, Sequence[float]]
+
+    @cached_property
+    def sent(self) -> bytes:
+        """The body as it is sent, made once."""
+        return json.dumps(self.body).encode()
 
     def fault(self, reply: Mapping[str, Any]) -> str:
         """Returns what is wrong with a reply; empty if nothing is."""
@@ -72,37 +77,23 @@ def client(url: str, timeout: float) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=timeout, limits=httpx.Limits(max_connections=None), verify=_NO_TLS)
 
 
-@asynccontextmanager
-async def clients(url: str, patience: float) -> AsyncIterator[Iterator[httpx.AsyncClient]]:
-    """Opens many clients, to be used in turn: httpx looks through all of a client's connections at every request."""
-    async with AsyncExitStack() as stack:
-        yield itertools.cycle([await stack.enter_async_context(client(url, patience)) for _ in range(_CLIENTS)])
-
-
-async def ask(
-    http: httpx.AsyncClient,
-    question: Question,
-    *,
-    planned: float,
-    start: float,
-    headers: Mapping[str, str] | None = None,
-) -> Outcome:
+async def ask(wire: Wire, question: Question, *, planned: float, start: float, headers: str = "") -> Outcome:
     """Sends one request and checks its answer."""
     at = planned - start
     try:
-        reply = await http.post("/best-of-n", json=question.body, headers=headers)
-    except httpx.HTTPError as error:
+        reply = await wire.post("/best-of-n", question.sent, headers)
+    except OSError as error:
         return Outcome("best-of-n", None, time.perf_counter() - planned, transport_fault(error), at=at)
     seconds = time.perf_counter() - planned
-    fault = question.fault(reply.json()) if reply.status_code == 200 else ""
-    return Outcome("best-of-n", reply.status_code, seconds, fault, "retry-after" in reply.headers, at)
+    fault = question.fault(json.loads(reply.body)) if reply.status == 200 else ""
+    return Outcome("best-of-n", reply.status, seconds, fault, reply.retry_after, at)
 
 
-def transport_fault(error: httpx.HTTPError) -> str:
+def transport_fault(error: Exception) -> str:
     """Returns what happened to a request that got no answer: refused at the door, reset, or never answered."""
-    if isinstance(error, httpx.ConnectError):
+    if isinstance(error, ConnectionRefusedError | httpx.ConnectError):
         return "refused"
-    if isinstance(error, httpx.TimeoutException):
+    if isinstance(error, TimeoutError | httpx.TimeoutException):
         return "timeout"
     return f"reset ({type(error).__name__})"
 
@@ -138,17 +129,17 @@ async def capacity(url: str, asked: Sequence[Question], seconds: float, concurre
     done = 0
     end = time.perf_counter() + seconds
 
-    async def ask_again(http: httpx.AsyncClient, first: int) -> None:
+    async def ask_again(wire: Wire, first: int) -> None:
         nonlocal done
         number = first
         while time.perf_counter() < end:
             now = time.perf_counter()
-            outcome = await ask(http, asked[number % len(asked)], planned=now, start=now)
+            outcome = await ask(wire, asked[number % len(asked)], planned=now, start=now)
             if outcome.status != 200 or outcome.fault:
                 raise RuntimeError(f"An unhurried request failed: {outcome}")
             done += 1
             number += concurrency
 
-    async with client(url, 120) as http:
-        await asyncio.gather(*(ask_again(http, index) for index in range(concurrency)))
+    async with Wire(url, 120) as wire:
+        await asyncio.gather(*(ask_again(wire, index) for index in range(concurrency)))
     return done / seconds

@@ -3,9 +3,10 @@
 Jobs take turns. In one turn a job puts in whole groups of up to a *quantum* of tokens, and one group at least. Groups
 stay whole, since each part of a group computes its prompt again; only a group that no step can hold is cut, and then
 a turn takes a slice of a quantum. Turns go round until the step is full, but no second time if the step completes a
-job, which would have to wait for it. A job that was served goes behind those that came in while the step ran. So a
-lone pair is in the next step, and that step is short, however many candidates another request has left; and that other
-request still gets its turn in every step.
+job, which would have to wait for it. Where one job was completed beside another that goes on, more short ones are to be
+expected, so the next step has no second round either: who comes while it runs waits for a short one. A job that was
+served goes behind those that came in while the step ran. So a lone pair is in the next step, and that step is short,
+however many candidates another request has left; and that other request still gets its turn in every step.
 
 Bulk jobs stand in a line of their own, which gets the room that the interactive line leaves, and every fourth step goes
 first: interactive work hardly feels bulk work, and bulk work never starves.
@@ -47,6 +48,7 @@ class FairQueue:
         self._interactive = _Line()
         self._bulk = _Line()
         self._steps = 0
+        self._brief = False  # whether the next step has one round only
 
     def __len__(self) -> int:
         return len(self._interactive) + len(self._bulk)
@@ -62,11 +64,12 @@ class FairQueue:
 
     def take(self) -> list[Portion]:
         """Returns the next step; empty only if no job waits. Abandoned jobs are dropped on the way."""
-        step = _Step(self._budget, self._quantum)
+        step = _Step(self._budget, self._quantum, one_round=self._brief)
         self._steps += 1
         bulk_first = self._steps % BULK_FIRST_EVERY == 0
         for line in (self._bulk, self._interactive) if bulk_first else (self._interactive, self._bulk):
             line.fill(step)
+        self._brief = step.completes_a_job and (self._interactive.goes_on or self._bulk.goes_on)
         return step.portions
 
 
@@ -79,6 +82,11 @@ class _Line:
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self._served)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a job of the last step has work left."""
+        return bool(self._served)
 
     def clear(self) -> list[Job]:
         jobs = [*self.waiting, *self._served]
@@ -106,15 +114,16 @@ class _Line:
             self.waiting.popleft()
             if not job.taken and not job.abandoned:
                 self._served.append(job)
-        return bool(self._served) and not step.completes_a_job
+        return bool(self._served) and not step.one_round
 
 
 class _Step:
     """A step while it is being filled."""
 
-    def __init__(self, budget: int, quantum: int) -> None:
+    def __init__(self, budget: int, quantum: int, *, one_round: bool) -> None:
         self.portions: list[Portion] = []
         self.completes_a_job = False
+        self.one_round = one_round
         self._budget = budget
         self._quantum = quantum
         self._room = budget
@@ -135,7 +144,8 @@ class _Step:
             self._put(job, members, cost)
             allowance -= cost
             took = True
-        self.completes_a_job |= job.taken
+        if job.taken:
+            self.completes_a_job = self.one_round = True
         return took
 
     def _fitting(self, job: Job, allowance: int, *, first: bool) -> tuple[int, int]:

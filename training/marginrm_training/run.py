@@ -69,7 +69,7 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     before = score_pairs(RewardModel.from_module(module, encoder), splits.test.pairs[:_BEFORE]).d
     trainer.train(resume_from_checkpoint=last_step(config, output / "trainer", resume=resume))
     module = trained(trainer, module, config)
-    PartialState().destroy_process_group()  # left to the interpreter's exit, its threads sometimes abort the process
+    leave_ranks(trainer)
     if not trainer.is_world_process_zero():
         return None
     record = RunRecord(
@@ -114,6 +114,19 @@ def trained(trainer: MarginTrainer, module: RewardModule, config: TrainConfig) -
         module.load_state_dict(weights)
     merge_lora(module)
     return module
+
+
+def leave_ranks(trainer: MarginTrainer) -> None:
+    """Ends what joins this process to the others, in order: the wrapped model first, then all at once the group.
+
+    Left to the interpreter's exit, the group's threads sometimes abort the process; and a wrapped model that outlives its
+    group sometimes waits for ever.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()  # collects garbage too
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def say(line: str) -> None:
