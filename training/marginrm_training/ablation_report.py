@@ -35,9 +35,7 @@ def table(ablation: Ablation, results: Sequence[Mapping[str, Any]], runs: int) -
     cells: dict[Cell, list[Mapping[str, Any]]] = {}
     for result in results:
         cells.setdefault((result["variant"], tuple(result["axes"].values())), []).append(result)
-    arrays = {
-        result["digest"]: dict(np.load(ablation.kept / labels[result["digest"]] / ARRAYS)) for result in results
-    }
+    arrays = {result["digest"]: dict(np.load(ablation.kept / labels[result["digest"]] / ARRAYS)) for result in results}
     introduction = (
         f"{len(results)} of {runs} runs. Mean over seeds ± the seeds' standard deviation; in brackets a 95% bootstrap "
         f"interval over items and seeds. *Difference*: to `{ablation.baseline}` with the same seeds, on the same items; "

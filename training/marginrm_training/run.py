@@ -122,7 +122,7 @@ def leave_ranks(trainer: MarginTrainer) -> None:
     Left to the interpreter's exit, the group's threads sometimes abort the process; and a wrapped model that outlives its
     group sometimes waits for ever.
     """
-    trainer.model_wrapped = trainer.model
+    trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trainer.accelerator.free_memory()  # collects garbage too
     state = PartialState()
     state.wait_for_everyone()
