@@ -116,6 +116,7 @@ def test_groups_that_start_alike_share_it_and_read_back_their_own_tokens(
         assert [plan.ids[index] for index in indices] == member
         assert [plan.position_ids[index] for index in indices] == list(range(len(member)))
     assert len(plan.ids) <= sum(cost(group, share_prefix=True) for group in batch)
+    assert sum(plan.costs) == len(plan.ids)
     assert all(run.length > 0 and run.parent < index for index, run in enumerate(plan.runs))
 
 
@@ -139,6 +140,7 @@ def test_two_requests_with_one_system_prompt_by_hand() -> None:
         (2, ROOT, 0),
     ]
     assert plan.last == [3, 4, 8, 6]
+    assert plan.costs == (5, 2, 2)
 
 
 def test_a_few_common_tokens_are_not_worth_sharing_between_groups() -> None:

@@ -59,8 +59,12 @@ def with_manifest(path: Path) -> Manifest:
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_rows_have_few_lengths_and_what_fills_them_changes_no_reward(tmp_path: Path, family: str) -> None:
     model = load(tiny_checkpoint(tmp_path, family))
-    for responses in (RESPONSES[:1], RESPONSES, [*RESPONSES, "word " * 40]):
-        encoded = [[model.encoder.encode(PROMPT, text) for text in responses]]
+    together = [model.encoder.encode(PROMPT * 20, text) for text in RESPONSES]
+    for encoded in (
+        *([[model.encoder.encode(PROMPT, text) for text in texts]] for texts in (RESPONSES[:1], RESPONSES)),
+        [[model.encoder.encode(PROMPT, text) for text in [*RESPONSES, "word " * 40]]],
+        [together, together[::-1], together[:1]],  # of several requests, which start alike
+    ):
         bare = model.module.collate(encoded)
         filled = model.module.collate(model._filled(encoded))
         assert filled.ids.shape[1] % 64 == 0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from marginrm.errors import MarginRMError, NonFiniteRewardError
-from marginrm.packing import cost
+from marginrm.packing import plan_row
 from marginrm_service.errors import ForwardFailedError
 from marginrm_service.job import Group, Outcome
 
@@ -75,7 +75,8 @@ def run_step(model: ForwardModel, groups: Sequence[Group]) -> StepResult:
         outcomes, computed = _run_padded(run, groups, model.token_budget)
     else:
         outcomes = regroup(run(groups), groups)
-        computed = [cost([member.ids for member in group], share_prefix=model.shares_prefixes) for group in groups]
+        ids = [[member.ids for member in group] for group in groups]
+        computed = list(plan_row(ids, share_prefix=model.shares_prefixes).costs)
     return StepResult(outcomes, computed, run.faults)
 
 

@@ -48,12 +48,14 @@ class PackingPlan:
         position_ids: Position of each token in the sequence it came from, counted from 0.
         runs: The stretches of the row, parents before children.
         leaves: For each response, in the order given, the index of the run that holds its end.
+        costs: Tokens that each group put into the row; what several share is the first one's.
     """
 
     ids: list[int]
     position_ids: list[int]
     runs: tuple[Run, ...]
     leaves: tuple[int, ...]
+    costs: tuple[int, ...]
 
     @property
     def last(self) -> list[int]:
@@ -79,7 +81,7 @@ def shared_prefix(group: Group) -> int:
 
 
 def cost(group: Group, *, share_prefix: bool) -> int:
-    """Returns how many tokens a group puts into a row."""
+    """Returns how many tokens a group puts into a row of its own."""
     shared = shared_prefix(group) if share_prefix else 0
     return sum(len(member) for member in group) - shared * max(len(group) - 1, 0)
 
@@ -103,7 +105,7 @@ def plan_row(groups: Sequence[Group], *, share_prefix: bool, share_from: int = S
         for number in range(len(groups)):
             row.lay(number, 0, ROOT, 0)
     leaves = tuple(leaf for found in row.leaves for leaf in found)
-    return PackingPlan(row.ids, row.position_ids, tuple(row.runs), leaves)
+    return PackingPlan(row.ids, row.position_ids, tuple(row.runs), leaves, tuple(row.costs))
 
 
 class _Row:
@@ -114,6 +116,7 @@ class _Row:
         self.position_ids: list[int] = []
         self.runs: list[Run] = []
         self.leaves: list[list[int]] = [[] for _ in groups]
+        self.costs = [0] * len(groups)
         self._groups = groups
 
     def branch(self, numbers: list[int], heads: list[TokenIds], share_from: int, parent: int, depth: int) -> None:
@@ -132,17 +135,18 @@ class _Row:
                 continue
             common = [heads[number] for number in alike]
             deeper = _common(min(common), max(common))
-            run = self._append(common[0][depth:deeper], parent, depth)
+            run = self._append(alike[0], common[0][depth:deeper], parent, depth)
             self.branch(alike, heads, share_from, run, deeper)
 
     def lay(self, number: int, shared: int, parent: int, depth: int) -> None:
         """Lays one group, whose members share `shared` tokens and the first `depth` of these with what is there."""
         group = self._groups[number]
         if len(group) > 1 and shared > depth:
-            parent, depth = self._append(group[0][depth:shared], parent, depth), shared
-        self.leaves[number] = [self._append(member[depth:], parent, depth) for member in group]
+            parent, depth = self._append(number, group[0][depth:shared], parent, depth), shared
+        self.leaves[number] = [self._append(number, member[depth:], parent, depth) for member in group]
 
-    def _append(self, tokens: TokenIds, parent: int, offset: int) -> int:
+    def _append(self, number: int, tokens: TokenIds, parent: int, offset: int) -> int:
+        self.costs[number] += len(tokens)
         self.runs.append(Run(len(self.ids), len(tokens), parent, offset))
         self.ids.extend(tokens)
         self.position_ids.extend(range(offset, offset + len(tokens)))

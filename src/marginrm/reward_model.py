@@ -14,7 +14,7 @@ from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
 from marginrm.errors import EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.loading import DtypeName, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
-from marginrm.packing import cost, plan_steps
+from marginrm.packing import plan_row, plan_steps
 from marginrm.ranking import Comparison, Ranking
 from marginrm.reward_module import RewardModule
 from marginrm.rows import EncodedGroup
@@ -227,8 +227,8 @@ class RewardModel:
         """
         if self.forward_path == "padded" or self.module.device.type != "cpu":
             return groups
-        tokens = sum(cost([one.ids for one in group], share_prefix=self.shares_prefixes) for group in groups)
-        missing = -tokens % _ROW_MULTIPLE
+        plan = plan_row([[one.ids for one in group] for group in groups], share_prefix=self.shares_prefixes)
+        missing = -len(plan.ids) % _ROW_MULTIPLE
         if not missing or missing > self.encoder.max_length:
             return groups
         some = groups[0][0]
