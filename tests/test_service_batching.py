@@ -43,10 +43,22 @@ def test_a_group_that_fits_a_step_is_never_cut():
     assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 2)], [(0, 2)]]
 
 
-def test_a_group_too_large_for_a_step_is_cut_into_full_steps_and_pays_its_prompt_once_a_step():
+def test_a_group_too_large_for_a_step_is_cut_and_pays_its_prompt_once_for_a_budget_of_its_responses():
     queue = FairQueue(100)
-    queue.push(job((20, [10] * 20)))
-    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 8)], [(8, 16)], [(16, 20)]]
+    queue.push(job((20, [10] * 25)))
+    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 10)], [(10, 20)], [(20, 25)]]
+
+
+def test_a_prompt_above_the_budget_is_computed_once_for_as_many_tokens_of_its_responses():
+    queue = FairQueue(100)
+    queue.push(job((200, [10] * 30)))
+    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 20)], [(20, 30)]]
+
+
+def test_a_cut_group_behind_another_has_the_room_that_is_left():
+    queue = FairQueue(100)
+    queue.push(job((10, [5, 5]), (20, [10] * 25)))
+    assert [(p.group, p.start, p.stop) for p in queue.take()] == [(0, 0, 2), (1, 0, 6)]
 
 
 def test_a_response_above_the_budget_has_a_step_to_itself():
@@ -75,7 +87,7 @@ def test_after_a_pair_was_done_beside_a_huge_request_the_next_pair_finds_a_short
     queue.push(job((10, [5, 5])))
     queue.take()
     assert [portion.stop - portion.start for portion in queue.take()] == [2]  # one turn
-    assert [portion.stop - portion.start for portion in queue.take()] == [8]  # nobody came: a full one
+    assert [portion.stop - portion.start for portion in queue.take()] == [10]  # nobody came: a full one
 
 
 def test_who_comes_after_another_alone_has_a_full_step():
@@ -132,6 +144,7 @@ class Twin:
 
     def __init__(self, budget: int) -> None:
         self.budget, self.quantum = budget, max(budget // QUANTA_PER_STEP, 1)
+        self.room = budget
         self.specs: dict[str, list[tuple[int, list[int]]]] = {}
         self.line: list[str] = []
         self.todo: dict[str, list[tuple[int, int]]] = {}
@@ -151,6 +164,7 @@ class Twin:
 
     def take(self) -> set[tuple[str, int, int]]:
         step: set[tuple[str, int, int]] = set()
+        self.room = self.budget
         line = [name for name in self.line if self.todo[name]]
         arrived = [name for name in line if name not in self.last_step]
         line = arrived + [name for name in self.last_step if name in line]
@@ -183,12 +197,14 @@ class Twin:
             whole = shared + sum(own)
             if whole <= self.budget:
                 unit = {(name, g, i) for i in range(len(own))}
-                if self.cost(step | unit) > self.budget or (took and spent + whole > self.quantum):
+                if self.cost(step | unit) > self.room or (took and spent + whole > self.quantum):
                     break
                 step |= unit
                 self.todo[name] = self.todo[name][len(own) :]
                 spent, took = spent + whole, True
                 continue
+            if not step:  # a cut group comes first: its prompt is on top
+                self.room = shared + max(self.budget, shared)
             before, members = self.cost(step), 0
             while self.todo[name] and self.todo[name][0][0] == g:
                 m = self.todo[name][0][1]
@@ -196,7 +212,7 @@ class Twin:
                 sliced = sum(own[m - members : m + 1])
                 if spent + sliced > self.quantum and not first:
                     break
-                if step and self.cost(step | {(name, g, m)}) > self.budget:
+                if step and self.cost(step | {(name, g, m)}) > self.room:
                     break
                 step.add((name, g, m))
                 self.todo[name].pop(0)
@@ -227,7 +243,7 @@ def test_steps_are_those_of_the_brute_force_twin(specs, budget, data):
         assert places(step, names) == twin.take()
         assert step
         taken = places(step, names)
-        assert twin.cost(taken) <= budget or len(taken) == 1
+        assert twin.cost(taken) <= twin.room or len(taken) == 1
         total += taken
     expected = [(f"job{n}", g, m) for n, s in enumerate(specs) for g, (_, own) in enumerate(s) for m in range(len(own))]
     assert sorted(total) == sorted(expected), "each response once, none lost"

@@ -2,7 +2,8 @@
 
 Jobs take turns. In one turn a job puts in whole groups of up to a *quantum* of tokens, and one group at least. Groups
 stay whole, since each part of a group computes its prompt again; only a group that no step can hold is cut, and then
-a turn takes a slice of a quantum. Turns go round until the step is full, but no second time if the step completes a
+a turn takes a slice of a quantum. A step that begins with such a slice has room for its prompt besides, so that few
+steps compute it again. Turns go round until the step is full, but no second time if the step completes a
 job, which would have to wait for it. Where one job was completed beside another that goes on, more short ones are to be
 expected, so the next step has no second round either: who comes while it runs waits for a short one. A job that was
 served goes behind those that came in while the step ran. So a lone pair is in the next step, and that step is short,
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from marginrm.packing import part_room
 from marginrm_service.job import Job
 
 QUANTA_PER_STEP = 4
@@ -37,7 +39,8 @@ class FairQueue:
     """Jobs that wait, and whose turn it is.
 
     Args:
-        budget: The most tokens that a step may compute. A single response above it gets a step to itself.
+        budget: The most tokens that a step may compute, but for the prompt of a group that is cut and comes first. A
+            single response above it gets a step to itself.
     """
 
     def __init__(self, budget: int) -> None:
@@ -154,6 +157,8 @@ class _Step:
         if plan.cost <= self._budget:
             fits = plan.cost <= self._room and (first or plan.cost <= allowance)
             return (len(plan.lengths), plan.cost) if fits else (0, 0)
+        if not self.portions:
+            self._room = part_room(self._budget, plan.shared)
         prompt = 0 if (id(job), job.group) in self._open else plan.shared
         members = own = 0
         for index in range(job.member, len(plan.lengths)):

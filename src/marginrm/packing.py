@@ -168,11 +168,20 @@ class Slice:
     stop: int
 
 
+def part_room(budget: int, shared: int) -> int:
+    """Returns the most tokens of a step that begins with a part of a group no step can hold whole.
+
+    The prefix comes on top of the budget, so it is computed once for every `budget` tokens of the rest, or once for as
+    many as it has itself if those are more.
+    """
+    return shared + max(budget, shared)
+
+
 def plan_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[Slice]]:
     """Cuts groups into steps of at most `budget` tokens, one forward pass each, in the order given.
 
-    A group is split only where it does not fit into a step of its own; each part then computes the prefix again. A
-    single sequence longer than the budget gets a step to itself.
+    A group is split only where it does not fit into a step of its own. Each part computes the prefix again, so that
+    there are few: a part holds as many other tokens as `part_room` says.
 
     Args:
         groups: For each group the token ids of its members.
@@ -190,10 +199,11 @@ def plan_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> I
         if step and used + whole > budget:
             yield step
             step, used = [], 0
+        room = budget if whole <= budget else part_room(budget, shared)
         start, size = 0, shared
         for index, member in enumerate(group):
             own = len(member) - shared
-            if index > start and used + size + own > budget:
+            if index > start and used + size + own > room:
                 yield [*step, Slice(number, start, index)]
                 step, used = [], 0
                 start, size = index, shared
