@@ -13,6 +13,7 @@ from benchmarks.workloads import Workload
 
 OURS = "marginrm"
 COMPILED = "marginrm, compiled"
+DETERMINISTIC = "marginrm, deterministic"
 OVER_HTTP = "marginrm over HTTP"
 REFERENCE = "loop, float32"
 ARRIVAL = "padded, arrival order"
@@ -72,6 +73,7 @@ def lineup(device: str = "cpu") -> list[Entrant]:
         ),
         Entrant(OURS, "in_process", own, scales=True),
         Entrant(COMPILED, "in_process", own | {"compiled": True}, scales=True, architecture="decoder"),
+        Entrant(DETERMINISTIC, "in_process", own | {"deterministic": True}),
         Entrant(OVER_HTTP, "over_http", own | {"clients": CLIENTS}),
     ]
 

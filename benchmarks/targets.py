@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.lineup import ARRIVAL, INFINITY, OURS, SENTENCE_TRANSFORMERS, SORTED, VLLM
+from benchmarks.lineup import ARRIVAL, DETERMINISTIC, INFINITY, OURS, SENTENCE_TRANSFORMERS, SORTED, VLLM
 from benchmarks.models import MINILM
 from benchmarks.ratios import Spread, gemm_share, ratios
 from benchmarks.results import Measurement, Results
@@ -58,6 +58,9 @@ def findings(results: Results) -> list[Finding]:
         for dtype in ("float32", "bfloat16"):
             name = f"{peer}, {dtype}"
             found.append(Finding(f"pairs, {MINILM}: times {name}", 2.0, ratio(MINILM, "pairs", name)))
+    for workload in ("bon-long", "bon-short", "pairs"):
+        text = f"{workload}, {_QWEN3}: times {DETERMINISTIC}"
+        found.append(Finding(text, 2.0, ratio(_QWEN3, workload, DETERMINISTIC), most=True))
     share = Spread.of(gemm_shares(results, _QWEN3, "bon-short"))
     return [
         *found,

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import report, run
+from benchmarks.breakdown import by_kind
 from benchmarks.contender_process import ContenderError, ContenderProcess
 from benchmarks.contenders.hugging_face import HuggingFace
 from benchmarks.contenders.in_process import InProcess
 from benchmarks.groups import Group, sample
-from benchmarks.lineup import COMPILED, OURS, OVER_HTTP, SORTED, VLLM
+from benchmarks.lineup import COMPILED, DETERMINISTIC, OURS, OVER_HTTP, SORTED, VLLM
 from benchmarks.models import build
 from benchmarks.ratios import Spread, gemm_share, largest_difference, ratios, reward_rate
 from benchmarks.results import Measurement, Results
@@ -83,6 +84,12 @@ def test_ratios_are_of_one_round():
 def test_the_share_of_the_gemm_rate():
     # 2 FLOP x 1,000 weights x 300 tokens = 600,000 FLOP in 2 s, of 1,000,000 FLOP/s: 30%.
     assert gemm_share(1000, 300, 2.0, 1e6) == pytest.approx(0.3)
+
+
+def test_time_is_told_by_kind_of_work():
+    times = [("aten::addmm", 6.0), ("aten::_scaled_dot_product_flash_attention_for_cpu", 2.0), ("aten::silu", 1.0)]
+    shares = by_kind([*times, ("aten::index_select", 1.0)])
+    assert list(shares.values()) == [0.6, 0.2, 0.1, 0.1]
 
 
 def test_rewards_are_compared_where_the_token_ids_are_the_same():
@@ -247,7 +254,7 @@ def test_a_small_run_and_its_continuation(tmp_path):
         return Results(tmp_path / "measurements.jsonl").measurements
 
     first = go(1)
-    assert {m.contender for m in first} == {OURS, COMPILED, OVER_HTTP}
+    assert {m.contender for m in first} == {OURS, COMPILED, DETERMINISTIC, OVER_HTTP}
     for measurement in first:
         assert measurement.rewards == measurement.portion_rewards == 64
         assert 0 < measurement.computed < measurement.tokens

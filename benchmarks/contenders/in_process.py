@@ -17,6 +17,7 @@ from marginrm.errors import EncodingError
 from marginrm.loading import DtypeName
 from marginrm.memory import keep_memory
 from marginrm.rows import PackedRow, PaddedRows
+from marginrm.token_budget import measure_token_budget
 
 _GEMM_SIZE = 4096
 _GEMM_REPEATS = 5
@@ -29,8 +30,9 @@ class InProcess:
         folder: The model.
         dtype: Of the backbone; `auto` is what the server takes.
         device: `cpu` or `cuda`.
-        token_budget: Tokens of a forward pass at most; by default what the model takes by itself.
+        token_budget: Tokens of a forward pass at most; by default what is measured, as in the server.
         compiled: Whether the parts between the matrix products are compiled.
+        deterministic: Whether rewards are the same to the bit in any company.
     """
 
     def __init__(
@@ -41,11 +43,19 @@ class InProcess:
         device: str = "cpu",
         token_budget: int | None = None,
         compiled: bool = False,
+        deterministic: bool = False,
     ) -> None:
         keep_memory()
         self._model = RewardModel.from_pretrained(
-            folder, dtype=dtype, device=device, token_budget=token_budget, compiled=compiled
+            folder,
+            dtype=dtype,
+            device=device,
+            token_budget=token_budget,
+            compiled=compiled,
+            deterministic=deterministic,
         )
+        if token_budget is None:
+            measure_token_budget(self._model)
         self._module = self._model.module
         self._module.register_forward_pre_hook(self._count)
         self.computed: int | None = None

@@ -41,6 +41,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic",
+            help="Give a text the same reward to the bit whatever is scored beside it; slower, not with --compile.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="The most tokens a sequence may have.", show_default="the model's")
@@ -115,6 +123,7 @@ def serve(
         port=port,
         dtype=dtype,
         compile=compile_,
+        deterministic=deterministic,
         device=device,
         max_length=max_length,
         token_budget=token_budget,

@@ -10,10 +10,10 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
-from marginrm.encoding import EncodedResponse
 from marginrm.errors import MarginRMError, ModelError
 from marginrm.memory import give_memory_back
 from marginrm.schemas import ModelCard
+from marginrm.trial import trial_groups
 from marginrm_service import logs
 from marginrm_service.errors import LastModelError, NotReadyError, OverloadedError, UnknownModelError
 from marginrm_service.job import Job
@@ -28,7 +28,6 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _RETRY_WHILE_LOADING = 5  # seconds
-_WARM_UP_LENGTH = 256  # tokens
 _NAME_SHOWN = 64  # characters of an unknown name that an error repeats
 
 
@@ -259,7 +258,7 @@ class ModelRegistry:
 
 
 def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float | None]:
-    """Loads a model and makes it reproduce its golden samples.
+    """Loads a model, makes it reproduce its golden samples, and finds its token budget if the settings name none.
 
     Returns:
         The model, and by how much a golden reward differed at most; None if the checkpoint has no golden samples.
@@ -269,6 +268,7 @@ def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float 
     """
     logs.adopt_transformers()
     from marginrm.reward_model import RewardModel
+    from marginrm.token_budget import measure_token_budget
 
     model = RewardModel.from_pretrained(
         spec.path,
@@ -279,8 +279,12 @@ def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float 
         trust_remote_code=settings.trust_remote_code,
         token_budget=settings.token_budget,
         compiled=settings.compile,
+        deterministic=settings.deterministic,
     )
-    return model, model.verify_golden()
+    golden = model.verify_golden()
+    if settings.token_budget is None:
+        measure_token_budget(model)
+    return model, golden
 
 
 async def warm_up(served: ServedModel) -> None:
@@ -292,20 +296,12 @@ async def warm_up(served: ServedModel) -> None:
         MarginRMError: The model cannot score.
     """
     group = [served.encoder.encode("Are you there?", response, "prompt_left") for response in ("Yes, I am.", "No.")]
-    long = _lengthened(group[0], min(served.encoder.max_length, _WARM_UP_LENGTH))
-    for groups in ([group], [[long]] * max(served.token_budget // len(long.ids), 1)):
+    for groups in ([group], trial_groups(served.encoder, served.token_budget)):
         job = Job.of(groups, share_prefix=served.shares_prefixes)
         await served.run(job)
         failures = [outcome for outcomes in job.outcomes for outcome in outcomes if isinstance(outcome, MarginRMError)]
         if failures:
             raise ModelError(f"The first forward pass failed: {failures[0]}") from failures[0]
-
-
-def _lengthened(response: EncodedResponse, length: int) -> EncodedResponse:
-    """Repeats a response's tokens until they are as many as this."""
-    times = -(-length // len(response.ids))
-    types = None if response.type_ids is None else (response.type_ids * times)[:length]
-    return EncodedResponse((response.ids * times)[:length], types)
 
 
 def _info_labels(card: ModelCard) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Of the backbone.")
+    deterministic: bool = Field(default=False, description="Rewards the same to the bit in any batch.")
     compile: bool = Field(default=False, description="Compile what lies between the matrix products.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     max_length: int | None = Field(default=None, ge=8, description="The most tokens a sequence may have.")

@@ -8,12 +8,15 @@ rectangles and has no backward pass.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from marginrm.encoding import EncodedResponse
+from marginrm.interval_layout import interval_layout
+from marginrm.packed_layout import attention_layout
 from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_groups
 from marginrm.rows import PackedRow, pack, pad
 
@@ -93,7 +96,8 @@ def _gradient(module: RewardModule, row: PackedRow) -> Tensor:
 
 def _row(module: RewardModule, longest: int, *, flex: bool) -> PackedRow:
     causal = module.architecture == "decoder"
-    return pack(_groups(module, longest), causal=causal, split_from=None, flex=flex).to(module.device)
+    layout = interval_layout if flex else partial(attention_layout, split_from=None)
+    return pack(_groups(module, longest), causal=causal, layout=layout).to(module.device)
 
 
 def _groups(module: RewardModule, longest: int) -> list[list[EncodedResponse]]:

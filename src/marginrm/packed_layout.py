@@ -175,28 +175,28 @@ def attention_layout(plan: PackingPlan, *, causal: bool, split_from: int | None 
 
 def _calls(plan: PackingPlan, split_from: int | None) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Yields the trunk and the lines of each call: those on a common trunk, or whole sequences of about one length."""
-    sequences = _sequences(plan)
+    found = sequences(plan)
     trunks = _trunks(plan, split_from)
-    whole = [sequences[leaf] for leaf in plan.leaves if leaf not in trunks]
+    whole = [found[leaf] for leaf in plan.leaves if leaf not in trunks]
     on_trunk: dict[int, list[int]] = defaultdict(list)
     for leaf, trunk in trunks.items():
         on_trunk[trunk].append(leaf)
-    whole += [sequences[trunk] for trunk in on_trunk]  # a trunk's own results come from a line like any other
+    whole += [found[trunk] for trunk in on_trunk]  # a trunk's own results come from a line like any other
     for lines in _alike(whole):
         yield torch.empty(0, dtype=torch.long), lines
     for trunk, leaves in on_trunk.items():
-        shared = _aligned(len(sequences[trunk]), split_from)
-        for lines in _alike([sequences[leaf][shared:] for leaf in leaves]):
-            yield sequences[trunk][:shared], lines
+        shared = _aligned(len(found[trunk]), split_from)
+        for lines in _alike([found[leaf][shared:] for leaf in leaves]):
+            yield found[trunk][:shared], lines
 
 
-def _sequences(plan: PackingPlan) -> list[Tensor]:
+def sequences(plan: PackingPlan) -> list[Tensor]:
     """Returns for each run the row indices from its sequence's first token to the run's last."""
-    sequences: list[Tensor] = []
+    found: list[Tensor] = []
     for run in plan.runs:
         own = torch.arange(run.start, run.start + run.length)
-        sequences.append(own if run.parent == ROOT else torch.cat([sequences[run.parent], own]))
-    return sequences
+        found.append(own if run.parent == ROOT else torch.cat([found[run.parent], own]))
+    return found
 
 
 def _trunks(plan: PackingPlan, split_from: int | None) -> dict[int, int]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from marginrm import ranking
+from marginrm.deterministic import make_deterministic
 from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
-from marginrm.errors import EncodingError, GoldenMismatchError, NonFiniteRewardError
+from marginrm.errors import ConfigError, EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.loading import DtypeName, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
 from marginrm.packing import plan_row, plan_steps
@@ -20,11 +21,15 @@ from marginrm.reward_module import RewardModule
 from marginrm.rows import EncodedGroup
 from marginrm.schemas import ModelInfo
 
-# Tokens that one forward pass computes at most: enough for matrix products to run at full rate, little enough for
-# activations to stay small beside the weights.
-_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
-
 _ROW_MULTIPLE = 64  # tokens
+
+
+def usual_token_budget(device: torch.device) -> int:
+    """Returns how many tokens one forward pass computes at most where nobody has measured or said it.
+
+    Enough for matrix products to run at full rate, little enough for activations to stay small beside the weights.
+    """
+    return 16384 if device.type == "cuda" else 4096
 
 
 class RewardModel:
@@ -54,7 +59,7 @@ class RewardModel:
         self.module = module.eval()
         self.encoder = encoder
         self.manifest = manifest
-        self.token_budget = token_budget or _TOKEN_BUDGET.get(module.device.type, 4096)
+        self.token_budget = token_budget or usual_token_budget(module.device)
         calibration = manifest.calibration if manifest else None
         self.info = ModelInfo(
             name=name,
@@ -78,6 +83,7 @@ class RewardModel:
         token_budget: int | None = None,
         revision: str | None = None,
         compiled: bool = False,
+        deterministic: bool = False,
     ) -> RewardModel:
         """Loads a checkpoint that `marginrm train` wrote, or any sequence-classification reward model.
 
@@ -88,13 +94,18 @@ class RewardModel:
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             max_length: The most tokens a sequence may have; by default what the manifest or the model says.
             trust_remote_code: Whether code that comes with the checkpoint may run.
-            token_budget: The most tokens that one forward pass computes.
+            token_budget: The most tokens that one forward pass computes; by default what is usual on the device
+                (`measure_token_budget` finds what is best here, as the server does).
             revision: Branch, tag or commit on the Hub.
             compiled: Run what lies between the matrix products through `torch.compile`: faster, half a minute to load.
+            deterministic: Give rewards that are the same to the bit in any company, slower (`make_deterministic`).
 
         Raises:
-            ModelError: The checkpoint cannot be loaded or is no reward model.
+            ModelError: The checkpoint cannot be loaded or is no reward model, or rewards cannot be made deterministic.
+            ConfigError: Compiled and deterministic are both asked for.
         """
+        if compiled and deterministic:
+            raise ConfigError("compiled and deterministic exclude each other: compiled kernels cut rows their own way.")
         manifest = Manifest.load(path) if Path(path).is_dir() else None
         if manifest and max_length is None:
             max_length = manifest.encoding.max_length
@@ -108,7 +119,7 @@ class RewardModel:
             compiled=compiled,
         )
         commit = getattr(module.config, "_commit_hash", None)
-        return cls(
+        model = cls(
             module,
             encoder,
             manifest,
@@ -117,6 +128,9 @@ class RewardModel:
             base_model=manifest.base_model if manifest else str(path),
             token_budget=token_budget,
         )
+        if deterministic:
+            make_deterministic(model)
+        return model
 
     @classmethod
     def from_module(cls, module: RewardModule, encoder: Encoder, manifest: Manifest | None = None) -> RewardModel:
@@ -220,20 +234,17 @@ class RewardModel:
         return cast("list[float]", rewards[:responses].tolist())
 
     def _filled(self, groups: Sequence[Sequence[EncodedResponse]]) -> Sequence[Sequence[EncodedResponse]]:
-        """Adds a response that nobody reads, so that packed rows on CPUs have few different lengths.
+        """Adds responses that nobody reads, so that packed rows are whole multiples of some tokens.
 
-        oneDNN makes kernels for each length that it meets and keeps them: megabytes, and a quarter of the time of a
-        pass of the demo's model in bfloat16 (docs/reliability.md).
+        On CPUs oneDNN makes kernels for each length that it meets and keeps them: megabytes, and a quarter of the time
+        of a pass of the demo's model in bfloat16 (docs/reliability.md). Deterministic models need it everywhere.
         """
-        if self.forward_path == "padded" or self.module.device.type != "cpu":
+        if self.forward_path == "padded" or not (self.module.tile or self.module.device.type == "cpu"):
             return groups
         plan = plan_row([[one.ids for one in group] for group in groups], share_prefix=self.shares_prefixes)
-        missing = -len(plan.ids) % _ROW_MULTIPLE
-        if not missing or missing > self.encoder.max_length:
-            return groups
-        some = groups[0][0]
-        types = None if some.type_ids is None else some.type_ids[:1] * missing
-        return [*groups, [EncodedResponse(some.ids[:1] * missing, types)]]
+        missing = -len(plan.ids) % (self.module.tile or _ROW_MULTIPLE)
+        typed = groups[0][0].type_ids is not None
+        return [*groups, *_fillers(missing, self.encoder.max_length, typed=typed)]
 
     def verify_golden(self) -> float | None:
         """Scores the manifest's golden samples again.
@@ -265,3 +276,10 @@ class RewardModel:
                 "that they do not bear."
             )
         return differences[worst]
+
+
+def _fillers(tokens: int, longest: int, *, typed: bool) -> Iterator[list[EncodedResponse]]:
+    """Yields groups of together so many tokens, of which no two start alike."""
+    for token, start in enumerate(range(0, tokens, longest)):
+        length = min(tokens - start, longest)
+        yield [EncodedResponse((token,) * length, (0,) * length if typed else None)]

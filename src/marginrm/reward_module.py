@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from marginrm.attention import ATTENTION_NAME
+from marginrm.block_layout import block_layout
 from marginrm.encoding import Architecture, EncodedResponse
 from marginrm.errors import HeadError
-from marginrm.packed_layout import SPLIT_FROM, AttentionLayout, UnsupportedAttentionError
-from marginrm.rows import EncodedGroup, PackedRow, PaddedRows, pack, pad
+from marginrm.interval_layout import interval_layout
+from marginrm.packed_layout import AttentionLayout, UnsupportedAttentionError, attention_layout
+from marginrm.rows import EncodedGroup, LayoutFn, PackedRow, PaddedRows, pack, pad
 
 ForwardPath = Literal["packed", "padded"]
 
 # How far packed and padded rewards of the load-time probe may lie apart, relative to the larger of 1 and the reward.
 # Packing errors (a token that sees too much or too little) are orders of magnitude above rounding in float32.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_UNSPLIT = partial(attention_layout, split_from=None)
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
 _ROPE_OF_BATCH = {"dynamic", "longrope"}
 
@@ -40,6 +44,8 @@ class RewardModule(nn.Module):
         max_length: As given.
         flex_on: The type of device on which FlexAttention goes over packed rows (`attention_choice`), or None.
         attention_reason: Why it does or does not, in words; empty where it was not tried.
+        tile: Tokens of which rows are whole multiples, where rewards are the same to the bit in any company
+            (`deterministic`); else None.
 
     Raises:
         HeadError: The classifier does not give exactly one value per sequence.
@@ -64,6 +70,7 @@ class RewardModule(nn.Module):
         self.max_length = max_length
         self.flex_on: str | None = None
         self.attention_reason = ""
+        self.tile: int | None = None
         self._can_split = True
         self.forward_path, self._path_reason = self._choose_path(max_length)
 
@@ -96,12 +103,7 @@ class RewardModule(nn.Module):
     def collate(self, groups: Sequence[EncodedGroup]) -> PackedRow | PaddedRows:
         """Lays groups out for this model's exact path, on the CPU."""
         if self.forward_path == "packed":
-            return pack(
-                groups,
-                causal=self.architecture == "decoder",
-                split_from=SPLIT_FROM if self._splits else None,
-                flex=self._flexes,
-            )
+            return pack(groups, causal=self.architecture == "decoder", layout=self._layout)
         return pad(groups, pad_token_id=self.base.config.pad_token_id)
 
     def forward(self, row: PackedRow | PaddedRows) -> Tensor:
@@ -116,6 +118,15 @@ class RewardModule(nn.Module):
         if isinstance(row, PackedRow):
             return self._forward_packed(row)
         return self._forward_padded(row)
+
+    @property
+    def _layout(self) -> LayoutFn:
+        """How attention goes over the rows made now."""
+        if self.tile:
+            return block_layout
+        if self._flexes:
+            return interval_layout
+        return attention_layout if self._splits else _UNSPLIT
 
     @property
     def _splits(self) -> bool:
@@ -206,7 +217,7 @@ class RewardModule(nn.Module):
         self.eval()
         try:
             padded = self._forward_padded(pad(groups, pad_token_id=self.base.config.pad_token_id).to(self.device))
-            row = pack(groups, causal=self.architecture == "decoder", split_from=None).to(self.device)
+            row = pack(groups, causal=self.architecture == "decoder", layout=_UNSPLIT).to(self.device)
             difference = probe_difference(self._forward_packed(row), padded)
             self._can_split = self._splits and self._probe_split(groups, padded)
         except UnsupportedAttentionError as error:
@@ -225,7 +236,8 @@ class RewardModule(nn.Module):
     def _probe_split(self, groups: Sequence[EncodedGroup], padded: Tensor) -> bool:
         """Returns whether the model's attention can be computed for a shared prefix and the rest apart."""
         try:
-            row = pack(groups, causal=self.architecture == "decoder", split_from=2)
+            causal = self.architecture == "decoder"
+            row = pack(groups, causal=causal, layout=partial(attention_layout, split_from=2))
             return probe_difference(self._forward_packed(row), padded) <= PROBE_TOLERANCE.get(self.dtype, 0.1)
         except UnsupportedAttentionError:
             return False

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from marginrm.block_layout import BlockLayout
 from marginrm.encoding import EncodedResponse
-from marginrm.interval_layout import IntervalLayout, interval_layout
-from marginrm.packed_layout import SPLIT_FROM, AttentionLayout, attention_layout
-from marginrm.packing import plan_row
+from marginrm.interval_layout import IntervalLayout
+from marginrm.packed_layout import AttentionLayout, attention_layout
+from marginrm.packing import PackingPlan, plan_row
 
 EncodedGroup = Sequence[EncodedResponse]
+Layout = AttentionLayout | IntervalLayout | BlockLayout
+
+
+class LayoutFn(Protocol):
+    """Finds how attention goes over a row."""
+
+    def __call__(self, plan: PackingPlan, *, causal: bool) -> Layout:
+        """Lays a plan out; causal for decoders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,7 @@ class PackedRow:
     first: Tensor
     last: Tensor
     owner: Tensor | None
-    layout: AttentionLayout | IntervalLayout
+    layout: Layout
 
     @property
     def tokens(self) -> int:
@@ -99,16 +109,13 @@ class PaddedRows:
         )
 
 
-def pack(
-    groups: Sequence[EncodedGroup], *, causal: bool, split_from: int | None = SPLIT_FROM, flex: bool = False
-) -> PackedRow:
+def pack(groups: Sequence[EncodedGroup], *, causal: bool, layout: LayoutFn = attention_layout) -> PackedRow:
     """Packs groups into one row; decoders (causal) share prefixes, encoders share nothing.
 
     Args:
         groups: Encoded responses; rewards come in the order of the groups and of the responses in them.
         causal: Whether the model is a decoder.
-        split_from: As for `attention_layout`; of no effect on the rewards.
-        flex: Whether FlexAttention goes over the row, not calls on gathered lines; of no effect on the rewards.
+        layout: Decides how attention goes over the row; of no effect on the rewards but for rounding.
     """
     plan = plan_row([[response.ids for response in group] for group in groups], share_prefix=causal)
     responses = [response for group in groups for response in group]
@@ -122,9 +129,7 @@ def pack(
         first=torch.tensor([plan.runs[[*plan.ancestors(leaf), leaf][0]].start for leaf in plan.leaves]),
         last=torch.tensor(plan.last),
         owner=None if causal else torch.arange(len(responses)).repeat_interleave(lengths),
-        layout=interval_layout(plan, causal=causal)
-        if flex
-        else attention_layout(plan, causal=causal, split_from=split_from),
+        layout=layout(plan, causal=causal),
     )
 
 

@@ -1,0 +1,77 @@
+"""Where the time of our forward passes goes, by kind of work, as PyTorch's profiler tells it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.contenders.in_process import InProcess
+from benchmarks.models import NAMES, build
+from benchmarks.texts import ALPACA, load_texts
+from benchmarks.workloads import WORKLOADS, Portions
+
+_TOKENIZER_TEXTS = 4000
+# Names of operators by the kind of work; what is in none is elementwise work: norms, rotary embedding, gates, sums.
+_KINDS = {
+    "matrix products": ("mm", "linear", "gemm", "matmul"),
+    "attention": ("attention",),
+    "copies (gathers, casts)": ("index", "gather", "cat", "copy", "clone", "contiguous", "embedding"),
+}
+_REST = "elementwise"
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}.")] = "qwen3-0.6b",
+    workloads: Annotated[str, typer.Option(help="With commas between.")] = "bon-long,bon-short,pairs",
+    compiled: Annotated[bool, typer.Option("--compiled", help="With what lies between products compiled.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="With fixed shapes.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("runs/bench"),
+) -> None:
+    """Profile one portion of each workload and print a table of shares."""
+    texts = load_texts(ALPACA)
+    folder = build(model, output / "models", texts.passages[:_TOKENIZER_TEXTS])
+    portions = Portions(folder, texts)
+    ours = InProcess(folder, compiled=compiled, deterministic=deterministic)
+    kinds = (*_KINDS, _REST)
+    typer.echo(
+        f"{model}, {ours.detail['dtype']}, {torch.get_num_threads()} threads, steps of {ours.detail['token_budget']:,}"
+    )
+    typer.echo(f"\n| workload | seconds | of the GEMM rate | {' | '.join(kinds)} |")
+    typer.echo(f"|---|---:|---:|{'---:|' * len(kinds)}")
+    for name in workloads.split(","):
+        ours.score(ours.prepare(portions.portion(WORKLOADS[name], 0)))  # warms up
+        groups = ours.prepare(portions.portion(WORKLOADS[name], 1))
+        started = time.perf_counter()
+        ours.score(groups)
+        seconds = time.perf_counter() - started
+        gemm = 2 * ours.detail["linear_parameters"] * (ours.computed or 0) / seconds / ours.gemm_rate()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            ours.score(groups)
+        shares = by_kind((event.key, event.self_cpu_time_total) for event in seen.key_averages())
+        cells = " | ".join(f"{shares[kind]:.0%}" for kind in kinds)
+        typer.echo(f"| {name} | {seconds:.2f} | {gemm:.0%} | {cells} |")
+
+
+def by_kind(times: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Returns each kind's share of the time.
+
+    Args:
+        times: Names of operators and the time that each took by itself.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for name, taken in times:
+        kind = next((kind for kind, parts in _KINDS.items() if any(part in name.lower() for part in parts)), _REST)
+        found[kind] += taken
+    whole = sum(found.values()) or 1.0
+    return {kind: found[kind] / whole for kind in (*_KINDS, _REST)}
+
+
+if __name__ == "__main__":
+    typer.run(main)
