@@ -1,11 +1,14 @@
-"""Three questions beside the comparison: what N costs, what HTTP costs, and what a large request costs in memory."""
+"""Four questions beside the comparison: what N, HTTP and company cost, and what a large request costs in memory.
+
+Company is what is scored beside a text: it costs bits of its reward, or with `--deterministic` time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, pstdev
 from typing import Any
 
 from benchmarks.lineup import CLIENTS, Entrant
@@ -140,7 +143,31 @@ def memory(subject: Subject) -> dict[str, Any]:
     return {"growth": growth, **found}
 
 
-STUDIES: dict[str, Study] = {"cost of N": cost_of_n, "http": http, "memory": memory}
+def company(subject: Subject) -> dict[str, Any]:
+    """Scores responses alone and together, in each dtype and deterministic.
+
+    Returns:
+        For each the largest difference that company made to a reward, and `deviation`, that of the rewards themselves;
+        and `deterministic`, the difference in the mode that promises none.
+    """
+    groups = subject.portions.portion(Workload("company", 4, 4), 0)
+    alone = [[group.only([index])] for group in groups for index in range(len(group.responses))]
+    found: dict[str, Any] = {}
+    for dtype, deterministic in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+        with subject.setting.start(_ours()) as ours:
+            ours.load(subject.folder, {"dtype": dtype, "deterministic": deterministic})
+            together = ours.score(groups).rewards
+            differences = [
+                abs(ours.score(one).rewards[0] - reward) for one, reward in zip(alone, together, strict=True)
+            ]
+        found["deterministic" if deterministic else dtype] = max(differences)
+        found["deviation"] = pstdev(together)
+        if subject.clock.left < 0:
+            break
+    return found
+
+
+STUDIES: dict[str, Study] = {"cost of N": cost_of_n, "http": http, "memory": memory, "company": company}
 
 
 def _ours() -> Entrant:

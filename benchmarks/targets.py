@@ -45,7 +45,8 @@ def findings(results: Results) -> list[Finding]:
         return speed_ratio(results.measurements, model, workload, other)
 
     def study(name: str, field: str) -> Spread | None:
-        return Spread.of([finding[field] for (key, _), finding in results.studies.items() if key == name])
+        found = [finding for (key, _), finding in results.studies.items() if key == name]
+        return Spread.of([finding[field] for finding in found if field in finding])
 
     found = [
         Finding(f"{workload}, {_QWEN3}: times {VLLM}", bound, ratio(_QWEN3, workload, VLLM))
@@ -69,6 +70,8 @@ def findings(results: Results) -> list[Finding]:
         Finding("ms that HTTP adds to a lone request, p50", 3.0, study("http", "added_ms"), most=True),
         Finding("N = 64: tokens computed / (64 responses + one prompt)", 1.10, study("cost of N", "tokens"), most=True),
         Finding("N = 64: seconds per token / those of N = 1", 1.10, study("cost of N", "seconds"), most=True),
+        Finding("company: largest difference of a reward in float32", 1e-5, study("company", "float32"), most=True),
+        Finding("company: of a deterministic one in bfloat16", 0.0, study("company", "deterministic"), most=True),
         Finding("memory of 256 candidates / of 64", 1.10, study("memory", "growth"), most=True),
     ]
 

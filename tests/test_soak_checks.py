@@ -30,7 +30,12 @@ def test_growth_is_from_the_second_quarter_to_the_last():
 
 def test_goodput_counts_right_answers_in_time():
     outcomes = [FINE, replace(FINE, seconds=11), replace(FINE, status=429), replace(FINE, fault="wrong reward")]
-    assert checks.goodput(outcomes, deadline=10, seconds=2) == 0.5
+    assert checks.goodput(outcomes, deadline=10, start=0, seconds=2) == 0.5
+
+
+def test_goodput_counts_answers_when_they_came():
+    outcomes = [replace(FINE, at=at, seconds=3) for at in (0.0, 1.0, 2.0, 7.0)]  # they come at 3, 4, 5 and 10
+    assert checks.goodput(outcomes, deadline=10, start=4, seconds=2) == 1.0
 
 
 def test_a_request_without_an_answer_does_not_pass():

@@ -94,9 +94,17 @@ def memory_course(rss: Sequence[tuple[float, int]]) -> str:
     return ", ".join(f"{size / 2**20:,.0f}" for _, size in tenths) + " MiB"
 
 
-def goodput(outcomes: Collection[Outcome], deadline: float, seconds: float) -> float:
-    """Returns the right answers within the deadline, per second."""
-    return sum(good(outcome, deadline) for outcome in outcomes) / seconds
+def goodput(outcomes: Collection[Outcome], deadline: float, start: float, seconds: float) -> float:
+    """Returns the right answers within the deadline that came in a stretch of the run, per second.
+
+    Args:
+        outcomes: Of requests.
+        deadline: Seconds from a request's planned start.
+        start: Of the stretch, in seconds after the run's start.
+        seconds: Of the stretch.
+    """
+    came = [outcome.at + outcome.seconds for outcome in outcomes if good(outcome, deadline)]
+    return sum(start <= at < start + seconds for at in came) / seconds
 
 
 def good(outcome: Outcome, deadline: float) -> bool:
