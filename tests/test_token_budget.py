@@ -30,7 +30,7 @@ def out_of_memory_at(limit: int) -> Callable[[int], float]:
         (lambda tokens: tokens * 1e-5, 4096),  # nothing gets cheaper: the usual one
         (lambda tokens: 0.01 + tokens * 1e-7, 16384),  # mostly overhead: as large as is tried
         (lambda tokens: 0.041 + tokens * 1e-5, 8192),
-        (lambda tokens: tokens * 2e-3, 2048),  # 4,096 tokens would take 8 s
+        (lambda tokens: tokens * 5e-3, 2048),  # 4,096 tokens would take 20 s
         (lambda tokens: tokens * 1e-1, 1024),  # nothing is quick enough: the smallest
         (out_of_memory_at(4096), 2048),
     ],

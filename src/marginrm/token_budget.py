@@ -17,9 +17,9 @@ from marginrm.encoding import EncodedResponse
 from marginrm.reward_model import RewardModel, usual_token_budget
 from marginrm.trial import trial_groups
 
-LONGEST_STEP = 5.0  # seconds
+LONGEST_STEP = 15.0  # seconds
 _REACH = 4  # the first budget tried is the usual one divided by this, and the last one it times this
-_REPEATS = 2  # the best of so many; the very first pass also sets things up
+_BRIEF = 2.0  # seconds
 _CHEAPER = 1.25  # beyond the usual budget a doubled one gives so many times the tokens per second, or is not taken
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,9 @@ def measure_token_budget(model: RewardModel) -> int:
 
     def seconds(tokens: int) -> float:
         groups = trial_groups(model.encoder, tokens)
-        taken[tokens] = min(_timed(model, groups) for _ in range(_REPEATS))
+        taken[tokens] = _timed(model, groups)
+        if taken[tokens] < _BRIEF:  # the very first pass also sets things up, and brief ones vary
+            taken[tokens] = min(taken[tokens], _timed(model, groups))
         return taken[tokens]
 
     usual = usual_token_budget(model.module.device)
