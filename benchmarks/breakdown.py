@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders.in_process import InProcess
 from benchmarks.models import NAMES, build
+from benchmarks.ratios import gemm_share
 from benchmarks.texts import ALPACA, load_texts
 from benchmarks.workloads import WORKLOADS, Portions
 
-_TOKENIZER_TEXTS = 4000
 # Names of operators by the kind of work; what is in none is elementwise work: norms, rotary embedding, gates, sums.
 _KINDS = {
     "matrix products": ("mm", "linear", "gemm", "matmul"),
@@ -36,7 +36,7 @@ def main(
 ) -> None:
     """Profile one portion of each workload and print a table of shares."""
     texts = load_texts(ALPACA)
-    folder = build(model, output / "models", texts.passages[:_TOKENIZER_TEXTS])
+    folder = build(model, output / "models", texts.for_tokenizer)
     portions = Portions(folder, texts)
     ours = InProcess(folder, compiled=compiled, deterministic=deterministic)
     kinds = (*_KINDS, _REST)
@@ -51,7 +51,7 @@ def main(
         started = time.perf_counter()
         ours.score(groups)
         seconds = time.perf_counter() - started
-        gemm = 2 * ours.detail["linear_parameters"] * (ours.computed or 0) / seconds / ours.gemm_rate()
+        gemm = gemm_share(ours.detail["linear_parameters"], ours.computed or 0, seconds, ours.gemm_rate())
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             ours.score(groups)
         shares = by_kind((event.key, event.self_cpu_time_total) for event in seen.key_averages())

@@ -21,7 +21,6 @@ from benchmarks.studies import STUDIES, Subject
 from benchmarks.texts import ALPACA, Texts, load_texts
 from benchmarks.workloads import WORKLOADS, Portions
 
-_TOKENIZER_TEXTS = 4000
 _STUDY_MINUTES = 4.0
 
 
@@ -63,7 +62,7 @@ def main(
         lambda line: typer.echo(line, err=True),
     )
     for number, name in enumerate(names):
-        folder = build(name, output / "models", texts.passages[:_TOKENIZER_TEXTS])
+        folder = build(name, output / "models", texts.for_tokenizer)
         share = Clock(clock.left / (len(names) - number))
         # A text of 800 + 128 tokens does not fit MiniLM, and an encoder has no prefix to share.
         fitting = [workload for workload in chosen if not (name == MINILM and workload.long)]

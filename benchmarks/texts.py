@@ -15,6 +15,7 @@ from benchmarks.groups import TextGroup
 ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _Item = TypeVar("_Item")
 _FILES = ("alpaca_eval_pairs_train", "alpaca_eval_best_of_n_test", "alpaca_eval_responses_train")
+_TOKENIZER_TEXTS = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class Texts:
     pairs: tuple[TextGroup, ...]
     candidates: tuple[TextGroup, ...]
     passages: tuple[str, ...]
+
+    @property
+    def for_tokenizer(self) -> tuple[str, ...]:
+        """What a model's tokenizer is trained on."""
+        return self.passages[:_TOKENIZER_TEXTS]
 
 
 def load_texts(folder: Path = ALPACA, seed: int = 0) -> Texts:

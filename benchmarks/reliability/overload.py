@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -78,37 +78,16 @@ def _goodput(turns: Sequence[tuple[float, float]], times: float) -> Check:
 async def _turns(
     url: str, asked: Sequence[Question], rate: float, times: float, deadline: float
 ) -> list[tuple[float, float]]:
-    """Loads the server in turns.
+    """Loads the server in turns: at capacity all the time, and above it until the queue is full and in every second turn.
 
     Returns:
         For each turn the right and timely answers that came, per second: at capacity, and at the multiple after it.
     """
-    questions = itertools.cycle(asked)
-    headers = f"X-Request-Timeout: {deadline:g}\r\n"
-    async with Wire(url, 3 * deadline) as wire:
-        origin = time.perf_counter()
-        seed = itertools.count()
-
-        def load(rate: float, seconds: float) -> Awaitable[tuple[list[Outcome], int]]:
-            return traffic.open_loop(
-                lambda planned, _: traffic.ask(wire, next(questions), planned=planned, start=origin, headers=headers),
-                rate,
-                seconds,
-                seed=next(seed),
-            )
-
-        async def crests() -> list[Outcome]:
-            """The load above capacity: first until the queue is full, then in every second turn."""
-            found: list[Awaitable[tuple[list[Outcome], int]]] = [asyncio.ensure_future(load(above, full))]
-            for turn in range(_TURNS):
-                await asyncio.sleep(full + (2 * turn + 1) * _TURN_SECONDS - (time.perf_counter() - origin))
-                found.append(asyncio.ensure_future(load(above, _TURN_SECONDS)))
-            return [outcome for outcomes, _ in await asyncio.gather(*found) for outcome in outcomes]
-
-        above, full = (times - 1) * rate, 1.5 * deadline
-        (steady, _), more = await asyncio.gather(load(rate, full + 2 * _TURNS * _TURN_SECONDS), crests())
-    outcomes = [*steady, *more]
+    above, full = (times - 1) * rate, 1.5 * deadline
     middles = [full + (2 * turn + 1) * _TURN_SECONDS for turn in range(_TURNS)]
+    crests = [(middle, above, _TURN_SECONDS) for middle in middles]
+    loads = [(0.0, rate, full + 2 * _TURNS * _TURN_SECONDS), (0.0, above, full), *crests]
+    outcomes, _ = await _send(url, asked, loads, deadline)
     return [
         (
             checks.goodput(outcomes, deadline, middle - _TURN_SECONDS, _TURN_SECONDS),
@@ -149,7 +128,7 @@ class _Load:
 
 def _load(server: WatchedServer, asked: Sequence[Question], rate: float, seconds: float, deadline: float) -> _Load:
     cpu, own, worked, started = server.cpu_seconds, time.process_time(), server.steps[0], time.perf_counter()
-    outcomes, sent = asyncio.run(_send(server.url, asked, rate, seconds, deadline))
+    outcomes, sent = asyncio.run(_send(server.url, asked, [(0.0, rate, seconds)], deadline))
     return _Load(
         outcomes,
         sent,
@@ -161,16 +140,29 @@ def _load(server: WatchedServer, asked: Sequence[Question], rate: float, seconds
 
 
 async def _send(
-    url: str, asked: Sequence[Question], rate: float, seconds: float, deadline: float
+    url: str, asked: Sequence[Question], loads: Sequence[tuple[float, float, float]], deadline: float
 ) -> tuple[list[Outcome], int]:
+    """Sends loads, each given by when it starts (in seconds), its requests per second and its seconds.
+
+    Returns:
+        All outcomes, and how many requests were sent.
+    """
     headers = f"X-Request-Timeout: {deadline:g}\r\n"
     questions = itertools.cycle(asked)
     async with Wire(url, 3 * deadline) as wire:
-        return await traffic.open_loop(
-            lambda planned, start: traffic.ask(wire, next(questions), planned=planned, start=start, headers=headers),
-            rate,
-            seconds,
-        )
+        origin = time.perf_counter()
+
+        async def load(number: int, start: float, rate: float, seconds: float) -> tuple[list[Outcome], int]:
+            await asyncio.sleep(start)
+            return await traffic.open_loop(
+                lambda planned, _: traffic.ask(wire, next(questions), planned=planned, start=origin, headers=headers),
+                rate,
+                seconds,
+                seed=number,
+            )
+
+        done = await asyncio.gather(*(load(number, *one) for number, one in enumerate(loads)))
+    return [outcome for outcomes, _ in done for outcome in outcomes], sum(sent for _, sent in done)
 
 
 def _tokens_per_request(path: Path, asked: Sequence[Question]) -> float:

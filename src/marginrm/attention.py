@@ -2,9 +2,9 @@
 
 The function is registered with transformers as `marginrm_packed`, so every model that goes through the
 `AttentionInterface` runs on packed rows unchanged. How it is computed is the row's layout's business: what each call
-reads is gathered from the row by index (`packed_layout`, and in fixed shapes `block_layout`), or FlexAttention goes over
-the row as it is (`interval_layout`); all are exact and differentiable. Without a packed row the function is transformers' own SDPA
-attention, so one loaded model takes packed and padded batches alike.
+reads is gathered from the row by index (`packed_layout`, and in fixed shapes `block_layout`), or FlexAttention goes
+over the row as it is (`interval_layout`); all are exact and differentiable. Without a packed row the function is
+transformers' own SDPA attention, so one loaded model takes packed and padded batches alike.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from marginrm.block_layout import BlockLayout
-from marginrm.interval_layout import IntervalLayout
-from marginrm.packed_layout import AttentionLayout, UnsupportedAttentionError
+from marginrm.layout import Layout
+from marginrm.packed_layout import UnsupportedAttentionError
 
 ATTENTION_NAME = "marginrm_packed"
 
@@ -65,7 +64,7 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = kwargs.get("sliding_window")
-    layout: AttentionLayout | IntervalLayout | BlockLayout = row.layout
+    layout: Layout = row.layout
     return layout.attend(query, key, value, scale=scaling, dropout=dropout, window=window), None
 
 

@@ -8,7 +8,6 @@ rectangles and has no backward pass.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from marginrm.encoding import EncodedResponse
 from marginrm.interval_layout import interval_layout
-from marginrm.packed_layout import attention_layout
+from marginrm.packed_layout import unsplit_layout
 from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_groups
 from marginrm.rows import PackedRow, pack, pad
 
@@ -96,7 +95,7 @@ def _gradient(module: RewardModule, row: PackedRow) -> Tensor:
 
 def _row(module: RewardModule, longest: int, *, flex: bool) -> PackedRow:
     causal = module.architecture == "decoder"
-    layout = interval_layout if flex else partial(attention_layout, split_from=None)
+    layout = interval_layout if flex else unsplit_layout
     return pack(_groups(module, longest), causal=causal, layout=layout).to(module.device)
 
 

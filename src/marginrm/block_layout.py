@@ -10,7 +10,7 @@ rounds otherwise. `deterministic` says what this is for.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,14 +30,21 @@ class Call:
     Attributes:
         first: The block's first position.
         queries: Positions of the block.
-        keys: Positions that it reads, from 0 on.
         lines: Which lines of the bundle, [lines]; None for all.
     """
 
     first: int
     queries: int
-    keys: int
     lines: Tensor | None
+
+    @property
+    def keys(self) -> int:
+        """Positions that it reads, from 0 on."""
+        return self.first + self.queries
+
+    def to(self, device: torch.device) -> Call:
+        """Returns the call on another device."""
+        return self if self.lines is None else replace(self, lines=self.lines.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,7 @@ class Bundle:
 
     def to(self, device: torch.device) -> Bundle:
         """Returns the bundle on another device."""
-        calls = tuple(
-            Call(call.first, call.queries, call.keys, None if call.lines is None else call.lines.to(device))
-            for call in self.calls
-        )
-        return Bundle(self.tokens.to(device), self.lengths.to(device), calls)
+        return Bundle(self.tokens.to(device), self.lengths.to(device), tuple(call.to(device) for call in self.calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,26 +89,14 @@ class BlockLayout:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
     ) -> Tensor:
-        """Computes a layer's attention over the row.
-
-        Args:
-            query: [1, heads, tokens, head size].
-            key: [1, key heads, tokens, head size]; key heads divide heads.
-            value: As `key`.
-            scale: Factor on the dot products; None for 1 / sqrt(head size).
-            dropout: Attention dropout; 0 when scoring.
-            window: Tokens see each other only at a distance below this one; None for no window.
-
-        Returns:
-            [1, tokens, heads, head size].
-        """
+        """Computes a layer's attention over the row, as `Layout.attend` says."""
         results = []
         for number, bundle in enumerate(self.bundles):
             lines = [part[0].transpose(0, 1)[bundle.tokens].transpose(1, 2) for part in (query, key, value)]
             for place, call in enumerate(bundle.calls):
                 q, k, v = lines if call.lines is None else [part[call.lines] for part in lines]
                 result = F.scaled_dot_product_attention(
-                    q[:, :, call.first : call.first + call.queries],
+                    q[:, :, call.first : call.keys],
                     k[:, :, : call.keys],
                     v[:, :, : call.keys],
                     attn_mask=self._mask(number, place, window, query.dtype),
@@ -126,7 +117,7 @@ class BlockLayout:
 
     def _seen(self, bundle: Bundle, call: Call, window: int | None) -> Tensor:
         places = torch.arange(call.keys, device=bundle.lengths.device)
-        distance = places[call.first : call.first + call.queries, None] - places[None, :]
+        distance = places[call.first : call.keys, None] - places[None, :]
         near = distance.abs() < (call.keys if window is None else window)
         if self.causal:
             return (near & (distance >= 0))[None, None]
@@ -162,7 +153,7 @@ def block_layout(plan: PackingPlan, *, causal: bool) -> BlockLayout:
                     fresh.append(number)
             if fresh:
                 chosen = None if len(fresh) == len(lines) else torch.tensor(fresh)
-                calls.append(Call(first, queries, first + queries, chosen))
+                calls.append(Call(first, queries, chosen))
                 base += len(fresh) * queries
         lengths = torch.tensor([len(line) for line in lines])
         bundles.append(Bundle(tokens, lengths, tuple(calls)))

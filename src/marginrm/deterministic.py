@@ -19,12 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import ModelError
-from marginrm.trial import trial_groups
+from marginrm.reward_module import probe_groups
 
 if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
 
 TILE = 256  # tokens
+_PROBE_TOKENS = (12, 2 * TILE)  # of the longest sequences; together they go over several tiles
 
 _Groups = list[list[EncodedResponse]]
 
@@ -75,8 +76,9 @@ def _in_tiles(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 def _difference(model: RewardModel) -> float:
     """Returns the largest difference of a reward between several companies; 0 if all bits are the same."""
-    groups = _probe(model)
-    expected = [reward for group in groups for response in group for reward in model.forward([[response]])]
+    vocabulary, longest = model.module.base.config.vocab_size, model.encoder.max_length
+    groups = [group for size in _PROBE_TOKENS for group in probe_groups(vocabulary, min(longest, size))]
+    expected = [model.forward([[response]])[0] for group in groups for response in group]
     differences = [0.0]
     for company in _companies(groups):
         rewards = iter(model.forward([[response for _, response in group] for group in company]))
@@ -96,18 +98,3 @@ def _companies(groups: _Groups) -> Sequence[list[list[tuple[int, EncodedResponse
         numbered[1:],
         [g[:1] for g in numbered],
     )
-
-
-def _probe(model: RewardModel) -> _Groups:
-    """Returns a group with a long common prompt and some responses of other lengths, over several tiles together."""
-    long, *others = (group[0] for group in trial_groups(model.encoder, 6 * TILE))
-    length = len(long.ids)
-    shared = [_joined(long, other, length * 5 // 8, cut) for other, cut in zip(others, (1, 7, 8), strict=False)]
-    return [shared, *([_joined(other, other, 0, cut)] for other, cut in zip(others, (1, 2, 3, 5, 8), strict=False))]
-
-
-def _joined(start: EncodedResponse, end: EncodedResponse, at: int, eighths: int) -> EncodedResponse:
-    """Returns the first `at` tokens of one response, and of the rest of another so many eighths (one token at least)."""
-    stop = at + max((len(end.ids) - at) * eighths // 8, 1)
-    types = None if start.type_ids is None or end.type_ids is None else start.type_ids[:at] + end.type_ids[at:stop]
-    return EncodedResponse(start.ids[:at] + end.ids[at:stop], types)

@@ -50,18 +50,7 @@ class IntervalLayout:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
     ) -> Tensor:
-        """Computes a layer's attention over the row.
-
-        Args:
-            query: [1, heads, tokens, head size].
-            key: [1, key heads, tokens, head size]; key heads divide heads.
-            value: As `key`.
-            scale: Factor on the dot products; None for 1 / sqrt(head size).
-            dropout: Must be 0.
-            window: Tokens see each other only at a distance below this one; None for no window.
-
-        Returns:
-            [1, tokens, heads, head size].
+        """Computes a layer's attention over the row, as `Layout.attend` says.
 
         Raises:
             UnsupportedAttentionError: Dropout is asked for, or gradients on a CPU.

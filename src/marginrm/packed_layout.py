@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -118,18 +119,7 @@ class AttentionLayout:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
     ) -> Tensor:
-        """Computes a layer's attention over the row.
-
-        Args:
-            query: [1, heads, tokens, head size].
-            key: [1, key heads, tokens, head size]; key heads divide heads.
-            value: As `key`.
-            scale: Factor on the dot products; None for 1 / sqrt(head size).
-            dropout: Attention dropout, for training.
-            window: Tokens see each other only at a distance below this one; None for no window.
-
-        Returns:
-            [1, tokens, heads, head size].
+        """Computes a layer's attention over the row, as `Layout.attend` says.
 
         Raises:
             UnsupportedAttentionError: For a row whose prefixes are computed apart: a window, dropout or values of another
@@ -171,6 +161,9 @@ def attention_layout(plan: PackingPlan, *, causal: bool, split_from: int | None 
         tokens.append(places.flatten())
         trunks.append(trunk)
     return AttentionLayout(tuple(calls), torch.cat(tokens), torch.cat(trunks), order)
+
+
+unsplit_layout = partial(attention_layout, split_from=None)
 
 
 def _calls(plan: PackingPlan, split_from: int | None) -> Iterator[tuple[Tensor, list[Tensor]]]:

@@ -15,15 +15,15 @@ from marginrm.block_layout import block_layout
 from marginrm.encoding import Architecture, EncodedResponse
 from marginrm.errors import HeadError
 from marginrm.interval_layout import interval_layout
-from marginrm.packed_layout import AttentionLayout, UnsupportedAttentionError, attention_layout
-from marginrm.rows import EncodedGroup, LayoutFn, PackedRow, PaddedRows, pack, pad
+from marginrm.layout import LayoutFn
+from marginrm.packed_layout import AttentionLayout, UnsupportedAttentionError, attention_layout, unsplit_layout
+from marginrm.rows import EncodedGroup, PackedRow, PaddedRows, pack, pad
 
 ForwardPath = Literal["packed", "padded"]
 
 # How far packed and padded rewards of the load-time probe may lie apart, relative to the larger of 1 and the reward.
 # Packing errors (a token that sees too much or too little) are orders of magnitude above rounding in float32.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-_UNSPLIT = partial(attention_layout, split_from=None)
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
 _ROPE_OF_BATCH = {"dynamic", "longrope"}
 
@@ -126,7 +126,7 @@ class RewardModule(nn.Module):
             return block_layout
         if self._flexes:
             return interval_layout
-        return attention_layout if self._splits else _UNSPLIT
+        return attention_layout if self._splits else unsplit_layout
 
     @property
     def _splits(self) -> bool:
@@ -217,7 +217,7 @@ class RewardModule(nn.Module):
         self.eval()
         try:
             padded = self._forward_padded(pad(groups, pad_token_id=self.base.config.pad_token_id).to(self.device))
-            row = pack(groups, causal=self.architecture == "decoder", layout=_UNSPLIT).to(self.device)
+            row = pack(groups, causal=self.architecture == "decoder", layout=unsplit_layout).to(self.device)
             difference = probe_difference(self._forward_packed(row), padded)
             self._can_split = self._splits and self._probe_split(groups, padded)
         except UnsupportedAttentionError as error:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from marginrm.block_layout import BlockLayout
 from marginrm.encoding import EncodedResponse
-from marginrm.interval_layout import IntervalLayout
-from marginrm.packed_layout import AttentionLayout, attention_layout
-from marginrm.packing import PackingPlan, plan_row
+from marginrm.layout import Layout, LayoutFn
+from marginrm.packed_layout import attention_layout
+from marginrm.packing import plan_row
 
 EncodedGroup = Sequence[EncodedResponse]
-Layout = AttentionLayout | IntervalLayout | BlockLayout
-
-
-class LayoutFn(Protocol):
-    """Finds how attention goes over a row."""
-
-    def __call__(self, plan: PackingPlan, *, causal: bool) -> Layout:
-        """Lays a plan out; causal for decoders."""
 
 
 @dataclass(frozen=True, slots=True)
