@@ -128,11 +128,11 @@ def _warm_up(
     setting: Setting,
     results: Results,
 ) -> None:
-    """Lets every contender meet a workload once, the slow ones with a single response; who fails stays out."""
-    groups = portions.portion(workload, _WARM_UP)[:2]
+    """Lets every contender meet a workload once, with two responses; who fails stays out."""
+    groups = sample(portions.portion(workload, _WARM_UP), 2)
     for entrant in [entrant for entrant in running if entrant.scores(workload)]:
         try:
-            running[entrant].score(sample(groups, 1 if entrant.limit else None))
+            running[entrant].score(groups)
         except ContenderError as error:
             _stays_out(model, entrant, error, setting, results)
             running.pop(entrant).close()

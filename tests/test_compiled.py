@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from marginrm import RewardModel
+from marginrm.loading import load_for_scoring
 from support_models import tiny_checkpoint
 
 PROMPT = "Name a colour."
@@ -29,6 +30,7 @@ def test_compiled_rewards_are_the_same_at_any_size(tmp_path: Path, monkeypatch: 
     found = [model.score(PROMPT, RESPONSES[:count]) for count in (1, 2, 3)]
     for rewards, wanted in zip(found, expected, strict=True):
         assert rewards == pytest.approx(wanted, abs=1e-5)
-    row = plain.module.collate([model.encoder.encode_group(PROMPT, RESPONSES)])  # type: ignore[list-item]
-    plain.module(row).sum().backward()  # the family's shared rotary function still has gradients
-    assert all(torch.isfinite(weight.grad).all() for weight in plain.module.parameters() if weight.grad is not None)
+    module, _ = load_for_scoring(folder, dtype="float32", packed_weights=False)
+    row = module.collate([model.encoder.encode_group(PROMPT, RESPONSES)])  # type: ignore[list-item]
+    module(row).sum().backward()  # the family's shared rotary function still has gradients
+    assert all(torch.isfinite(weight.grad).all() for weight in module.parameters() if weight.grad is not None)

@@ -1,9 +1,10 @@
-"""Which attention goes over a module's packed rows: FlexAttention where it proves itself at load, else rectangles.
+"""Which attention goes over a module's packed rows: what proves itself at load, on the machine itself.
 
 FlexAttention reads each token of the row where it lies, by one kernel for rows of any length, and skips the blocks that
 nobody sees. It is a prototype of PyTorch's, compiled by Triton for each GPU, so it is taken only after its rewards, and
 for training its gradients, have been those of the plain path on the device itself. On CPUs it is slower than
-rectangles and has no backward pass.
+rectangles and has no backward pass. There, decoders in half precision that are to score compute their rectangles by
+matrix products (`product_attention`) where a trial finds that faster than PyTorch's fused kernel.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from marginrm.encoding import EncodedResponse
 from marginrm.interval_layout import interval_layout
 from marginrm.packed_layout import unsplit_layout
+from marginrm.product_attention import speedup
 from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_groups
 from marginrm.rows import PackedRow, pack, pad
 
 # The longer one's row has several blocks, some of them seen by nobody. The shorter one's is within a block, which torch
 # compiles apart: now, not at the first short request.
 _PROBE_TOKENS = (12, 300)
+_WORTH_IT = 1.1  # times the fused kernel's speed, from which on products are taken
 
 
 def choose_attention(
@@ -33,19 +36,34 @@ def choose_attention(
     tried is what autocast makes of it.
 
     Args:
-        module: Changed in place. After a move to another type of device it uses rectangles until this is called again.
-        wanted: `auto` tries FlexAttention on CUDA only; `flex` tries it wherever the weights are.
+        module: Changed in place. After a move to another type of device it uses rectangles, by the fused kernel, until
+            this is called again.
+        wanted: `auto` tries FlexAttention on CUDA, and matrix products on CPUs for modules that are to score; `flex`
+            tries FlexAttention wherever the weights are.
         gradients: Whether the module is to be trained, so that gradients must agree too.
     """
-    module.flex_on, module.attention_reason = None, ""
-    tries = wanted == "flex" or (wanted == "auto" and module.device.type == "cuda")
-    if not tries or module.forward_path == "padded":
+    module.flex_on, module.products_on, module.attention_reason = None, None, ""
+    device = module.device.type
+    if module.forward_path == "padded" or wanted == "rectangles":
         return
-    obstacle = _obstacle(module, gradients=gradients)
-    if obstacle is None:
-        module.flex_on, module.attention_reason = module.device.type, "attention by FlexAttention"
-    else:
-        module.attention_reason = f"attention on gathered lines, since FlexAttention {obstacle}"
+    if wanted == "flex" or device == "cuda":
+        obstacle = _obstacle(module, gradients=gradients)
+        if obstacle is None:
+            module.flex_on, module.attention_reason = device, "attention by FlexAttention"
+        else:
+            module.attention_reason = f"attention on gathered lines, since FlexAttention {obstacle}"
+    elif device == "cpu" and not gradients and module.architecture == "decoder" and module.dtype != torch.float32:
+        times = _products_speedup(module)
+        chosen = "matrix products" if times >= _WORTH_IT else "PyTorch's fused kernel"
+        module.products_on = device if times >= _WORTH_IT else None
+        module.attention_reason = f"attention by {chosen} (products: {times:.2f}x the fused kernel's speed in a trial)"
+
+
+def _products_speedup(module: RewardModule) -> float:
+    config = module.base.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return speedup(heads, getattr(config, "num_key_value_heads", None) or heads, size, module.dtype)
 
 
 def _obstacle(module: RewardModule, *, gradients: bool) -> str | None:

@@ -26,6 +26,7 @@ from marginrm.attention_choice import choose_attention
 from marginrm.compiled import compile_parts
 from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
+from marginrm.packed_weights import pack_weights
 from marginrm.reward_module import RewardModule
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -55,6 +56,7 @@ def load_for_scoring(
     trust_remote_code: bool = False,
     revision: str | None = None,
     compiled: bool = False,
+    packed_weights: bool = True,
 ) -> tuple[RewardModule, Encoder]:
     """Loads a trained reward model; weights must be safetensors and the head must be in them.
 
@@ -66,6 +68,7 @@ def load_for_scoring(
         trust_remote_code: Whether code that comes with the checkpoint may run. Off unless the user asks.
         revision: Branch, tag or commit on the Hub.
         compiled: Whether to run what lies between the matrix products through `torch.compile`.
+        packed_weights: Whether weights may be packed where that is faster; they can then be neither read nor saved.
 
     Raises:
         ModelError: There is no such checkpoint, or it cannot be read.
@@ -91,6 +94,8 @@ def load_for_scoring(
     classifier.to(target)  # type: ignore[arg-type]  # transformers wraps it untyped
     module = RewardModule(classifier, max_length=limit).eval()
     choose_attention(module)
+    if packed_weights:
+        pack_weights(module)
     if compiled:
         compile_parts(module, longest=limit)
     return module, Encoder(tokenizer, max_length=limit, architecture=module.architecture)

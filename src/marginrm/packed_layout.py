@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from marginrm.cpu_attention import CPUAttention
 from marginrm.packing import ROOT, PackingPlan
+from marginrm.product_attention import product_attention
 
 # Below this many tokens a prefix is cheaper to read again in each line than to merge.
 SPLIT_FROM = 128
@@ -104,17 +105,20 @@ class AttentionLayout:
         tokens: Row indices of the calls' lines, end to end, [sum of lines * longest].
         trunks: Row indices of the calls' trunks, end to end, [sum of trunk].
         order: Where each row token's result lies among the results of all calls, [tokens].
+        products: Whether causal calls are computed by matrix products, without gradients, instead of the fused kernel.
     """
 
     calls: tuple[Rectangle, ...]
     tokens: Tensor
     trunks: Tensor
     order: Tensor
+    products: bool
 
     def to(self, device: torch.device) -> AttentionLayout:
         """Returns the layout on another device."""
         calls = tuple(call.to(device) for call in self.calls)
-        return AttentionLayout(calls, self.tokens.to(device), self.trunks.to(device), self.order.to(device))
+        tokens, trunks, order = (part.to(device) for part in (self.tokens, self.trunks, self.order))
+        return AttentionLayout(calls, tokens, trunks, order, self.products)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
@@ -131,19 +135,22 @@ class AttentionLayout:
         depths = [call.trunk for call in self.calls]
         trunks = [_gathered(tensor, self.trunks, depths) for tensor in (key, value)]
         results = [
-            _run_call(call, own, trunk, scale, dropout, window)
+            _run_call(call, own, trunk, scale, dropout, window, products=self.products)
             for call, own, trunk in zip(self.calls, zip(*lines, strict=True), zip(*trunks, strict=True), strict=True)
         ]
         return torch.cat(results).index_select(0, self.order)[None]
 
 
-def attention_layout(plan: PackingPlan, *, causal: bool, split_from: int | None = SPLIT_FROM) -> AttentionLayout:
+def attention_layout(
+    plan: PackingPlan, *, causal: bool, split_from: int | None = SPLIT_FROM, products: bool = False
+) -> AttentionLayout:
     """Lays out a plan's sequences in as few calls as exactness and little padding allow.
 
     Args:
         plan: The row.
         causal: Whether a token sees only what comes before it.
         split_from: Prefixes of so many tokens that several sequences share are computed apart; None for never.
+        products: As in `AttentionLayout`.
     """
     order = torch.empty(len(plan.ids), dtype=torch.long)
     calls, tokens, trunks = [], [], []
@@ -160,7 +167,7 @@ def attention_layout(plan: PackingPlan, *, causal: bool, split_from: int | None 
         calls.append(Rectangle(lengths, longest, len(trunk), causal))
         tokens.append(places.flatten())
         trunks.append(trunk)
-    return AttentionLayout(tuple(calls), torch.cat(tokens), torch.cat(trunks), order)
+    return AttentionLayout(tuple(calls), torch.cat(tokens), torch.cat(trunks), order, products)
 
 
 unsplit_layout = partial(attention_layout, split_from=None)
@@ -244,6 +251,8 @@ def _run_call(
     scale: float | None,
     dropout: float,
     window: int | None,
+    *,
+    products: bool,
 ) -> Tensor:
     """Returns the attention of one call, [lines * longest, heads, head size]."""
     query, key, value = (part.view(call.lines, call.longest, *part.shape[1:]).transpose(1, 2) for part in own)
@@ -251,10 +260,13 @@ def _run_call(
     causal = call.causal and mask is None
     if call.trunk and (window is not None or dropout or key.shape[-1] != value.shape[-1]):
         raise UnsupportedAttentionError("prefixes cannot be computed apart with a window, dropout or unequal heads")
-    if call.trunk or _backward_is_slow(query, value, dropout):
-        prefix = [part.transpose(0, 1)[None] for part in trunk] if call.trunk else [None, None]
-        result: Tensor = CPUAttention.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            query, key, value, *prefix, mask, causal, scale
+    prefix_key, prefix_value = (part.transpose(0, 1)[None] if call.trunk else None for part in trunk)
+    result: Tensor
+    if products and causal and not dropout and not query.requires_grad:
+        result = product_attention(query, key, value, prefix_key, prefix_value, scale)
+    elif call.trunk or _backward_is_slow(query, value, dropout):
+        result = CPUAttention.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            query, key, value, prefix_key, prefix_value, mask, causal, scale
         )
     else:
         result = F.scaled_dot_product_attention(

@@ -16,7 +16,13 @@ from marginrm.encoding import Architecture, EncodedResponse
 from marginrm.errors import HeadError
 from marginrm.interval_layout import interval_layout
 from marginrm.layout import LayoutFn
-from marginrm.packed_layout import AttentionLayout, UnsupportedAttentionError, attention_layout, unsplit_layout
+from marginrm.packed_layout import (
+    SPLIT_FROM,
+    AttentionLayout,
+    UnsupportedAttentionError,
+    attention_layout,
+    unsplit_layout,
+)
 from marginrm.rows import EncodedGroup, PackedRow, PaddedRows, pack, pad
 
 ForwardPath = Literal["packed", "padded"]
@@ -43,7 +49,10 @@ class RewardModule(nn.Module):
         forward_path: `packed`, or `padded` for models that packing cannot represent exactly.
         max_length: As given.
         flex_on: The type of device on which FlexAttention goes over packed rows (`attention_choice`), or None.
-        attention_reason: Why it does or does not, in words; empty where it was not tried.
+        products_on: The type of device on which attention is computed by matrix products while no gradients are wanted
+            (`attention_choice`), or None.
+        attention_reason: Why the one or the other, in words; empty where neither was tried.
+        weights_reason: What was done to the weights for scoring, in words (`packed_weights`); empty for nothing.
         tile: Tokens of which rows are whole multiples, where rewards are the same to the bit in any company
             (`deterministic`); else None.
 
@@ -69,7 +78,9 @@ class RewardModule(nn.Module):
         self.forward_path: ForwardPath
         self.max_length = max_length
         self.flex_on: str | None = None
+        self.products_on: str | None = None
         self.attention_reason = ""
+        self.weights_reason = ""
         self.tile: int | None = None
         self._can_split = True
         self.forward_path, self._path_reason = self._choose_path(max_length)
@@ -81,9 +92,14 @@ class RewardModule(nn.Module):
         return cast("PreTrainedModel", unwrap()) if unwrap else self.classifier
 
     @property
+    def backbone(self) -> nn.Module:
+        """The classifier without its head."""
+        return cast("nn.Module", getattr(self.base, self.base.base_model_prefix))
+
+    @property
     def forward_reason(self) -> str:
-        """Why that path, and for packed rows that attention, in words."""
-        return "; ".join(filter(None, (self._path_reason, self.attention_reason)))
+        """Why that path, and for packed rows that attention and what else was found faster here, in words."""
+        return "; ".join(filter(None, (self._path_reason, self.attention_reason, self.weights_reason)))
 
     @property
     def config(self) -> object:
@@ -98,7 +114,7 @@ class RewardModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The backbone's dtype; the head is float32 whatever it is."""
-        return next(self._backbone.parameters()).dtype
+        return next(self.backbone.parameters()).dtype
 
     def collate(self, groups: Sequence[EncodedGroup]) -> PackedRow | PaddedRows:
         """Lays groups out for this model's exact path, on the CPU."""
@@ -126,7 +142,8 @@ class RewardModule(nn.Module):
             return block_layout
         if self._flexes:
             return interval_layout
-        return attention_layout if self._splits else unsplit_layout
+        split_from = SPLIT_FROM if self._splits else None
+        return partial(attention_layout, split_from=split_from, products=self.products_on == self.device.type)
 
     @property
     def _splits(self) -> bool:
@@ -139,15 +156,11 @@ class RewardModule(nn.Module):
         trains_without = self.training and (self.device.type == "cpu" or _attention_dropout(self.base) > 0)
         return self.flex_on == self.device.type and not trains_without
 
-    @property
-    def _backbone(self) -> nn.Module:
-        return cast("nn.Module", getattr(self.base, self.base.base_model_prefix))
-
     def _forward_packed(self, row: PackedRow) -> Tensor:
         inputs: dict[str, Any] = {} if row.type_ids is None else {"token_type_ids": row.type_ids}
         if self.architecture == "decoder":
             inputs["use_cache"] = False
-        hidden = self._backbone(
+        hidden = self.backbone(
             input_ids=row.ids,
             position_ids=row.position_ids,
             # transformers passes a 4D mask on as it is, so it builds no [tokens, tokens] mask that nobody reads.
@@ -164,7 +177,7 @@ class RewardModule(nn.Module):
             return cast("Tensor", logits.float()[:, 0])
         if self.architecture == "decoder":
             inputs["use_cache"] = False
-        hidden = self._backbone(input_ids=rows.ids, attention_mask=rows.mask, **inputs).last_hidden_state
+        hidden = self.backbone(input_ids=rows.ids, attention_mask=rows.mask, **inputs).last_hidden_state
         responses, longest = rows.ids.shape
         first = torch.arange(responses, device=hidden.device) * longest
         real = rows.mask.bool()
