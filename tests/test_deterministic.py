@@ -117,6 +117,17 @@ def test_what_cannot_be_made_deterministic_is_refused(tmp_path: Path) -> None:
         make_deterministic(model)
 
 
+def test_a_reward_that_is_no_number_with_its_neighbours_is_refused(tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "model", "qwen3"))
+
+    def with_neighbours(_module: object, _inputs: object, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if hidden.shape[1] <= TILE else hidden * torch.nan
+
+    model.module.base.get_input_embeddings().register_forward_hook(with_neighbours)
+    with pytest.raises(ModelError, match="still differs by nan"):
+        make_deterministic(model)
+
+
 def test_a_model_on_padded_rows_is_refused(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", "mistral", sliding_window=50)
     model = RewardModel.from_pretrained(checkpoint)

@@ -27,7 +27,7 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded(path: Path, dtype: str, *, pack: bool) -> RewardModule:
-    module, _ = load_for_scoring(path, dtype=dtype, device="cpu", packed_weights=pack)  # type: ignore[arg-type]
+    module, _ = load_for_scoring(path, dtype=dtype, device="cpu", tuned=pack)  # type: ignore[arg-type]
     assert ("weights packed" in module.forward_reason) == pack
     return module
 

@@ -15,10 +15,10 @@ from marginrm.trial import trial_groups
 from support_models import tiny_checkpoint
 
 
-def out_of_memory_at(limit: int) -> Callable[[int], float]:
+def out_of_memory_at(limit: int, error: type[RuntimeError] = torch.OutOfMemoryError) -> Callable[[int], float]:
     def seconds(tokens: int) -> float:
         if tokens >= limit:
-            raise torch.OutOfMemoryError("too many")
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return 1e-3 / tokens  # larger is always better
 
     return seconds
@@ -33,6 +33,7 @@ def out_of_memory_at(limit: int) -> Callable[[int], float]:
         (lambda tokens: tokens * 5e-3, 2048),  # 4,096 tokens would take 20 s
         (lambda tokens: tokens * 1e-1, 1024),  # nothing is quick enough: the smallest
         (out_of_memory_at(4096), 2048),
+        (out_of_memory_at(4096, RuntimeError), 2048),  # as CPUs say it
     ],
 )
 def test_the_budget_grows_as_long_as_it_pays(seconds: Callable[[int], float], budget: int) -> None:
@@ -56,3 +57,13 @@ def test_what_it_is_measured_with_is_as_large_as_it_says_and_shares_nothing(tmp_
     assert len(plan.ids) == sum(len(one.ids) for (one,) in groups)
     if family == "bert":
         assert all(one.type_ids is not None and len(one.type_ids) == length for (one,) in groups)
+
+
+def test_other_errors_of_the_trial_are_no_matter_of_size() -> None:
+    def seconds(tokens: int) -> float:
+        if tokens > 1024:
+            raise RuntimeError("another")
+        return 1e-3
+
+    with pytest.raises(RuntimeError, match="another"):
+        choose_token_budget(seconds, 4096)

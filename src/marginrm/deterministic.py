@@ -9,6 +9,7 @@ Where a token lies in its tile must then make no difference, and whether it does
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -46,11 +47,7 @@ def make_deterministic(model: RewardModel) -> None:
             f"deterministic: this model cannot be packed, and padded batches differ in shape. {model.forward_reason}."
         )
     module = model.module
-    module.tile, module.flex_on, module.attention_reason = (
-        TILE,
-        None,
-        "deterministic: attention in blocks, rows in tiles",
-    )
+    module.tile, module.attention_reason = TILE, "deterministic: attention in blocks, rows in tiles"
     for part in module.modules():
         if isinstance(part, nn.Linear | Conv1D):
             part.forward = _in_tiles(part.forward)  # type: ignore[method-assign]
@@ -75,7 +72,7 @@ def _in_tiles(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def _difference(model: RewardModel) -> float:
-    """Returns the largest difference of a reward between several companies; 0 if all bits are the same."""
+    """Returns the largest difference of a reward between several companies; 0 if all bits are the same, NaN if one is."""
     vocabulary, longest = model.module.base.config.vocab_size, model.encoder.max_length
     groups = [group for size in _PROBE_TOKENS for group in probe_groups(vocabulary, min(longest, size))]
     expected = [model.forward([[response]])[0] for group in groups for response in group]
@@ -83,7 +80,7 @@ def _difference(model: RewardModel) -> float:
     for company in _companies(groups):
         rewards = iter(model.forward([[response for _, response in group] for group in company]))
         differences += [abs(next(rewards) - expected[number]) for group in company for number, _ in group]
-    return max(differences)
+    return max(differences, key=lambda difference: (math.isnan(difference), difference))
 
 
 def _companies(groups: _Groups) -> Sequence[list[list[tuple[int, EncodedResponse]]]]:

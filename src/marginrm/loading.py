@@ -56,7 +56,7 @@ def load_for_scoring(
     trust_remote_code: bool = False,
     revision: str | None = None,
     compiled: bool = False,
-    packed_weights: bool = True,
+    tuned: bool = True,
 ) -> tuple[RewardModule, Encoder]:
     """Loads a trained reward model; weights must be safetensors and the head must be in them.
 
@@ -68,7 +68,8 @@ def load_for_scoring(
         trust_remote_code: Whether code that comes with the checkpoint may run. Off unless the user asks.
         revision: Branch, tag or commit on the Hub.
         compiled: Whether to run what lies between the matrix products through `torch.compile`.
-        packed_weights: Whether weights may be packed where that is faster; they can then be neither read nor saved.
+        tuned: Whether to try which attention and which layout of the weights is fastest here, and take it. Packed weights
+            can be neither trained nor saved.
 
     Raises:
         ModelError: There is no such checkpoint, or it cannot be read.
@@ -93,8 +94,8 @@ def load_for_scoring(
     limit = length_limit(config, tokenizer, max_length)
     classifier.to(target)  # type: ignore[arg-type]  # transformers wraps it untyped
     module = RewardModule(classifier, max_length=limit).eval()
-    choose_attention(module)
-    if packed_weights:
+    if tuned:
+        choose_attention(module)
         pack_weights(module)
     if compiled:
         compile_parts(module, longest=limit)

@@ -117,7 +117,7 @@ class RewardModel:
             trust_remote_code=trust_remote_code,
             revision=revision,
             compiled=compiled,
-            packed_weights=not deterministic,  # whether they are is a matter of timing, and so would be the bits
+            tuned=not deterministic,  # what a trial finds faster is a matter of chance, and so would be the bits
         )
         commit = getattr(module.config, "_commit_hash", None)
         model = cls(

@@ -17,7 +17,7 @@ from marginrm.encoding import EncodedResponse
 from marginrm.reward_model import RewardModel, usual_token_budget
 from marginrm.trial import trial_groups
 
-LONGEST_STEP = 15.0  # seconds
+LONGEST_STEP = 20.0  # seconds
 _REACH = 4  # the first budget tried is the usual one divided by this, and the last one it times this
 _BRIEF = 2.0  # seconds
 _CHEAPER = 1.25  # beyond the usual budget a doubled one gives so many times the tokens per second, or is not taken
@@ -68,9 +68,15 @@ def choose_token_budget(seconds: Callable[[int], float], usual: int) -> int:
     while size < _REACH * usual and 2 * took <= LONGEST_STEP:
         try:
             doubled = seconds(2 * size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             break
         if doubled > LONGEST_STEP or (size >= usual and 2 * took < _CHEAPER * doubled):
             break
         size, took = 2 * size, doubled
     return size
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on CPUs
