@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,32 @@ def test_the_plain_weights_are_given_up(tmp_path: Path) -> None:
         assert layer.weight.untyped_storage().nbytes() == 4, "one float32 value in memory"
         assert layer.weight.shape == (layer.out_features, layer.in_features)
         assert layer.weight.isnan().all()
+
+
+LOAD_AND_SAY = """
+import sys
+import torch
+from marginrm import packed_weights
+from marginrm.loading import load_for_scoring
+
+packed_weights._WORTH_IT = 0.0
+module, _ = load_for_scoring(sys.argv[1], dtype="float32", device="cpu", tuned=sys.argv[2] == "tuned")
+with torch.inference_mode():  # plain weights come into memory as they are read
+    module(module.collate([[type("Response", (), {"ids": (5, 6), "type_ids": None})()]]))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory as Linux tells it")
+def test_memory_stays_what_it_was(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "llama", hidden_size=1024, intermediate_size=8192)
+    weights = (path / "model.safetensors").stat().st_size // 1024
+    assert weights > 200_000, "KiB: large enough to tell from what else a process holds"
+    taken = {
+        kind: int(subprocess.check_output([sys.executable, "-c", LOAD_AND_SAY, str(path), kind], text=True))
+        for kind in ("plain", "tuned")
+    }
+    assert taken["tuned"] < taken["plain"] + 0.25 * weights
 
 
 @always

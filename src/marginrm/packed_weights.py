@@ -7,6 +7,7 @@ of processor and dtype: a trial on the model's largest layer decides.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -46,6 +47,10 @@ def pack_weights(module: RewardModule) -> None:
         layer.forward = packed(layer)  # type: ignore[method-assign,assignment]
         # Whoever reads them all the same gets NaN, not a wrong number; one value stands for all.
         layer.weight = nn.Parameter(layer.weight.new_full((1, 1), torch.nan).expand_as(layer.weight), False)
+    # A checkpoint's file is mapped as a whole: it goes when nothing reads from it any more.
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # the values that stand for weights have less
+            tensor.data = tensor.data.clone()
     for part in module.modules():
         part.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
