@@ -1,9 +1,9 @@
 """Causal attention on CPUs by plain matrix products, where they are faster than PyTorch's fused kernel.
 
 The fused kernel computes bfloat16 at the rate of float32 on processors without AMX; oneDNN's products do not. So
-queries go in blocks of positions, line by line: their products with the prefix and with the keys up to the block's end,
-side by side, one softmax over both, their products with the values. Nothing has to be merged. Lines are not computed
-together, since oneDNN makes and keeps a kernel for each shape that it meets. Whether it pays is a matter of the processor: `speedup` tries it.
+queries go in blocks of positions, all lines at once: their products with the keys up to the block's end, one softmax,
+one product with the values. A prefix that the lines share is multiplied once for all of them, into the same scores, so
+nothing has to be merged. Whether it pays is a matter of the processor: `speedup` tries it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _BLOCK = 128  # positions; a block computes half of its own square in vain
+_SCORES = 2**21  # at a time, so that they stay in the processor's caches
 _TRIAL = 4, 256  # lines and tokens
 
 
@@ -48,46 +49,61 @@ def product_attention(
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = key[:1, :, :0], value[:1, :, :0]
     rows = (query * (size**-0.5 if scale is None else scale)).reshape(lines, key_heads, ratio, tokens, size)
-    rows = rows.transpose(2, 3).reshape(lines, key_heads, tokens * ratio, size)
-    result = value.new_empty(lines, key_heads, tokens * ratio, value.shape[-1])
+    rows = rows.permute(1, 0, 3, 2, 4).reshape(key_heads, lines, tokens * ratio, size)
+    key, value = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+    result = value.new_empty(key_heads, lines, tokens * ratio, value.shape[-1])
     future = query.new_full((_BLOCK, _BLOCK), -torch.inf).triu_(1).repeat_interleave(ratio, 0)
-    for line in range(lines):
-        for first in range(0, tokens, _BLOCK):
-            last = min(first + _BLOCK, tokens)
-            block = slice(first * ratio, last * ratio)
-            result[line, :, block] = _block(
-                rows[line, :, block],
-                key[line, :, :last],
-                value[line, :, :last],
-                prefix_key[0],
-                prefix_value[0],
-                future[: (last - first) * ratio, : last - first],
+    for first in range(0, tokens, _BLOCK):
+        last = min(first + _BLOCK, tokens)
+        block = slice(first * ratio, last * ratio)
+        mask = future[: (last - first) * ratio, : last - first]
+        at_once = max(1, _SCORES // (lines * len(mask) * (prefix_key.shape[2] + last)))
+        for start in range(0, key_heads, at_once):
+            now = slice(start, start + at_once)
+            result[now, :, block] = _block(
+                rows[now, :, block],
+                key[now, :, :last],
+                value[now, :, :last],
+                prefix_key[0, now],
+                prefix_value[0, now],
+                mask,
             )
-    return result.view(lines, key_heads, tokens, ratio, -1).transpose(2, 3).flatten(1, 2)
+    return result.view(key_heads, lines, tokens, ratio, -1).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
 
 def _block(rows: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, mask: Tensor) -> Tensor:
-    """Returns the attention of a block's rows to the prefix and to their line up to the block's end.
+    """Returns the attention of a block's rows to the prefix and to their lines up to the block's end.
 
     Args:
-        rows: Scaled queries, [key heads, rows, head size].
-        key: [key heads, tokens, head size].
-        value: [key heads, tokens, value size].
+        rows: Scaled queries, [key heads, lines, rows, head size].
+        key: [key heads, lines, tokens, head size].
+        value: [key heads, lines, tokens, value size].
         prefix_key: [key heads, prefix tokens, head size].
         prefix_value: [key heads, prefix tokens, value size].
         mask: Added to the scores of the block with itself, [rows, positions of the block].
     """
-    heads, count, _ = rows.shape
+    heads, lines, count, size = rows.shape
+    rows = rows.contiguous()
     prefix = prefix_key.shape[1]
+    scores = rows.new_empty(heads, lines, count, prefix + key.shape[2])
     # Written in place, side by side: copies of scores would cost as much as the products.
-    scores = rows.new_empty(heads, count, prefix + key.shape[1])
-    torch.bmm(rows, key.transpose(1, 2), out=scores[..., prefix:])
+    torch.bmm(
+        rows.view(heads * lines, count, size),
+        key.flatten(0, 1).transpose(1, 2),
+        out=scores.flatten(0, 1)[..., prefix:],
+    )
     if prefix:
-        torch.bmm(rows, prefix_key.transpose(1, 2), out=scores[..., :prefix])
+        torch.bmm(
+            rows.view(heads, lines * count, size),
+            prefix_key.transpose(1, 2),
+            out=scores.flatten(1, 2)[..., :prefix],
+        )
     scores[..., -mask.shape[1] :] += mask
     shares = torch.softmax(scores, -1)
-    result = torch.bmm(shares[..., prefix:], value)
-    return result + torch.bmm(shares[..., :prefix], prefix_value) if prefix else result
+    result = torch.bmm(shares.flatten(0, 1)[..., prefix:], value.flatten(0, 1)).view(heads, lines, count, -1)
+    if prefix:
+        result += torch.bmm(shares.flatten(1, 2)[..., :prefix], prefix_value).view_as(result)
+    return result
 
 
 def speedup(heads: int, key_heads: int, size: int, dtype: torch.dtype) -> float:
