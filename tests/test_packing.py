@@ -94,20 +94,21 @@ def test_steps_cover_everything_in_order_within_the_budget(
         first = batch[step[0].group]
         cut = cost(first, share_prefix=share) > budget
         shared = shared_prefix(first) if share and cut else 0
-        assert spent <= shared + max(budget, shared) or alone
+        assert spent <= shared + max(budget + min(budget // 8, shared), shared) or alone
 
 
 def test_a_group_over_the_budget_is_split_and_its_prefix_computed_once_for_a_budget_of_the_rest() -> None:
     group = [[9] * 10 + [index] for index in range(30)]
     steps = list(plan_steps([group], 13, share_prefix=True))
-    assert [(part.start, part.stop) for step in steps for part in step] == [(0, 13), (13, 26), (26, 30)]
+    assert [(part.start, part.stop) for step in steps for part in step] == [(0, 14), (14, 28), (28, 30)]
 
 
-def test_64_candidates_on_a_long_prompt_cost_one_prompt_and_their_own_tokens_within_a_tenth() -> None:
-    group = [tuple(range(800)) + (1_000 + index,) * 128 for index in range(64)]
+@pytest.mark.parametrize("tokens", [128, 129, 140])  # 129: 32 of them are just over a budget
+def test_64_candidates_on_a_long_prompt_cost_one_prompt_and_their_own_tokens_within_a_tenth(tokens: int) -> None:
+    group = [tuple(range(800)) + (1_000 + index,) * tokens for index in range(64)]
     steps = list(plan_steps([group], 4096, share_prefix=True))
     spent = sum(cost(group[part.start : part.stop], share_prefix=True) for step in steps for part in step)
-    assert spent <= 1.1 * (800 + 64 * 128)
+    assert spent <= 1.1 * (800 + 64 * tokens)
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -46,7 +46,7 @@ def test_a_group_that_fits_a_step_is_never_cut():
 def test_a_group_too_large_for_a_step_is_cut_and_pays_its_prompt_once_for_a_budget_of_its_responses():
     queue = FairQueue(100)
     queue.push(job((20, [10] * 25)))
-    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 10)], [(10, 20)], [(20, 25)]]
+    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 11)], [(11, 22)], [(22, 25)]]
 
 
 def test_a_prompt_above_the_budget_is_computed_once_for_as_many_tokens_of_its_responses():
@@ -87,7 +87,7 @@ def test_after_a_pair_was_done_beside_a_huge_request_the_next_pair_finds_a_short
     queue.push(job((10, [5, 5])))
     queue.take()
     assert [portion.stop - portion.start for portion in queue.take()] == [2]  # one turn
-    assert [portion.stop - portion.start for portion in queue.take()] == [10]  # nobody came: a full one
+    assert [portion.stop - portion.start for portion in queue.take()] == [11]  # nobody came: a full one
 
 
 def test_who_comes_after_another_alone_has_a_full_step():
@@ -204,7 +204,7 @@ class Twin:
                 spent, took = spent + whole, True
                 continue
             if not step:  # a cut group comes first: its prompt is on top
-                self.room = shared + max(self.budget, shared)
+                self.room = shared + max(self.budget + min(self.budget // 8, shared), shared)
             before, members = self.cost(step), 0
             while self.todo[name] and self.todo[name][0][0] == g:
                 m = self.todo[name][0][1]

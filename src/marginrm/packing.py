@@ -172,9 +172,10 @@ def part_room(budget: int, shared: int) -> int:
     """Returns the most tokens of a step that begins with a part of a group no step can hold whole.
 
     The prefix comes on top of the budget, so it is computed once for every `budget` tokens of the rest, or once for as
-    many as it has itself if those are more.
+    many as it has itself if those are more. Up to an eighth more is let in where that is no more than the prefix, so that
+    a few members too many do not make a part that computes it once more.
     """
-    return shared + max(budget, shared)
+    return shared + max(budget + min(budget // 8, shared), shared)
 
 
 def plan_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[Slice]]:
