@@ -20,8 +20,8 @@ from benchmarks.workloads import WORKLOADS, Portions
 
 # Names of operators by the kind of work; what is in none is elementwise work: norms, rotary embedding, gates, sums.
 _KINDS = {
+    "attention": ("attention", "bmm", "softmax"),  # only attention multiplies batches
     "matrix products": ("mm", "linear", "gemm", "matmul"),
-    "attention": ("attention",),
     "copies (gathers, casts)": ("index", "gather", "cat", "copy", "clone", "contiguous", "embedding"),
 }
 _REST = "elementwise"
