@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +27,7 @@ from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
 from marginrm.packed_weights import pack_weights
 from marginrm.reward_module import RewardModule
+from marginrm.trial import best_seconds
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -217,7 +217,8 @@ def resolve_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
     """Returns the torch dtype; `auto` is bfloat16 where a matrix product of it is measurably faster, else float32."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    seconds = {candidate: _matmul_seconds(candidate, device) for candidate in (torch.float32, torch.bfloat16)}
+    kinds = torch.float32, torch.bfloat16
+    seconds = dict(zip(kinds, best_seconds(*(_matmul(kind, device) for kind in kinds), times=4), strict=True))
     faster = seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
     chosen = torch.bfloat16 if faster else torch.float32
     _log.info(
@@ -230,14 +231,9 @@ def resolve_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
+def _matmul(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
     left, right = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):  # the first one also pays for the set-up
-        started = time.perf_counter()
-        float((left @ right)[0, 0])  # reading the result waits for the device
-        best = min(best, time.perf_counter() - started)
-    return best
+    return lambda: float((left @ right)[0, 0])  # reading the result waits for the device
 
 
 def _device(name: str) -> torch.device:

@@ -8,7 +8,6 @@ of processor and dtype: a trial on the model's largest layer decides.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -19,11 +18,10 @@ from torch.nn import functional as F
 
 from marginrm.errors import ModelError
 from marginrm.reward_module import RewardModule
+from marginrm.trial import best_seconds
 
-_OPERATORS = (
-    "_reorder_linear_weight",
-    "_linear_pointwise",
-)  # torch.compile's own, and private: other versions may lack them
+# torch.compile's own, and private: other versions may lack them.
+_OPERATORS = "_reorder_linear_weight", "_linear_pointwise"
 _ROWS = 256  # tokens of the trial
 _PACKED = "this model's weights are packed for scoring, so they can be neither read nor trained."
 _WORTH_IT = 1.03  # times the plain layer's speed, from which on weights are packed
@@ -86,15 +84,10 @@ def _(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
 def _speedup(layer: nn.Linear) -> float:
     """Returns how many times as fast a layer is with packed weights."""
     inputs = torch.randn(_ROWS, layer.in_features, dtype=layer.weight.dtype)
-    ways: list[Callable[[Tensor], Tensor]] = [partial(F.linear, weight=layer.weight, bias=layer.bias), packed(layer)]
-    best = [float("inf")] * 2
+    on_packed = packed(layer)
     with torch.inference_mode():
-        for _ in range(5):
-            for number, way in enumerate(ways):
-                started = time.perf_counter()
-                way(inputs)
-                best[number] = min(best[number], time.perf_counter() - started)
-    return best[0] / best[1]
+        plain, quick = best_seconds(lambda: F.linear(inputs, layer.weight, layer.bias), lambda: on_packed(inputs))
+    return plain / quick
 
 
 def _refuse(*_: object) -> None:

@@ -8,11 +8,11 @@ nothing has to be merged. Whether it pays is a matter of the processor: `speedup
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from marginrm.trial import best_seconds
 
 _BLOCK = 128  # positions; a block computes half of its own square in vain
 _SCORES = 2**21  # at a time, so that they stay in the processor's caches
@@ -118,14 +118,10 @@ def speedup(heads: int, key_heads: int, size: int, dtype: torch.dtype) -> float:
     lines, tokens = _TRIAL
     query = torch.randn(lines, heads, tokens, size, dtype=dtype)
     key = torch.randn(lines, key_heads, tokens, size, dtype=dtype)
-    best = [float("inf")] * 2
+    attend = F.scaled_dot_product_attention
     with torch.inference_mode():
-        for _ in range(5):
-            for number in range(2):
-                started = time.perf_counter()
-                if number:
-                    product_attention(query, key, key, None, None, None)
-                else:
-                    F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=heads != key_heads)
-                best[number] = min(best[number], time.perf_counter() - started)
-    return best[0] / best[1]
+        fused, products = best_seconds(
+            lambda: attend(query, key, key, is_causal=True, enable_gqa=heads != key_heads),
+            lambda: product_attention(query, key, key, None, None, None),
+        )
+    return fused / products
