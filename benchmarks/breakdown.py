@@ -32,13 +32,16 @@ def main(
     workloads: Annotated[str, typer.Option(help="With commas between.")] = "bon-long,bon-short,pairs",
     compiled: Annotated[bool, typer.Option("--compiled", help="With what lies between products compiled.")] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="With fixed shapes.")] = False,
+    whole_last_layer: Annotated[
+        bool, typer.Option("--whole-last-layer", help="With all of the last layer, not only where rewards are read.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("runs/bench"),
 ) -> None:
     """Profile one portion of each workload and print a table of shares."""
     texts = load_texts(ALPACA)
     folder = build(model, output / "models", texts.for_tokenizer)
     portions = Portions(folder, texts)
-    ours = InProcess(folder, compiled=compiled, deterministic=deterministic)
+    ours = InProcess(folder, compiled=compiled, deterministic=deterministic, whole_last_layer=whole_last_layer)
     kinds = (*_KINDS, _REST)
     typer.echo(
         f"{model}, {ours.detail['dtype']}, {torch.get_num_threads()} threads, steps of {ours.detail['token_budget']:,}"
@@ -51,7 +54,7 @@ def main(
         started = time.perf_counter()
         ours.score(groups)
         seconds = time.perf_counter() - started
-        gemm = gemm_share(ours.detail["linear_parameters"], ours.computed or 0, seconds, ours.gemm_rate())
+        gemm = gemm_share(ours.detail["linear_computed"], ours.computed or 0, seconds, ours.gemm_rate())
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             ours.score(groups)
         shares = by_kind((event.key, event.self_cpu_time_total) for event in seen.key_averages())

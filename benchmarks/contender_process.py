@@ -35,6 +35,7 @@ class Scored:
         rewards: One per response.
         computed: Tokens put through the model, or None if the contender does not tell.
         peak_rss: The most memory of the process tree meanwhile, in bytes.
+        rss_before: Memory of the worker itself when it had the request and began to score, in bytes.
         others: Share of all cores that other processes used meanwhile, 0 to 1.
     """
 
@@ -42,6 +43,7 @@ class Scored:
     rewards: list[float]
     computed: int | None
     peak_rss: int
+    rss_before: int
     others: float
 
 
@@ -93,6 +95,7 @@ class ContenderProcess:
             reply["rewards"],
             reply["computed"],
             _status_bytes(members, "VmHWM"),
+            reply["rss"],
             max(foreign, 0.0) / wall / (psutil.cpu_count() or 1),
         )
 

@@ -119,28 +119,29 @@ def http(subject: Subject) -> dict[str, Any]:
 
 
 def memory(subject: Subject) -> dict[str, Any]:
-    """Scores ever larger requests with several token budgets, each budget in a fresh process.
+    """Scores ever larger requests with several token budgets, each in a fresh process.
 
     Returns:
-        MiB over the loaded model for each budget and N, and `growth`: those of N = 256 over those of N = 64, with the
-        budget that the server takes by default.
+        For each budget and N the MiB that scoring took over those of the loaded model and the request's own texts, and
+        `growth`: those of N = 256 over those of N = 64, with the budget that the server takes by default.
     """
+    with subject.setting.start(_ours()) as ours:
+        default = ours.load(subject.folder, {})["token_budget"]
     found: dict[str, Any] = {}
-    default = 0
-    for budget in (None, 1024, 2048, 8192):
-        with subject.setting.start(_ours()) as ours:
-            options = {} if budget is None else {"token_budget": budget}
-            used = ours.load(subject.folder, options)["token_budget"]
-            default = default or used
-            for candidates in (16, 64, 256):
+    for budget in dict.fromkeys((default, 1024, 2048, 8192)):
+        for candidates in (16, 64, 256):
+            with subject.setting.start(_ours()) as ours:
+                ours.load(subject.folder, {"token_budget": budget})
                 group = subject.portions.long_group(LONG_PROMPT, LONG_RESPONSE, candidates, candidates)
-                over = (ours.score([group]).peak_rss - ours.loaded_rss) / _MIB
-                found[f"budget {used}, N = {candidates}: MiB over the loaded model"] = round(over)
+                scored = ours.score([group])
+            found[_memory_key(budget, candidates)] = round((scored.peak_rss - scored.rss_before) / _MIB)
         if subject.clock.left < 0:
             break
-    name = "budget {}, N = {}: MiB over the loaded model"
-    growth = found[name.format(default, 256)] / max(found[name.format(default, 64)], 1)
-    return {"growth": growth, **found}
+    return {"growth": found[_memory_key(default, 256)] / found[_memory_key(default, 64)], **found}
+
+
+def _memory_key(budget: int, candidates: int) -> str:
+    return f"budget {budget}, N = {candidates}: MiB"
 
 
 def company(subject: Subject) -> dict[str, Any]:

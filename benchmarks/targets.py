@@ -87,7 +87,10 @@ def speed_ratio(measurements: Iterable[Measurement], model: str, workload: str, 
 
 def gemm_shares(results: Results, model: str, workload: str, contender: str = OURS) -> list[float]:
     """Returns the share of the GEMM rate in each round that knows the tokens computed."""
-    parameters = results.details.get((model, OURS), {}).get("linear_parameters")
+    ours, own = (results.details.get((model, name), {}) for name in (OURS, contender))
+    # Ours leave out most of the last layer, and the one over HTTP is the one in process.
+    computed = own.get("linear_computed") or (ours.get("linear_computed") if contender.startswith(OURS) else None)
+    parameters = computed or ours.get("linear_parameters")
     cells = [m for m in results.measurements if (m.model, m.workload) == (model, workload)]
     rates = {m.round: m.gemm_rate for m in cells if m.gemm_rate}
     return [

@@ -75,10 +75,11 @@ class _Server:
 
 def _timed(contender: Contender, groups: list[Group]) -> dict[str, Any]:
     work = contender.prepare(groups)
+    rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     started = time.perf_counter()
     rewards = contender.score(work)
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "rewards": rewards, "computed": contender.computed}
+    return {"seconds": seconds, "rewards": rewards, "computed": contender.computed, "rss": rss}
 
 
 if __name__ == "__main__":

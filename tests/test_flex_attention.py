@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from marginrm.attention_choice import _gradient, choose_attention
 from marginrm.encoding import EncodedResponse
 from marginrm.interval_layout import IntervalLayout, interval_layout
+from marginrm.last_layer import shorten_last_layer
 from marginrm.packed_layout import AttentionLayout, UnsupportedAttentionError
 from marginrm.packing import PackingPlan, plan_row
 from marginrm.reward_module import RewardModule
@@ -112,6 +113,23 @@ def groups_of(vocabulary: int, *, typed: bool) -> list[list[EncodedResponse]]:
 def load(path: Path, dtype: torch.dtype = torch.float32) -> RewardModule:
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
     return RewardModule(model.eval(), max_length=512)
+
+
+@compiles
+def test_with_the_last_layer_cut_short_too(tmp_path: Path) -> None:
+    module = load(tiny_checkpoint(tmp_path, "llama"))
+    groups = groups_of(module.base.config.vocab_size, typed=False)
+    with torch.inference_mode():
+        expected = module(module.collate(groups))
+    shorten_last_layer(module)
+    choose_attention(module, "flex")
+    assert module.flex_on
+    assert module.short_last_layer
+    with torch.inference_mode():
+        row = module.collate(groups)
+        assert isinstance(row, PackedRow)
+        assert isinstance(row.layout, IntervalLayout)
+        torch.testing.assert_close(module(row), expected, atol=1e-5, rtol=0)
 
 
 @compiles

@@ -14,13 +14,17 @@ from benchmarks.groups import Group
 from marginrm import RewardModel
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import EncodingError
+from marginrm.last_layer import last_layer
 from marginrm.loading import DtypeName
 from marginrm.memory import keep_memory
+from marginrm.reward_module import RewardModule
 from marginrm.rows import PackedRow, PaddedRows
 from marginrm.token_budget import measure_token_budget
 
 _GEMM_SIZE = 4096
 _GEMM_REPEATS = 5
+# What a layer multiplies every token by, even where the rest is for the tokens that are read alone.
+_BEFORE_ATTENTION = {"q_proj", "k_proj", "v_proj", "query_key_value", "query", "key", "value"}
 
 
 class InProcess:
@@ -33,6 +37,7 @@ class InProcess:
         token_budget: Tokens of a forward pass at most; by default what is measured, as in the server.
         compiled: Whether the parts between the matrix products are compiled.
         deterministic: Whether rewards are the same to the bit in any company.
+        whole_last_layer: Whether to compute all of the last layer, as it was before.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class InProcess:
         token_budget: int | None = None,
         compiled: bool = False,
         deterministic: bool = False,
+        whole_last_layer: bool = False,
     ) -> None:
         keep_memory()
         self._model = RewardModel.from_pretrained(
@@ -57,13 +63,15 @@ class InProcess:
         if token_budget is None:
             measure_token_budget(self._model)
         self._module = self._model.module
+        self._module.short_last_layer &= not whole_last_layer
         self._module.register_forward_pre_hook(self._count)
         self.computed: int | None = None
         self.detail: dict[str, Any] = {
             "dtype": self._model.info.dtype,
             "path": self._model.forward_reason,
             "token_budget": self._model.token_budget,
-            "linear_parameters": _linear_parameters(self._module),
+            "linear_parameters": _linear_parameters(self._module, whole=True),
+            "linear_computed": _linear_parameters(self._module, whole=False),
             "weight_bytes": sum(weight.nbytes for weight in self._module.parameters()),
         }
 
@@ -104,9 +112,17 @@ class InProcess:
         self.computed = (self.computed or 0) + inputs[0].tokens
 
 
-def _linear_parameters(module: nn.Module) -> int:
-    """Returns how many weights multiply every token: 2 FLOP each."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _linear_parameters(module: RewardModule, *, whole: bool) -> int:
+    """Returns how many weights multiply every token, at 2 FLOP each: in the whole model, or as it is computed here."""
+    layers = {name: part.weight.numel() for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    if not whole and module.short_last_layer:
+        last = f"{next(name for name, part in module.named_modules() if part is last_layer(module))}."
+        layers = {
+            name: weights
+            for name, weights in layers.items()
+            if not name.startswith(last) or name.rsplit(".", 1)[-1] in _BEFORE_ATTENTION
+        }
+    return sum(layers.values())
 
 
 load = InProcess

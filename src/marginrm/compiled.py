@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from marginrm.errors import ConfigError, ModelError
-from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_groups
+from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_rewards
 
 _PARTS = ("RMSNorm", "MLP")  # how transformers names their classes
 _ROTARY = "apply_rotary_pos_emb"
@@ -40,7 +39,7 @@ def compile_parts(module: RewardModule, *, longest: int) -> None:
         ModelError: Rewards are others than before.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "marginrm" / "inductor"))
-    before = _probe_rewards(module, longest)
+    before = probe_rewards(module, longest)
     for part in module.base.modules():
         if type(part).__name__.endswith(_PARTS):
             part.compile(dynamic=True)
@@ -49,7 +48,7 @@ def compile_parts(module: RewardModule, *, longest: int) -> None:
         if rotary is not None and not hasattr(rotary, "when_scoring"):
             setattr(home, _ROTARY, _compiled_when_scoring(rotary))
     try:
-        after = _probe_rewards(module, longest)
+        after = probe_rewards(module, longest)
     except TorchDynamoException as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -60,14 +59,6 @@ def compile_parts(module: RewardModule, *, longest: int) -> None:
         raise ModelError(
             f"Compiled, this model's rewards differ by {difference:.2g} in a probe. Serve it without --compile."
         )
-
-
-def _probe_rewards(module: RewardModule, longest: int) -> Tensor:
-    """Returns the rewards of probes of two sizes, so that no later size needs a new kernel."""
-    vocabulary = module.base.config.vocab_size
-    with torch.inference_mode():
-        rows = (module.collate(probe_groups(vocabulary, min(longest, size))) for size in (12, 40))
-        return torch.cat([module(row.to(module.device)) for row in rows])
 
 
 def _compiled_when_scoring(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -117,6 +117,17 @@ def interval_layout(plan: PackingPlan, *, causal: bool) -> IntervalLayout:
         plan: The row.
         causal: Whether a token sees only what comes before it.
     """
+    start, end = seen_by(plan, causal=causal)
+    return IntervalLayout(start, end, torch.tensor(plan.position_ids, dtype=torch.int32))
+
+
+def seen_by(plan: PackingPlan, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Returns for each token the first row index that sees it and the one after the last, [tokens] int32 each.
+
+    Args:
+        plan: The row.
+        causal: Whether a token sees only what comes before it.
+    """
     ends = [run.start + run.length for run in plan.runs]
     for number in reversed(range(len(plan.runs))):  # children before their parents
         parent = plan.runs[number].parent
@@ -124,10 +135,9 @@ def interval_layout(plan: PackingPlan, *, causal: bool) -> IntervalLayout:
             ends[parent] = max(ends[parent], ends[number])
     lengths = torch.tensor([run.length for run in plan.runs])
     starts = torch.tensor([run.start for run in plan.runs], dtype=torch.int32).repeat_interleave(lengths)
-    return IntervalLayout(
-        start=torch.arange(len(plan.ids), dtype=torch.int32) if causal else starts,
-        end=torch.tensor(ends, dtype=torch.int32).repeat_interleave(lengths),
-        position=torch.tensor(plan.position_ids, dtype=torch.int32),
+    return (
+        torch.arange(len(plan.ids), dtype=torch.int32) if causal else starts,
+        torch.tensor(ends, dtype=torch.int32).repeat_interleave(lengths),
     )
 
 

@@ -25,6 +25,7 @@ from marginrm.attention_choice import choose_attention
 from marginrm.compiled import compile_parts
 from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
+from marginrm.last_layer import shorten_last_layer
 from marginrm.packed_weights import pack_weights
 from marginrm.reward_module import RewardModule
 from marginrm.trial import best_seconds
@@ -68,8 +69,8 @@ def load_for_scoring(
         trust_remote_code: Whether code that comes with the checkpoint may run. Off unless the user asks.
         revision: Branch, tag or commit on the Hub.
         compiled: Whether to run what lies between the matrix products through `torch.compile`.
-        tuned: Whether to try which attention and which layout of the weights is fastest here, and take it. Packed weights
-            can be neither trained nor saved.
+        tuned: Whether to try which attention and which layout of the weights is fastest here, and take it, and to compute
+            the last layer only where rewards are read. Packed weights can be neither trained nor saved.
 
     Raises:
         ModelError: There is no such checkpoint, or it cannot be read.
@@ -96,6 +97,7 @@ def load_for_scoring(
     module = RewardModule(classifier, max_length=limit).eval()
     if tuned:
         choose_attention(module)
+        shorten_last_layer(module)
         pack_weights(module)
     if compiled:
         compile_parts(module, longest=limit)

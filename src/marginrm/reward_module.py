@@ -53,6 +53,8 @@ class RewardModule(nn.Module):
             (`attention_choice`), or None.
         attention_reason: Why the one or the other, in words; empty where neither was tried.
         weights_reason: What was done to the weights for scoring, in words (`packed_weights`); empty for nothing.
+        short_last_layer: Whether the last layer is computed only where rewards are read (`last_layer`).
+        last_layer_reason: Why it is so, in words; empty where it was not tried.
         tile: Tokens of which rows are whole multiples, where rewards are the same to the bit in any company
             (`deterministic`); else None.
 
@@ -81,6 +83,8 @@ class RewardModule(nn.Module):
         self.products_on: str | None = None
         self.attention_reason = ""
         self.weights_reason = ""
+        self.short_last_layer = False
+        self.last_layer_reason = ""
         self.tile: int | None = None
         self._can_split = True
         self.forward_path, self._path_reason = self._choose_path(max_length)
@@ -99,7 +103,13 @@ class RewardModule(nn.Module):
     @property
     def forward_reason(self) -> str:
         """Why that path, and for packed rows that attention and what else was found faster here, in words."""
-        return "; ".join(filter(None, (self._path_reason, self.attention_reason, self.weights_reason)))
+        reasons = self._path_reason, self.attention_reason, self.last_layer_reason, self.weights_reason
+        return "; ".join(filter(None, reasons))
+
+    @property
+    def reads_every_token(self) -> bool:
+        """Whether a reward is read at all of its tokens, and not at the last or the first alone."""
+        return self._pool is _modernbert_reward and self.base.config.classifier_pooling != "cls"
 
     @property
     def config(self) -> object:
@@ -160,6 +170,8 @@ class RewardModule(nn.Module):
         inputs: dict[str, Any] = {} if row.type_ids is None else {"token_type_ids": row.type_ids}
         if self.architecture == "decoder":
             inputs["use_cache"] = False
+        if self.short_last_layer:
+            inputs["read_at"] = row.last if self.architecture == "decoder" else row.first
         hidden = self.backbone(
             input_ids=row.ids,
             position_ids=row.position_ids,
@@ -168,6 +180,9 @@ class RewardModule(nn.Module):
             packed_row=row,
             **inputs,
         ).last_hidden_state[0]
+        if self.short_last_layer:
+            places = torch.arange(row.rewards, device=hidden.device)
+            return self._reward(hidden, _Ends(places, places, None))
         return self._reward(hidden, _Ends(row.first, row.last, row.owner))
 
     def _forward_padded(self, rows: PaddedRows) -> Tensor:
@@ -318,6 +333,19 @@ def probe_groups(vocabulary: int, longest: int) -> list[list[EncodedResponse]]:
     prefix = tokens(max(longest // 2, 1))
     shared = [EncodedResponse(prefix + tokens(max(count, 1))) for count in (longest // 2, longest // 4, 1)]
     return [shared, [EncodedResponse(tokens(longest))], [EncodedResponse(prefix[:2] + tokens(1)) for _ in range(2)]]
+
+
+def probe_rewards(module: RewardModule, longest: int) -> Tensor:
+    """Returns the rewards of probes of two sizes, so that what is compiled for them serves every later size.
+
+    Args:
+        module: In evaluation mode.
+        longest: The most tokens that a sequence may have.
+    """
+    vocabulary = module.base.config.vocab_size
+    with torch.inference_mode():
+        rows = (module.collate(probe_groups(vocabulary, min(longest, size))) for size in (12, 40))
+        return torch.cat([module(row.to(module.device)) for row in rows])
 
 
 def probe_difference(found: Tensor, expected: Tensor) -> float:

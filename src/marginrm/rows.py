@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marginrm.encoding import EncodedResponse
+from marginrm.interval_layout import seen_by
 from marginrm.layout import Layout, LayoutFn
 from marginrm.packed_layout import attention_layout
 from marginrm.packing import plan_row
@@ -27,6 +28,8 @@ class PackedRow:
         first: Row index of each response's first token, [responses]; with sharing it may be common to several.
         last: Row index of each response's last token, [responses].
         owner: The response that each token belongs to, [tokens]; None with sharing, where a token has many.
+        start: First row index that sees each token, [tokens].
+        end: Row index after the last that sees it, [tokens].
         layout: How attention goes over the row.
     """
 
@@ -36,6 +39,8 @@ class PackedRow:
     first: Tensor
     last: Tensor
     owner: Tensor | None
+    start: Tensor
+    end: Tensor
     layout: Layout
 
     @property
@@ -59,6 +64,8 @@ class PackedRow:
             first=self.first.to(target),
             last=self.last.to(target),
             owner=None if self.owner is None else self.owner.to(target),
+            start=self.start.to(target),
+            end=self.end.to(target),
             layout=self.layout.to(target),
         )
 
@@ -112,6 +119,7 @@ def pack(groups: Sequence[EncodedGroup], *, causal: bool, layout: LayoutFn = att
     lengths = torch.tensor([len(response.ids) for response in responses])
     typed = not causal and any(response.type_ids is not None for response in responses)
     type_ids = [kind for response in responses for kind in response.type_ids or ()] if typed else None
+    start, end = seen_by(plan, causal=causal)
     return PackedRow(
         ids=torch.tensor([plan.ids]),
         position_ids=torch.tensor([plan.position_ids]),
@@ -119,6 +127,8 @@ def pack(groups: Sequence[EncodedGroup], *, causal: bool, layout: LayoutFn = att
         first=torch.tensor([plan.runs[[*plan.ancestors(leaf), leaf][0]].start for leaf in plan.leaves]),
         last=torch.tensor(plan.last),
         owner=None if causal else torch.arange(len(responses)).repeat_interleave(lengths),
+        start=start,
+        end=end,
         layout=layout(plan, causal=causal),
     )
 

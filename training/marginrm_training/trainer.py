@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from marginrm.attention_choice import choose_attention
 from marginrm.errors import ConfigError, NonFiniteRewardError
+from marginrm.last_layer import shorten_last_layer
 from marginrm.reward_module import RewardModule
 from marginrm_training import losses
 from marginrm_training.arguments import training_arguments
@@ -95,6 +96,8 @@ class MarginTrainer(Trainer):
         )
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
             choose_attention(module, gradients=True)  # the weights are on their device only now
+            if not self.is_deepspeed_enabled:  # it follows which parts of a layer run, and here a layer runs twice
+                shorten_last_layer(module)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation averages it
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
