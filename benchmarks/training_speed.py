@@ -1,7 +1,7 @@
-"""`python -m benchmarks.training_speed`: pairs per second in training, beside TRL's `RewardTrainer`, in turn in one run.
+"""`python -m benchmarks.training_speed`: pairs per second in training, by preset and beside TRL's `RewardTrainer`.
 
-All contenders start from the same weights and are given the same token ids, batches, order and optimiser settings; so in
-float32 their loss curves must agree, and the report says by how much they do not.
+All contenders take turns in one run, start from the same weights and are given the same token ids, batches, order and
+optimiser settings; so in float32 the loss curves of `bt` and TRL must agree, and the report says by how much they do not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,12 +29,15 @@ from benchmarks.workloads import WORKLOADS, Portions
 
 _LONGEST = 256  # tokens of a sequence as it comes, in both workloads
 SHORT, LONG = "short prompts", "prompt two thirds"
-_OURS, _MARGIN, _TRL = "marginrm bt", "marginrm margin", "TRL"
+_BASE, _TRL = "bt", "TRL"
 _MIB = 2**20
 
 
 def main(
-    trl_python: Annotated[Path, typer.Option(help="Interpreter of an environment with trl, datasets and psutil.")],
+    trl_python: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with trl, datasets and psutil; without, no TRL.")
+    ] = None,
+    presets: Annotated[str, typer.Option(help="With commas between; bt is always one of them.")] = "bt,margin",
     models: Annotated[str, typer.Option(help=f"With commas between: {', '.join(NAMES)}.")] = "minilm,pythia-70m",
     dtypes: Annotated[str, typer.Option(help="With commas between: float32, bfloat16.")] = "float32,bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender trains on a portion.")] = 3,
@@ -43,9 +46,15 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of the AlpacaEval files; without them the demo's texts.")] = ALPACA,
     output: Annotated[Path, typer.Option(help="Folder for models and results.")] = Path("runs/training_speed"),
 ) -> None:
-    """Compare the training speed of marginrm with that of TRL on this machine."""
+    """Compare the training speed of marginrm's presets, and of TRL, on this machine."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     texts = load_texts(data)
+    methods = dict.fromkeys((_BASE, *presets.split(",")))
+    entrants = {
+        name: entrant
+        for dtype in dtypes.split(",")
+        for name, entrant in _entrants(methods, dtype, batch, trl_python).items()
+    }
     results = []
     for name in models.split(","):
         folder = build(name, output / "models", texts.passages[:4000])
@@ -54,7 +63,7 @@ def main(
         workloads = {SHORT: short} if name == MINILM else {SHORT: short, LONG: list(lengthened(short))}
         for workload, groups in workloads.items():
             portions = [groups[start : start + steps * batch] for start in range(0, len(groups), steps * batch)]
-            found = take_turns(folder, portions, dtypes.split(","), batch, trl_python)
+            found = take_turns(folder, portions, entrants)
             results.append({"model": name, "workload": workload} | found)
             (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             typer.echo(json.dumps(results[-1]), err=True)
@@ -87,26 +96,34 @@ def lengthened(groups: Sequence[Group]) -> Iterator[Group]:
         yield replace(group, ids=tuple(filler[:missing] + ids for ids in group.ids))
 
 
-def take_turns(
-    folder: Path, portions: Sequence[Sequence[Group]], dtypes: Sequence[str], batch: int, trl_python: Path
-) -> dict[str, Any]:
+Trainer = tuple[str, Path, dict[str, Any]]
+
+
+def _entrants(presets: Iterable[str], dtype: str, batch: int, trl_python: Path | None) -> dict[str, Trainer]:
+    """Returns module, interpreter and options of each contender, by its name."""
+    common = {"dtype": dtype, "batch": batch}
+    own = Path(sys.executable)
+    found: dict[str, Trainer] = {
+        _ours(preset, dtype): ("marginrm_trainer", own, common | {"preset": preset}) for preset in presets
+    }
+    if trl_python is not None:
+        found[f"{_TRL}, {dtype}"] = ("trl_trainer", trl_python, common)
+    return found
+
+
+def _ours(preset: str, dtype: str) -> str:
+    return f"marginrm {preset}, {dtype}"
+
+
+def take_turns(folder: Path, portions: Sequence[Sequence[Group]], entrants: Mapping[str, Trainer]) -> dict[str, Any]:
     """Lets all contenders train on the same portions, one after another, in another order each round.
 
     Returns:
-        `pairs_per_second` and `ratios` to TRL's best dtype (`Spread`s as dicts), `peak_mib` over the loaded model, `tokens` computed over
-        tokens asked, and `loss_difference`: the largest between two loss curves in float32 in the first round, when all
-        start from the same weights.
+        `pairs_per_second` and `ratios` to `reference` (`Spread`s as dicts), which is TRL's best dtype, or without TRL the
+        faster `bt`; `costs`, the time of a step over a `bt` step of the same dtype; `peak_mib` over the loaded model,
+        `tokens` computed over tokens asked, and `loss_difference`: the largest between two loss curves in float32 in the
+        first round, when all start from the same weights.
     """
-    own = Path(sys.executable)
-    entrants = {
-        f"{name}, {dtype}": (kind, python, {"dtype": dtype, "batch": batch} | more)
-        for dtype in dtypes
-        for name, kind, python, more in (
-            (_OURS, "marginrm_trainer", own, {"preset": "bt"}),
-            (_MARGIN, "marginrm_trainer", own, {"preset": "margin"}),
-            (_TRL, "trl_trainer", trl_python, {}),
-        )
-    }
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
     processes = {name: ContenderProcess(kind, python, threads) for name, (kind, python, _) in entrants.items()}
     rates: dict[str, dict[int, float]] = {name: {} for name in entrants}
@@ -135,15 +152,19 @@ def take_turns(
 
 def _summary(rates: dict[str, dict[int, float]], losses: dict[str, list[float]]) -> dict[str, Any]:
     medians = {name: median(values.values()) for name, values in rates.items()}
-    best_trl = max((name for name in rates if name.startswith(_TRL)), key=lambda name: medians[name])
-    exact = [f"{name}, float32" for name in (_OURS, _TRL)]
+    peers = [name for name in rates if name.startswith(_TRL)] or [
+        name for name in rates if name.startswith(_ours(_BASE, ""))
+    ]
+    reference = max(peers, key=lambda name: medians[name])
+    exact = [_ours(_BASE, "float32"), f"{_TRL}, float32"]
     return {
         "pairs_per_second": {name: _fields(list(values.values())) for name, values in rates.items()},
-        "best_trl": best_trl,
-        "ratios": {name: _fields(ratios(values, rates[best_trl])) for name, values in rates.items()},
-        "margin_cost": {
-            dtype: _fields(ratios(rates[f"{_OURS}, {dtype}"], rates[f"{_MARGIN}, {dtype}"]))
-            for dtype in sorted({name.rsplit(", ", 1)[1] for name in rates})
+        "reference": reference,
+        "ratios": {name: _fields(ratios(values, rates[reference])) for name, values in rates.items()},
+        "costs": {
+            name: _fields(ratios(rates[_ours(_BASE, name.rsplit(", ", 1)[1])], values))
+            for name, values in rates.items()
+            if not name.startswith((_TRL, _ours(_BASE, "")))
         },
         "loss_difference": max(abs(a - b) for a, b in zip(*(losses[name] for name in exact), strict=True))
         if all(name in losses for name in exact)
@@ -159,29 +180,30 @@ def _fields(values: Sequence[float]) -> dict[str, float]:
 
 def markdown(results: Sequence[dict[str, Any]], source: str, batch: int) -> str:
     """Returns the results as tables."""
-    lines = [
-        f"Texts: {source}; {batch} pairs a step; ratios are to TRL's faster dtype, median (lowest to highest round)."
-    ]
+    lines = [f"Texts: {source}; {batch} pairs a step; medians (lowest to highest round)."]
     for result in results:
         lines += [
             "",
             f"**{result['model']}, {result['workload']}**, {result['rounds']} rounds",
             "",
-            "| | pairs/s | ratio to TRL | peak memory over the model | tokens computed |",
-            "|---|---:|---:|---:|---:|",
+            f"| | pairs/s | times {result['reference']} | time of a step over that of bt | peak memory over the model | tokens computed |",
+            "|---|---:|---:|---:|---:|---:|",
         ]
         for name, rate in result["pairs_per_second"].items():
             ratio = result["ratios"][name]
             tokens = f"{result['tokens'][name]:.0%}" if name in result["tokens"] else ""
+            cost = _spread(result["costs"][name], 3) if name in result["costs"] else ""
             lines.append(
-                f"| {name} | {rate['median']:.1f} | {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) | "
+                f"| {name} | {rate['median']:.1f} | {_spread(ratio, 2)} | {cost} | "
                 f"{result['peak_mib'][name]:,.0f} MiB | {tokens} |"
             )
-        cost = ", ".join(f"{dtype} {value['median']:.3f}" for dtype, value in result["margin_cost"].items())
-        lines += ["", f"Time of a `margin` step over a `bt` step: {cost}."]
         if result["loss_difference"] is not None:
-            lines.append(f"Largest difference of the float32 loss curves: {result['loss_difference']:.1e}.")
+            lines += ["", f"Largest difference of the float32 loss curves: {result['loss_difference']:.1e}."]
     return "\n".join(lines)
+
+
+def _spread(fields: dict[str, float], places: int) -> str:
+    return f"{fields['median']:.{places}f} ({fields['low']:.{places}f} to {fields['high']:.{places}f})"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -141,6 +146,18 @@ def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path)
     assert run_all(ablation) == []
     assert (tmp_path / "out" / "table.md").read_text() == table
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_command_that_is_ended_ends_its_runs(small):
+    code = "from marginrm.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, "ablate", str(small), "--jobs", "2"]) as command:
+        tree = psutil.Process(command.pid)
+        while len(runs := tree.children()) < 2:
+            assert command.poll() is None
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait() == 128 + signal.SIGTERM
+    assert not any(run.is_running() for run in runs)
 
 
 def test_a_run_that_fails_is_named_with_its_log(small, tmp_path):

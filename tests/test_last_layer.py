@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from marginrm.last_layer import shorten_last_layer
+from marginrm.last_layer import last_layer, shorten_last_layer
 from marginrm.loading import load_for_scoring, load_for_training
 from marginrm.reward_module import RewardModule
 from support_models import tiny_checkpoint
@@ -90,6 +90,11 @@ def test_gradients_stay(tmp_path: Path, family: str, options: dict[str, Any], ch
             module.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if short:
             shorten_last_layer(module)
+            layer = last_layer(module)
+            assert layer is not None
+            forward = layer.forward
+            shorten_last_layer(module)  # a second trainer on the same module
+            assert layer.forward == forward
             assert module.training
             assert module.short_last_layer == (options.get("classifier_pooling") != "mean")
         groups = groups_of(module.base.config.vocab_size, typed=family == "bert")
@@ -131,6 +136,14 @@ def test_a_layer_that_does_not_let_itself_be_cut_stays_whole_and_says_so(tmp_pat
     assert "is invalid" in module.forward_reason
     whole, short = both(module, "llama")
     assert torch.equal(whole, short)
+
+
+def test_a_model_that_does_not_name_its_layers_keeps_them_whole(tmp_path: Path) -> None:
+    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", tuned=False)
+    module.base._no_split_modules = None
+    shorten_last_layer(module)
+    assert not module.short_last_layer
+    assert "does not say which modules its layers are" in module.forward_reason
 
 
 def test_deterministic_models_compute_it_whole(tmp_path: Path) -> None:

@@ -51,11 +51,10 @@ class MarginrmTrainer:
         pairs = []
         for group in groups:
             chosen, rejected = map(EncodedResponse, group.ids)  # without segment ids: TRL passes none
-            pairs.append(
-                EncodedPair(
-                    chosen, rejected, None, PreferencePair(group.prompt, group.responses[0], group.responses[1])
-                )
-            )
+            # The texts have no strengths, and how long a step takes does not depend on them.
+            given = 0.8 if self._config.method.method().estimator in ("column", "strength") else None
+            pair = PreferencePair(group.prompt, group.responses[0], group.responses[1], strength=given)
+            pairs.append(EncodedPair(chosen, rejected, given, pair))
         return MarginTrainer(self._module, pairs, self._config, Path(self._directory.name), progress=False)
 
     def score(self, work: MarginTrainer) -> list[float]:

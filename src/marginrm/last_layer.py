@@ -30,11 +30,14 @@ def shorten_last_layer(module: RewardModule) -> None:
         module: Changed in place; it notes what came of it in `last_layer_reason`. Heads that read every token need the
             whole layer.
     """
-    if module.forward_path == "padded" or module.reads_every_token:
+    if module.short_last_layer or module.forward_path == "padded" or module.reads_every_token:
+        return
+    layer = last_layer(module)
+    if layer is None:
+        module.last_layer_reason = "last layer whole, since the model does not say which modules its layers are"
         return
     training = module.training
     module.eval()
-    layer = last_layer(module)
     before = probe_rewards(module, module.max_length)
     whole = layer.forward
     layer.forward = partial(_forward, whole)
@@ -56,10 +59,10 @@ def shorten_last_layer(module: RewardModule) -> None:
         )
 
 
-def last_layer(module: RewardModule) -> nn.Module:
-    """Returns the backbone's last layer."""
+def last_layer(module: RewardModule) -> nn.Module | None:
+    """Returns the backbone's last layer, or None if the model does not say which modules its layers are."""
     names = set(module.base._no_split_modules or ())  # noqa: SLF001 - transformers has no public name for layers
-    return [part for part in module.backbone.modules() if type(part).__name__ in names][-1]
+    return next((part for part in reversed(list(module.backbone.modules())) if type(part).__name__ in names), None)
 
 
 def _forward(

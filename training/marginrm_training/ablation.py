@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -232,12 +233,18 @@ def ablate(
         for run in runs:
             typer.echo(f"{'finished' if run.digest in known else 'to do   '} {run.label}")
         return
+    signal.signal(signal.SIGTERM, _leave)
     failed = run_all(ablation, jobs=jobs, limit_minutes=limit_minutes)
     if (output / "table.md").is_file():
         typer.echo((output / "table.md").read_text(encoding="utf-8"))
     if failed:
         logs = ", ".join(str(output / "runs" / run.label / "log") for run in failed)
         raise MarginRMError(f"{len(failed)} runs failed. Their logs say why: {logs}")
+
+
+def _leave(number: int, _frame: object) -> None:
+    """Ends the command in order, so that it ends the runs it has started."""
+    raise SystemExit(128 + number)
 
 
 def _keep(made: Path, kept: Path) -> None:
