@@ -5,12 +5,14 @@ Company is what is scored beside a text: it costs bits of its reward, or with `-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, pstdev
 from typing import Any
 
+from benchmarks.contender_process import ContenderProcess
+from benchmarks.groups import Group
 from benchmarks.lineup import CLIENTS, Entrant
 from benchmarks.measure import Clock, Setting
 from benchmarks.ratios import ratios
@@ -18,6 +20,7 @@ from benchmarks.workloads import LONG_PROMPT, LONG_RESPONSE, Portions, Workload
 
 _MIB = 2**20
 _MANY = 64
+_IN_A_ROW = 8  # lone requests that are counted, before it is the other's turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +94,16 @@ def http(subject: Subject) -> dict[str, Any]:
         server.load(subject.folder, served.options)
         added, throughput = [], []
         alone_ms = []
-        for number in range(20 * subject.rounds + 3):
-            groups = subject.portions.portion(lone, number)
-            here, there = ours.score(groups).seconds, server.score(groups).seconds
-            if number >= 3:  # the first ones warm up
-                added.append((there - here) * 1e3)
-                alone_ms.append(here * 1e3)
-            if len(added) >= 10 and subject.clock.left < 0:
+        for number in range(3 * subject.rounds + 1):
+            pairs = [subject.portions.portion(lone, number * (1 + _IN_A_ROW) + place) for place in range(1 + _IN_A_ROW)]
+            here, there = (_in_a_row(process, pairs) for process in (ours, server))
+            if number:  # the first time warms up
+                added += [(after - before) * 1e3 for before, after in zip(here, there, strict=True)]
+                alone_ms += [seconds * 1e3 for seconds in here]
+            if added and subject.clock.left < 0:
                 break
         for number in range(subject.rounds + 1):
-            groups = subject.portions.portion(crowd, number + subject.rounds)  # past the texts of the lone ones
+            groups = subject.portions.portion(crowd, number)
             order = (ours, server) if number % 2 else (server, ours)
             seconds = {process: process.score(groups).seconds for process in order}
             if number:
@@ -116,6 +119,11 @@ def http(subject: Subject) -> dict[str, Any]:
         "throughput_high": max(throughput),
         "rounds": len(throughput),
     }
+
+
+def _in_a_row(process: ContenderProcess, pairs: Sequence[Sequence[Group]]) -> list[float]:
+    """Returns the seconds of each call but the first, which still meets the spinning threads of another process."""
+    return [process.score(groups).seconds for groups in pairs][1:]
 
 
 def memory(subject: Subject) -> dict[str, Any]:
