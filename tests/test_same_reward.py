@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from marginrm import RewardClient, RewardModel
+from marginrm.client_options import UNLIMITED
 from marginrm_training.config import parse_config
 from marginrm_training.data import encode_pairs, read
 from marginrm_training.margins import MarginMethod
@@ -78,7 +79,7 @@ def test_trainer_library_and_server_give_a_pair_the_same_reward(checkpoint: Path
 
     with (
         serving(model, reward_cache_mib=0) as server,
-        httpx.Client(base_url=server.url, timeout=60) as http,
+        httpx.Client(base_url=server.url, timeout=60, limits=UNLIMITED) as http,
         RewardClient(server.url) as client,
     ):
 

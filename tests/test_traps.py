@@ -240,7 +240,11 @@ def test_trap_confidence_is_sigmoid_of_the_margin_over_t(folder: Path, tmp_path:
 
 def test_trap_no_figure_of_the_paper_is_told_as_ours() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        assert "6.31" not in page.read_text(encoding="utf-8"), page
+        # What a benchmark wrote is measured, whatever it comes to.
+        written = re.sub(
+            r"<!-- results: begin.*?results: end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL
+        )
+        assert "6.31" not in written, page
 
 
 @pytest.mark.parametrize("template", [None, CHATML_TEMPLATE])

@@ -38,7 +38,7 @@ from marginrm.client_errors import (
     UnauthorizedError,
     UnexpectedReplyError,
 )
-from marginrm.client_options import at_least_one, check_deadline, checked_url, default_headers
+from marginrm.client_options import UNLIMITED, at_least_one, check_deadline, checked_url, default_headers
 from marginrm.client_replies import Outcome, Reply
 from marginrm.client_stream import Found, Receive, best_of_n_stream
 from marginrm.ranking import Comparison, Ranking
@@ -109,7 +109,9 @@ class RewardClient:
             batch_size=at_least_one("batch_size", batch_size),
         )
         self._concurrency = at_least_one("concurrency", concurrency)
-        self._http = httpx.Client(base_url=checked_url(base_url), headers=default_headers(api_key), transport=transport)
+        self._http = httpx.Client(
+            base_url=checked_url(base_url), headers=default_headers(api_key), transport=transport, limits=UNLIMITED
+        )
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
         """Returns one reward per response, in order.

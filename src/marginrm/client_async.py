@@ -12,7 +12,7 @@ import httpx
 
 from marginrm.client_calls import Call, Calls, Group, Pair, Parallel, Prompt, Send, Wait
 from marginrm.client_errors import ItemScoreError
-from marginrm.client_options import at_least_one, check_deadline, checked_url, default_headers
+from marginrm.client_options import UNLIMITED, at_least_one, check_deadline, checked_url, default_headers
 from marginrm.client_replies import Outcome, Reply
 from marginrm.client_stream import Found, Receive, best_of_n_stream
 from marginrm.ranking import Comparison, Ranking
@@ -51,7 +51,7 @@ class AsyncRewardClient:
         )
         self._concurrency = at_least_one("concurrency", concurrency)
         self._http = httpx.AsyncClient(
-            base_url=checked_url(base_url), headers=default_headers(api_key), transport=transport
+            base_url=checked_url(base_url), headers=default_headers(api_key), transport=transport, limits=UNLIMITED
         )
 
     async def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:

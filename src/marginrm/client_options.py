@@ -9,6 +9,10 @@ import httpx
 from marginrm.client_calls import Send
 from marginrm.errors import ConfigError
 
+# With more connections than it keeps (20), httpcore 1.0 closes one that is idle as soon as it sees it, and by its source one that
+# another thread or task has just been given is idle still: its request fails with "Bad file descriptor" (seen once, of 216).
+UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+
 
 def at_least_one(name: str, value: int) -> int:
     """Returns a setting, or raises ConfigError if it is less than 1."""
