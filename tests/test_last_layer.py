@@ -119,9 +119,8 @@ def test_a_layer_that_does_not_let_itself_be_cut_stays_whole_and_says_so(tmp_pat
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", tuned=False)
     tokens: list[int] = []
 
-    def strict(
-        _module: nn.Module, inputs: tuple[Tensor]
-    ) -> None:  # as GPT-2, which views its output as the input's shape
+    # As GPT-2, which views its output as the input's shape.
+    def strict(_module: nn.Module, inputs: tuple[Tensor]) -> None:
         if inputs[0].shape[1] != tokens[-1]:
             raise RuntimeError(f"shape '[1, {tokens[-1]}, 32]' is invalid")
 

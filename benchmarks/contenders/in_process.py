@@ -66,12 +66,13 @@ class InProcess:
         self._module.short_last_layer &= not whole_last_layer
         self._module.register_forward_pre_hook(self._count)
         self.computed: int | None = None
+        linear = sum(_linear_weights(self._module).values())
         self.detail: dict[str, Any] = {
             "dtype": self._model.info.dtype,
             "path": self._model.forward_reason,
             "token_budget": self._model.token_budget,
-            "linear_parameters": _linear_parameters(self._module, whole=True),
-            "linear_computed": _linear_parameters(self._module, whole=False),
+            "linear_parameters": linear,
+            "linear_computed": linear - _skipped_weights(self._module),
             "weight_bytes": sum(weight.nbytes for weight in self._module.parameters()),
         }
 
@@ -112,17 +113,16 @@ class InProcess:
         self.computed = (self.computed or 0) + inputs[0].tokens
 
 
-def _linear_parameters(module: RewardModule, *, whole: bool) -> int:
-    """Returns how many weights multiply every token, at 2 FLOP each: in the whole model, or as it is computed here."""
-    layers = {name: part.weight.numel() for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    if not whole and module.short_last_layer:
-        last = f"{next(name for name, part in module.named_modules() if part is last_layer(module))}."
-        layers = {
-            name: weights
-            for name, weights in layers.items()
-            if not name.startswith(last) or name.rsplit(".", 1)[-1] in _BEFORE_ATTENTION
-        }
-    return sum(layers.values())
+def _linear_weights(part: nn.Module) -> dict[str, int]:
+    """Returns how many weights each linear layer has, by its name: 2 FLOP each for every token that it multiplies."""
+    return {name: layer.weight.numel() for name, layer in part.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def _skipped_weights(module: RewardModule) -> int:
+    """Returns how many weights multiply only the tokens that rewards are read at."""
+    layer = last_layer(module) if module.short_last_layer else None
+    weights = _linear_weights(layer) if layer else {}
+    return sum(count for name, count in weights.items() if name.rsplit(".", 1)[-1] not in _BEFORE_ATTENTION)
 
 
 load = InProcess

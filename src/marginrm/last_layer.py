@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class _Reached(Exception):  # noqa: N818 - no error
 class _Stop:
     """A layout that stops the layer at its attention."""
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> _Stop:
         return self
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
@@ -151,8 +151,9 @@ class _AtTokens:
     positions: Tensor
     index: Tensor
 
-    def to(self, device: torch.device) -> Self:
-        return cast("Self", _AtTokens(*(getattr(self, name).to(device) for name in self.__slots__)))
+    def to(self, device: torch.device) -> _AtTokens:
+        key, value, seen = self.key.to(device), self.value.to(device), self.seen.to(device)
+        return _AtTokens(key, value, seen, self.positions.to(device), self.index.to(device))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
