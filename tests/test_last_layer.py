@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from marginrm.last_layer import last_layer, shorten_last_layer
 from marginrm.loading import load_for_scoring, load_for_training
-from marginrm.reward_module import RewardModule
+from marginrm.reward_module import RewardModule, probe_tolerance
 from support_models import tiny_checkpoint
 from test_forward import CASES, groups_of
 
@@ -143,6 +143,14 @@ def test_a_model_that_does_not_name_its_layers_keeps_them_whole(tmp_path: Path) 
     shorten_last_layer(module)
     assert not module.short_last_layer
     assert "does not say which modules its layers are" in module.forward_reason
+
+
+def test_a_probe_allows_for_the_dtype_that_products_are_computed_in(tmp_path: Path) -> None:
+    module, _ = load_for_training(tiny_checkpoint(tmp_path, "bert"), seed=0)
+    half, _ = load_for_scoring(tiny_checkpoint(tmp_path, "bert"), dtype="bfloat16", device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = probe_tolerance(module)
+    assert under_autocast == probe_tolerance(half) > 10 * probe_tolerance(module)
 
 
 def test_deterministic_models_compute_it_whole(tmp_path: Path) -> None:

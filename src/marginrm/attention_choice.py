@@ -18,7 +18,7 @@ from marginrm.encoding import EncodedResponse
 from marginrm.interval_layout import interval_layout
 from marginrm.packed_layout import unsplit_layout
 from marginrm.product_attention import speedup
-from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_groups
+from marginrm.reward_module import RewardModule, probe_difference, probe_groups, probe_tolerance
 from marginrm.rows import PackedRow, pack, pad
 
 # The longer one's row has several blocks, some of them seen by nobody. The shorter one's is within a block, which torch
@@ -87,13 +87,15 @@ def _rewards_differ(module: RewardModule) -> str | None:
             rows = pad(_groups(module, longest), pad_token_id=module.base.config.pad_token_id)
             expected.append(module(rows.to(module.device)))
         difference = probe_difference(torch.cat(found), torch.cat(expected))
-    return None if difference <= _tolerance(module) else f"gave rewards that differ by {difference:.2g} in a probe"
+    return None if difference <= probe_tolerance(module) else f"gave rewards that differ by {difference:.2g} in a probe"
 
 
 def _gradients_differ(module: RewardModule) -> str | None:
     found, expected = (_gradient(module, _row(module, max(_PROBE_TOKENS), flex=flex)) for flex in (True, False))
     difference = float((found - expected).norm() / expected.norm())
-    return None if difference <= _tolerance(module) else f"gave gradients that differ by {difference:.2g} in a probe"
+    return (
+        None if difference <= probe_tolerance(module) else f"gave gradients that differ by {difference:.2g} in a probe"
+    )
 
 
 def _gradient(module: RewardModule, row: PackedRow) -> Tensor:
@@ -119,9 +121,3 @@ def _row(module: RewardModule, longest: int, *, flex: bool) -> PackedRow:
 
 def _groups(module: RewardModule, longest: int) -> list[list[EncodedResponse]]:
     return probe_groups(module.base.config.vocab_size, min(module.max_length, longest))
-
-
-def _tolerance(module: RewardModule) -> float:
-    kind = module.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
-    return PROBE_TOLERANCE.get(dtype, 0.1)

@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from marginrm.errors import ConfigError, ModelError
-from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_rewards
+from marginrm.reward_module import RewardModule, probe_difference, probe_rewards, probe_tolerance
 
 _PARTS = ("RMSNorm", "MLP")  # how transformers names their classes
 _ROTARY = "apply_rotary_pos_emb"
@@ -55,7 +55,7 @@ def compile_parts(module: RewardModule, *, longest: int) -> None:
             f"torch.compile does not work here: {reason} It needs a C++ compiler (g++) on CPUs; or serve without --compile."
         ) from error
     difference = probe_difference(after, before)
-    if not difference <= PROBE_TOLERANCE.get(module.dtype, 0.1):
+    if not difference <= probe_tolerance(module):
         raise ModelError(
             f"Compiled, this model's rewards differ by {difference:.2g} in a probe. Serve it without --compile."
         )

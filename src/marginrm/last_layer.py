@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marginrm.reward_module import PROBE_TOLERANCE, RewardModule, probe_difference, probe_rewards
+from marginrm.reward_module import RewardModule, probe_difference, probe_rewards, probe_tolerance
 from marginrm.rows import PackedRow
 
 # Tokens read are filled up to a multiple of this: oneDNN keeps a kernel for every number of rows.
@@ -44,9 +44,7 @@ def shorten_last_layer(module: RewardModule) -> None:
     module.short_last_layer = True
     try:
         difference = probe_difference(probe_rewards(module, module.max_length), before)
-        obstacle = (
-            None if difference <= PROBE_TOLERANCE.get(module.dtype, 0.1) else f"rewards differ by {difference:.2g}"
-        )
+        obstacle = None if difference <= probe_tolerance(module) else f"rewards differ by {difference:.2g}"
     except Exception as error:  # noqa: BLE001 - a model's own code raises what it likes, and the whole layer works
         obstacle = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     module.train(training)

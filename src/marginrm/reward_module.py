@@ -29,7 +29,7 @@ ForwardPath = Literal["packed", "padded"]
 
 # How far packed and padded rewards of the load-time probe may lie apart, relative to the larger of 1 and the reward.
 # Packing errors (a token that sees too much or too little) are orders of magnitude above rounding in float32.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
 _ROPE_OF_BATCH = {"dynamic", "longrope"}
 
@@ -252,7 +252,7 @@ class RewardModule(nn.Module):
             return str(error)
         finally:
             self.train(training)
-        if not difference <= PROBE_TOLERANCE.get(self.dtype, 0.1):
+        if not difference <= probe_tolerance(self):
             return f"packed and padded rewards differ by {difference:.2g} in a probe"
         window = _sliding_window(self.base.config)
         assert isinstance(row.layout, AttentionLayout)
@@ -266,7 +266,7 @@ class RewardModule(nn.Module):
         try:
             causal = self.architecture == "decoder"
             row = pack(groups, causal=causal, layout=partial(attention_layout, split_from=2))
-            return probe_difference(self._forward_packed(row), padded) <= PROBE_TOLERANCE.get(self.dtype, 0.1)
+            return probe_difference(self._forward_packed(row), padded) <= probe_tolerance(self)
         except UnsupportedAttentionError:
             return False
 
@@ -351,6 +351,13 @@ def probe_rewards(module: RewardModule, longest: int) -> Tensor:
 def probe_difference(found: Tensor, expected: Tensor) -> float:
     """Returns the largest difference, relative to the larger of 1 and the reward."""
     return float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+
+
+def probe_tolerance(module: RewardModule) -> float:
+    """Returns how far rewards of a probe may lie apart in the dtype of the module's products, autocast's if that is on."""
+    kind = module.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
+    return _PROBE_TOLERANCE.get(dtype, 0.1)
 
 
 def _attention_dropout(model: PreTrainedModel) -> float:

@@ -47,9 +47,11 @@ def main(folder: Path) -> None:
     manifest, seconds = _trained(folder, spec, checkpoint)
     metrics: dict[str, dict[str, float]] = {}
     arrays: dict[str, Floats] = {}
+    dtype = parse_config(raw, str(folder)).model.dtype  # as it was trained
     for evaluation in map(Evaluation.model_validate, spec["evaluations"]):
         measure = measure_pairs if evaluation.kind == "pairs" else measure_best_of_n
-        metrics[evaluation.name], arrays[evaluation.name] = measure(checkpoint, evaluation)
+        model = RewardModel.from_pretrained(checkpoint, dtype=dtype, max_length=evaluation.max_length)
+        metrics[evaluation.name], arrays[evaluation.name] = measure(model, evaluation)
     np.savez_compressed(folder / ARRAYS, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
     result = {name: spec[name] for name in ("digest", "variant", "axes", "seed", "config")} | {
         "train": training_figures(manifest) | {"seconds": seconds, "peak_memory_gib": peak_memory_gib()},
@@ -60,13 +62,12 @@ def main(folder: Path) -> None:
     (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
 
 
-def measure_pairs(checkpoint: Path, evaluation: Evaluation) -> tuple[dict[str, float], Floats]:
+def measure_pairs(model: RewardModel, evaluation: Evaluation) -> tuple[dict[str, float], Floats]:
     """Returns the metrics on preference pairs, and the margins d, [pairs].
 
     Prompts of pairs that are too long are cut from the left; pairs whose responses alone are too long are left out,
     counted under `unusable`.
     """
-    model = RewardModel.from_pretrained(checkpoint, dtype="float32", max_length=evaluation.max_length)
     source = read_source(evaluation.path, expand(evaluation.path), evaluation.format)
     rows = source.pairs[: evaluation.limit]
     split = encode_pairs(evaluation.name, rows, model.encoder, MarginMethod(), "prompt_left")
@@ -79,9 +80,8 @@ def measure_pairs(checkpoint: Path, evaluation: Evaluation) -> tuple[dict[str, f
     return metrics, rewards.d
 
 
-def measure_best_of_n(checkpoint: Path, evaluation: Evaluation) -> tuple[dict[str, float], Floats]:
+def measure_best_of_n(model: RewardModel, evaluation: Evaluation) -> tuple[dict[str, float], Floats]:
     """Returns the mean gold quality of the pick among all candidates of a prompt, and each prompt's, [prompts]."""
-    model = RewardModel.from_pretrained(checkpoint, dtype="float32", max_length=evaluation.max_length)
     groups = list(read_groups(expand(evaluation.path)))[: evaluation.limit]
     scored = score_groups(model, groups)
     picks = np.array([gold[int(np.argmax(rewards))] for rewards, gold in zip(scored.rewards, scored.gold, strict=True)])
