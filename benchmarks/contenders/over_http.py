@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
-
 from benchmarks.groups import Group
+from benchmarks.reliability.server import WatchedServer
 from benchmarks.reliability.wire import Wire
 
-_START_SECONDS = 300
 _REPLY_SECONDS = 600
 
 
@@ -35,23 +29,15 @@ class OverHttp:
     """
 
     def __init__(self, folder: Path, *, clients: int = 16, dtype: str = "auto", device: str = "cpu") -> None:
-        self._log = tempfile.NamedTemporaryFile(prefix="marginrm-serve-", suffix=".log")  # noqa: SIM115 - for life
-        command = [Path(sys.executable).with_name("marginrm"), "serve", "--model", folder, "--port", "0"]
-        command += ["--dtype", dtype, "--device", device]
-        command += ["--reward-cache-mib", "0"]  # every round sends the same texts
-        self._server = subprocess.Popen(
-            list(map(str, command)),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
+        arguments = ["--model", str(folder), "--dtype", dtype, "--device", device]
+        arguments += ["--reward-cache-mib", "0"]  # every round sends the same texts
+        held = ExitStack()  # until this process ends, and with it all that it has started
+        logs = held.enter_context(TemporaryDirectory(prefix="marginrm-serve-"))
+        self._held, self._server = held, held.enter_context(WatchedServer(arguments, Path(logs, "log")))
         self._loop = asyncio.new_event_loop()
         self._clients = clients
-        self._url = self._address()
-        self._wait_until_ready()
         # It shares the cores with the server, and httpx would take 2 ms of them for each request.
-        self._wire = Wire(self._url, _REPLY_SECONDS)
+        self._wire = Wire(self._server.url, _REPLY_SECONDS)
         self.computed: int | None = None
         self.detail: dict[str, Any] = {"clients": clients}
 
@@ -80,25 +66,6 @@ class OverHttp:
         await asyncio.gather(*(client() for _ in range(self._clients)))
         self.computed = sum(reply["usage"]["tokens_computed"] for reply in replies)
         return [reward for reply in replies for reward in _rewards(reply)]
-
-    def _address(self) -> str:
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline and self._server.poll() is None:
-            found = re.search(r"Listening on (http://\S+?:\d+)", self._logged())
-            if found:
-                return found[1]
-            time.sleep(0.05)
-        raise RuntimeError(f"the server did not start: {self._logged()[-2000:]}")
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while httpx.get(f"{self._url}/readyz").status_code != HTTPStatus.OK:
-            if time.monotonic() > deadline or self._server.poll() is not None:
-                raise RuntimeError(f"the server did not become ready: {self._logged()[-2000:]}")
-            time.sleep(0.1)
-
-    def _logged(self) -> str:
-        return Path(self._log.name).read_text(errors="replace")
 
 
 def _request(group: Group) -> tuple[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Self
 import httpx
 import psutil
 
-_START_SECONDS = 180.0
+_START_SECONDS = 300.0
 _SAMPLE_SECONDS = 0.5
 
 
@@ -39,6 +39,7 @@ class WatchedServer:
                 [sys.executable, "-c", "from marginrm.cli import main; main()", "serve", "--port", "0", *arguments],
                 stdout=out,
                 stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
                 env=os.environ | {"HF_HUB_OFFLINE": "1"},
             )
         self.rss: list[tuple[float, int]] = []
