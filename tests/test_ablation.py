@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from marginrm.cli import app
 from marginrm.errors import ConfigError
 from marginrm_training.ablation import finished, load_ablation, plan, run_all
-from marginrm_training.ablation_report import correctness, interval
+from marginrm_training.ablation_results import interval
 from marginrm_training.ablation_run import flip_labels
+from marginrm_training.evaluation import correctness
 from support_models import tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -127,6 +128,10 @@ def test_an_ablation_measures_compares_and_keeps_what_is_finished(small, tmp_pat
     table = (output / "table.md").read_text()
     for part in ("2 of 2 runs", "| margin | 0.25 |", "## best of 2", "accuracy by strength"):
         assert part in table
+    page = (output / "report.html").read_text()
+    assert all(f"<h2>{heading}</h2>" in page for heading in ("Training", "test pairs", "best of 2"))
+    assert page.count("<svg") == 4  # training; accuracy and margins of the pairs; quality of the picks
+    assert "2 of 2 runs" in page
     assert not list(output.rglob("model.safetensors"))
 
     before = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}

@@ -75,6 +75,8 @@ def test_every_figure_is_a_drawing() -> None:
         figures.learning_curves(HISTORY),
         figures.margin_distribution({"one": np.array([0.5])}),
         figures.margin_distribution({"one": np.zeros(3), "two": np.zeros(3)}),
+        figures.margin_distribution({name: np.zeros(3) for name in ("one", "two", "three")}),
+        figures.estimates({"a": {"one": (0.5, 0.4, 0.6), "two": None}, "b": {"one": None, "two": None}}, zero=("b",)),
         figures.best_of_n_curve({"model": best_of_n_curve([[1.0]], [[0.5]], [[3]])}),
         figures.reliability([], []),
     ]

@@ -47,7 +47,7 @@ class Ablation(_Section):
     """A whole ablation: variants x axes x seeds of one base configuration.
 
     Attributes:
-        output: Folder of the runs, `results.jsonl` and `table.md`.
+        output: Folder of the runs, `results.jsonl`, `table.md` and `report.html`.
         results: Folder for what finished runs found, small enough to be kept under version control, so that another
             machine goes on where this one stopped; without it they stay in `output`/runs.
         baseline: The variant that the others are compared with, pair by pair.
@@ -200,14 +200,18 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
 
 
 def write_report(ablation: Ablation, output: Path, runs: Sequence[Run]) -> None:
-    """Writes `results.jsonl` and `table.md` from the runs that are finished."""
+    """Writes `results.jsonl`, and `table.md` and `report.html` from the runs that are finished."""
+    from marginrm_training.ablation_page import write_ablation_page
     from marginrm_training.ablation_report import table
+    from marginrm_training.ablation_results import Results
 
-    results = finished(ablation.kept, runs)
-    lines = "".join(json.dumps(result) + "\n" for result in results)
+    found = finished(ablation.kept, runs)
+    lines = "".join(json.dumps(result) + "\n" for result in found)
     (output / "results.jsonl").write_text(lines, encoding="utf-8")
-    if results:
-        (output / "table.md").write_text(table(ablation, results, len(runs)), encoding="utf-8")
+    if found:
+        results = Results.load(ablation, found)
+        (output / "table.md").write_text(table(results), encoding="utf-8")
+        write_ablation_page(output / "report.html", output.name, results)
 
 
 def ablate(
@@ -221,7 +225,7 @@ def ablate(
     """Train variants of one configuration with several seeds, and compare them on several files.
 
     Finished runs are kept: called again, the command goes on where it was ended. RESULTS are in the output folder:
-    results.jsonl, table.md, and a folder for each run.
+    results.jsonl, table.md, report.html with the figures, and a folder for each run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("ablate starts its own processes: call it without accelerate or torchrun, with --jobs N.")

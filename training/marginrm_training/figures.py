@@ -15,6 +15,7 @@ from marginrm.manifest import ReliabilityBin
 from marginrm_training.best_of_n import BestOfNPoint
 
 Floats = NDArray[np.float64]
+Estimate = tuple[float, float, float]  # a value, and from where to where it may lie
 _ONE, _TWO, _GREY = "#1f6f5c", "#c4622d", "#8a8f8c"
 _CURVES = (
     ("loss", ("loss", "bt_nll"), "nats"),
@@ -46,13 +47,41 @@ def margin_distribution(margins: Mapping[str, Floats]) -> str:
     axis = figure.add_subplot()
     low, high = np.quantile(np.concatenate(list(margins.values())), [0.002, 0.998])
     edges = np.linspace(low, max(high, low + 1e-6), 50).tolist()
-    colours = [_GREY, _ONE] if len(margins) > 1 else [_ONE]
+    few = len(margins) <= 2
+    colours = [_GREY, _ONE][-len(margins) :] if few else [f"C{number}" for number in range(len(margins))]
     for (name, values), colour in zip(margins.items(), colours, strict=True):
-        axis.hist(np.clip(values, low, high), edges, density=True, color=colour, alpha=0.65, label=name)
+        style = {"alpha": 0.65} if few else {"histtype": "step", "linewidth": 1.3}
+        axis.hist(np.clip(values, low, high), edges, density=True, color=colour, label=name, **style)
     axis.axvline(0, color="black", linewidth=0.8)
     _plain(axis, "margins: reward(chosen) - reward(rejected)", "margin (outermost bars hold the tails)", "density")
     if len(margins) > 1:
         axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def estimates(panels: Mapping[str, Mapping[str, Estimate | None]], *, zero: Sequence[str] = ()) -> str:
+    """Draws values with their intervals, a line for each name, in panels side by side.
+
+    Args:
+        panels: By title: by name, which all panels share, a value and its interval, or None for nothing to draw.
+        zero: Titles of the panels in which 0 is where nothing differs.
+    """
+    names = list(next(iter(panels.values())))
+    figure = Figure(figsize=(9, 0.9 + 0.24 * len(names)))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        for row, name in enumerate(names):
+            found = values[name]
+            if found:
+                value, low, high = found
+                axis.plot([low, high], [row, row], color=_ONE, linewidth=1.3)
+                axis.plot([value], [row], "o", color=_ONE, markersize=4)
+        if title in zero:
+            axis.axvline(0, color="black", linewidth=0.8)
+        _plain(axis, title, "", "")
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", color=_GREY, alpha=0.3)
     return _svg(figure)
 
 

@@ -1,0 +1,71 @@
+"""Results of an ablation -> one HTML page: each variant with its interval, beside the baseline, and what it did to margins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marginrm_training import figures
+from marginrm_training.ablation import Evaluation
+from marginrm_training.ablation_report import facts, introduction
+from marginrm_training.ablation_results import Floats, Result, Results, interval
+from marginrm_training.page import Section, write_page
+
+
+def write_ablation_page(path: Path, title: str, results: Results) -> None:
+    """Writes the page.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    sections = [_training(results), *(_evaluation(evaluation, results) for evaluation in results.ablation.evaluations)]
+    note = introduction(results).replace("*", "").replace("`", "")
+    write_page(path, title, note, {}, sections, [])
+
+
+def _training(results: Results) -> Section:
+    note = (
+        "Share of pairs that were asked for a margin, the mean margin asked for, and the temperature that calibration then "
+        "needed. Lines reach from the lowest seed to the highest."
+    )
+    panels = {
+        name: {results.label(cell): _seeds(runs, name) for cell, runs in results.cells.items()}
+        for name in ("fire_rate", "mean_target_margin", "temperature")
+    }
+    return Section("Training", note, [figures.estimates(panels)])
+
+
+def _evaluation(evaluation: Evaluation, results: Results) -> Section:
+    measured: dict[str, figures.Estimate | None] = {}
+    beside: dict[str, figures.Estimate | None] = {}
+    for cell in results.cells:
+        label, difference = results.label(cell), results.differences(cell, evaluation)
+        measured[label] = _estimate(results.values(cell, evaluation))
+        beside[label] = None if difference is None else _estimate(difference)
+    pairs = evaluation.kind == "pairs"
+    title = f"difference to {results.ablation.baseline}"
+    panels = {"accuracy" if pairs else "quality of the pick": measured, title: beside}
+    drawings = [figures.estimates(panels, zero=(title,))]
+    if pairs:
+        drawings += [figures.margin_distribution(margins) for margins in _margins(evaluation, results)]
+    return Section(evaluation.name, facts(evaluation, results), drawings)
+
+
+def _margins(evaluation: Evaluation, results: Results) -> list[dict[str, Floats]]:
+    """Returns margins of all seeds by the cell's name, apart for each place on the axes."""
+    places: dict[tuple[Any, ...], dict[str, Floats]] = {}
+    for cell in results.cells:
+        places.setdefault(cell[1], {})[results.label(cell)] = results.margins(cell, evaluation).ravel()
+    return list(places.values())
+
+
+def _estimate(values: Floats) -> figures.Estimate:
+    return (float(values.mean()), *interval(values))
+
+
+def _seeds(runs: Sequence[Result], name: str) -> figures.Estimate | None:
+    values = [run["train"][name] for run in runs if name in run["train"]]
+    return (float(np.mean(values)), min(values), max(values)) if values else None

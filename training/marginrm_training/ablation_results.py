@@ -1,0 +1,110 @@
+"""Finished runs of an ablation, by variant and place on the axes: what table and page are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from marginrm_training.ablation import ARRAYS, Ablation, Evaluation, plan
+from marginrm_training.evaluation import correctness
+
+Floats = NDArray[np.float64]
+Result = Mapping[str, Any]
+Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Finished runs.
+
+    Attributes:
+        ablation: What is run.
+        planned: How many runs there are in all.
+        cells: The runs of each cell, one a seed.
+        arrays: By run and evaluation: margins d, [pairs], or each prompt's quality of the pick, [prompts].
+    """
+
+    ablation: Ablation
+    planned: int
+    cells: Mapping[Cell, Sequence[Result]]
+    arrays: Mapping[str, Mapping[str, Floats]]
+
+    @classmethod
+    def load(cls, ablation: Ablation, results: Sequence[Result]) -> Results:
+        """Groups results and reads their arrays."""
+        runs = plan(ablation)
+        labels = {run.digest: run.label for run in runs}
+        cells: dict[Cell, list[Result]] = {}
+        for result in results:
+            cells.setdefault((result["variant"], tuple(result["axes"].values())), []).append(result)
+        kept = ablation.kept
+        arrays = {result["digest"]: dict(np.load(kept / labels[result["digest"]] / ARRAYS)) for result in results}
+        return cls(ablation, len(runs), cells, arrays)
+
+    @property
+    def finished(self) -> int:
+        """How many runs there are."""
+        return len(self.arrays)
+
+    @property
+    def axes(self) -> list[str]:
+        """Names of the axes."""
+        return [name.rpartition(".")[2] for name in self.ablation.axes]
+
+    def label(self, cell: Cell) -> str:
+        """Returns a cell's name for people."""
+        variant, place = cell
+        return ", ".join([variant, *(f"{name} {value}" for name, value in zip(self.axes, place, strict=True))])
+
+    def metrics(self, cell: Cell, evaluation: Evaluation) -> list[Mapping[str, float]]:
+        """Returns what each seed measured."""
+        return [result["evaluations"][evaluation.name] for result in self.cells[cell]]
+
+    def values(self, cell: Cell, evaluation: Evaluation) -> Floats:
+        """Returns accuracy or quality of the pick, [seeds, items]."""
+        return self._stack(self.cells[cell], evaluation)
+
+    def margins(self, cell: Cell, evaluation: Evaluation) -> Floats:
+        """Returns the margins of preference pairs, [seeds, pairs]."""
+        return np.stack([self.arrays[result["digest"]][evaluation.name] for result in self.cells[cell]])
+
+    def beside_baseline(self, cell: Cell) -> list[tuple[Result, Result]]:
+        """Returns the baseline's run and this cell's for each seed that both have; nothing for the baseline itself."""
+        variant, place = cell
+        if variant == self.ablation.baseline:
+            return []
+        base = {result["seed"]: result for result in self.cells.get((self.ablation.baseline, place), [])}
+        return [(base[result["seed"]], result) for result in self.cells[cell] if result["seed"] in base]
+
+    def differences(self, cell: Cell, evaluation: Evaluation) -> Floats | None:
+        """Returns how much better than the baseline's each value is, [seeds, items]; None if nothing can be compared."""
+        both = self.beside_baseline(cell)
+        if not both:
+            return None
+        theirs, ours = zip(*both, strict=True)
+        return self._stack(ours, evaluation) - self._stack(theirs, evaluation)
+
+    def _stack(self, results: Sequence[Result], evaluation: Evaluation) -> Floats:
+        values = [self.arrays[result["digest"]][evaluation.name] for result in results]
+        return np.stack([correctness(value) if evaluation.kind == "pairs" else value for value in values])
+
+
+def interval(values: Floats, *, resamples: int = _RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """Returns the 95% percentile interval of the mean of [seeds, items], resampling both.
+
+    With few seeds the interval understates what another seed would do; the seeds' own deviation stands beside it.
+    """
+    generator = np.random.default_rng(seed)
+    seeds, items = values.shape
+    means = np.empty(resamples)
+    for index in range(resamples):
+        drawn = values[generator.integers(0, seeds, seeds)].mean(axis=0)
+        means[index] = drawn[generator.integers(0, items, items)].mean()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
