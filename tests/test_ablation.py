@@ -130,7 +130,7 @@ def test_an_ablation_measures_compares_and_keeps_what_is_finished(small, tmp_pat
         assert part in table
     page = (output / "report.html").read_text()
     assert all(f"<h2>{heading}</h2>" in page for heading in ("Training", "test pairs", "best of 2"))
-    assert page.count("<svg") == 4  # training; accuracy and margins of the pairs; quality of the picks
+    assert page.count("<svg") == 5  # differences; training; accuracy and margins of the pairs; quality of the picks
     assert "2 of 2 runs" in page
     assert not list(output.rglob("model.safetensors"))
 
@@ -145,7 +145,11 @@ def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path)
     ablation = load_ablation(small)
     assert run_all(ablation, jobs=2) == []
     table = (tmp_path / "out" / "table.md").read_text()
-    assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {"result.json", "arrays.npz"}
+    assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {
+        "result.json",
+        "arrays.npz",
+        "differences.svg",
+    }
 
     shutil.rmtree(tmp_path / "out")  # as on another machine
     assert run_all(ablation) == []

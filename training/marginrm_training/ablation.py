@@ -49,7 +49,7 @@ class Ablation(_Section):
     Attributes:
         output: Folder of the runs, `results.jsonl`, `table.md` and `report.html`.
         results: Folder for what finished runs found, small enough to be kept under version control, so that another
-            machine goes on where this one stopped; without it they stay in `output`/runs.
+            machine goes on where this one stopped, and for `differences.svg`; without it they stay in `output`.
         baseline: The variant that the others are compared with, pair by pair.
         seeds: Of head, split and order; the same seed gives all variants the same.
         variants: By name, the settings (`section.key`) that make it.
@@ -200,8 +200,8 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
 
 
 def write_report(ablation: Ablation, output: Path, runs: Sequence[Run]) -> None:
-    """Writes `results.jsonl`, and `table.md` and `report.html` from the runs that are finished."""
-    from marginrm_training.ablation_page import write_ablation_page
+    """Writes `results.jsonl`, and from the runs that are finished `table.md`, `report.html` and `differences.svg`."""
+    from marginrm_training.ablation_page import differences, write_ablation_page
     from marginrm_training.ablation_report import table
     from marginrm_training.ablation_results import Results
 
@@ -212,6 +212,7 @@ def write_report(ablation: Ablation, output: Path, runs: Sequence[Run]) -> None:
         results = Results.load(ablation, found)
         (output / "table.md").write_text(table(results), encoding="utf-8")
         write_ablation_page(output / "report.html", output.name, results)
+        (Path(ablation.results or output) / "differences.svg").write_text(differences(results), encoding="utf-8")
 
 
 def ablate(

@@ -21,9 +21,27 @@ def write_ablation_page(path: Path, title: str, results: Results) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    sections = [_training(results), *(_evaluation(evaluation, results) for evaluation in results.ablation.evaluations)]
+    note = "Right of 0 is better than the baseline. Lines are 95% intervals over items and seeds."
+    sections = [
+        Section(f"Difference to {results.ablation.baseline}", note, [differences(results)]),
+        _training(results),
+        *(_evaluation(evaluation, results) for evaluation in results.ablation.evaluations),
+    ]
     note = introduction(results).replace("*", "").replace("`", "")
     write_page(path, title, note, {}, sections, [])
+
+
+def differences(results: Results) -> str:
+    """Draws how much better than the baseline each variant is, on every evaluation, as SVG text."""
+    panels = {
+        evaluation.name: {
+            results.label(cell): _estimate(difference)
+            for cell in results.cells
+            if (difference := results.differences(cell, evaluation)) is not None
+        }
+        for evaluation in results.ablation.evaluations
+    }
+    return figures.estimates(panels, zero=tuple(panels))
 
 
 def _training(results: Results) -> Section:

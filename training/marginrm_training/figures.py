@@ -67,7 +67,7 @@ def estimates(panels: Mapping[str, Mapping[str, Estimate | None]], *, zero: Sequ
         zero: Titles of the panels in which 0 is where nothing differs.
     """
     names = list(next(iter(panels.values())))
-    figure = Figure(figsize=(9, 0.9 + 0.24 * len(names)))
+    figure = Figure(figsize=(9, 0.9 + 0.24 * max(1, len(names))))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         for row, name in enumerate(names):
@@ -80,7 +80,7 @@ def estimates(panels: Mapping[str, Mapping[str, Estimate | None]], *, zero: Sequ
             axis.axvline(0, color="black", linewidth=0.8)
         _plain(axis, title, "", "")
         axis.set_yticks(range(len(names)), names)
-        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_ylim(max(1, len(names)) - 0.5, -0.5)
         axis.grid(axis="x", color=_GREY, alpha=0.3)
     return _svg(figure)
 
