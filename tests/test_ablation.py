@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from marginrm.cli import app
 from marginrm.errors import ConfigError
 from marginrm_training.ablation import finished, load_ablation, plan, run_all
-from marginrm_training.ablation_results import interval
 from marginrm_training.ablation_run import flip_labels
 from marginrm_training.evaluation import correctness
+from marginrm_training.intervals import seeds_estimate
 from support_models import tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -50,9 +50,9 @@ def test_wrong_labels_are_exactly_the_share_and_keep_their_strength(tmp_path):
 
 
 def test_the_interval_covers_items_and_seeds():
-    assert interval(np.ones((3, 50))) == (1.0, 1.0)
-    assert interval(np.array([[0.0] * 20, [1.0] * 20])) == (0.0, 1.0)  # the seeds alone make this one
-    low, high = interval(np.tile([0.0, 1.0], (1, 50)))
+    assert seeds_estimate(np.ones((3, 50))) == (1.0, 1.0, 1.0)
+    assert seeds_estimate(np.array([[0.0] * 20, [1.0] * 20])) == (0.5, 0.0, 1.0)  # the seeds alone make this one
+    _, low, high = seeds_estimate(np.tile([0.0, 1.0], (1, 50)))
     assert 0.38 < low < 0.43  # 0.5 - 1.96 * 0.5 / sqrt(100) = 0.402
     assert 0.57 < high < 0.62
     assert correctness(np.array([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]

@@ -211,8 +211,9 @@ def write_report(ablation: Ablation, output: Path, runs: Sequence[Run]) -> None:
     if found:
         results = Results.load(ablation, found)
         (output / "table.md").write_text(table(results), encoding="utf-8")
-        write_ablation_page(output / "report.html", output.name, results)
-        (Path(ablation.results or output) / "differences.svg").write_text(differences(results), encoding="utf-8")
+        drawing = differences(results)
+        (Path(ablation.results or output) / "differences.svg").write_text(drawing, encoding="utf-8")
+        write_ablation_page(output / "report.html", output.name, results, drawing)
 
 
 def ablate(

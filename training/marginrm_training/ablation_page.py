@@ -11,19 +11,27 @@ import numpy as np
 from marginrm_training import figures
 from marginrm_training.ablation import Evaluation
 from marginrm_training.ablation_report import facts, introduction
-from marginrm_training.ablation_results import Floats, Result, Results, interval
+from marginrm_training.ablation_results import Result, Results
+from marginrm_training.evaluation import Floats
+from marginrm_training.intervals import Estimate
 from marginrm_training.page import Section, write_page
 
 
-def write_ablation_page(path: Path, title: str, results: Results) -> None:
+def write_ablation_page(path: Path, title: str, results: Results, drawing: str) -> None:
     """Writes the page.
+
+    Args:
+        path: Of the file.
+        title: Of the page.
+        results: What it shows.
+        drawing: As `differences` makes it.
 
     Raises:
         OSError: It cannot be written.
     """
     note = "Right of 0 is better than the baseline. Lines are 95% intervals over items and seeds."
     sections = [
-        Section(f"Difference to {results.ablation.baseline}", note, [differences(results)]),
+        Section(f"Difference to {results.ablation.baseline}", note, [drawing]),
         _training(results),
         *(_evaluation(evaluation, results) for evaluation in results.ablation.evaluations),
     ]
@@ -34,12 +42,8 @@ def write_ablation_page(path: Path, title: str, results: Results) -> None:
 def differences(results: Results) -> str:
     """Draws how much better than the baseline each variant is, on every evaluation, as SVG text."""
     panels = {
-        evaluation.name: {
-            results.label(cell): _estimate(difference)
-            for cell in results.cells
-            if (difference := results.differences(cell, evaluation)) is not None
-        }
-        for evaluation in results.ablation.evaluations
+        name: {results.label(cell): estimate for cell, estimate in found.items()}
+        for name, found in results.differences.items()
     }
     return figures.estimates(panels, zero=tuple(panels))
 
@@ -57,15 +61,15 @@ def _training(results: Results) -> Section:
 
 
 def _evaluation(evaluation: Evaluation, results: Results) -> Section:
-    measured: dict[str, figures.Estimate | None] = {}
-    beside: dict[str, figures.Estimate | None] = {}
-    for cell in results.cells:
-        label, difference = results.label(cell), results.differences(cell, evaluation)
-        measured[label] = _estimate(results.values(cell, evaluation))
-        beside[label] = None if difference is None else _estimate(difference)
     pairs = evaluation.kind == "pairs"
     title = f"difference to {results.ablation.baseline}"
-    panels = {"accuracy" if pairs else "quality of the pick": measured, title: beside}
+    panels = {
+        panel: {results.label(cell): found[evaluation.name].get(cell) for cell in results.cells}
+        for panel, found in {
+            "accuracy" if pairs else "quality of the pick": results.measured,
+            title: results.differences,
+        }.items()
+    }
     drawings = [figures.estimates(panels, zero=(title,))]
     if pairs:
         drawings += [figures.margin_distribution(margins) for margins in _margins(evaluation, results)]
@@ -80,10 +84,6 @@ def _margins(evaluation: Evaluation, results: Results) -> list[dict[str, Floats]
     return list(places.values())
 
 
-def _estimate(values: Floats) -> figures.Estimate:
-    return (float(values.mean()), *interval(values))
-
-
-def _seeds(runs: Sequence[Result], name: str) -> figures.Estimate | None:
+def _seeds(runs: Sequence[Result], name: str) -> Estimate | None:
     values = [run["train"][name] for run in runs if name in run["train"]]
     return (float(np.mean(values)), min(values), max(values)) if values else None

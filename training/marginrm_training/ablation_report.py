@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from marginrm_training.ablation import Evaluation
-from marginrm_training.ablation_results import Cell, Floats, Result, Results, interval
+from marginrm_training.ablation_results import Cell, Result, Results
 from marginrm_training.comparison import discordant, mcnemar
+from marginrm_training.evaluation import Floats
+from marginrm_training.intervals import Estimate
 
 _COLUMNS = ("bt_nll", "ece_before", "ece", "margin_mean", "margin_skew", "spearman")  # of preference pairs
 _TRAINING = ("fire_rate", "mean_target_margin", "temperature", "seconds", "peak_memory_gib")
@@ -54,9 +56,9 @@ def _evaluation(evaluation: Evaluation, results: Results) -> str:
     heads += ["McNemar p", *columns] if pairs else []
     rows = []
     for cell in results.cells:
-        difference = results.differences(cell, evaluation)
-        row = [*_place(cell), _mean_and_interval(results.values(cell, evaluation))]
-        row.append("" if difference is None else _difference(difference))
+        seeds = results.values(cell, evaluation).mean(axis=1)
+        row = [*_place(cell), _measured(results.measured[evaluation.name][cell], seeds)]
+        row.append(_difference(results.differences[evaluation.name].get(cell)))
         if pairs:
             both = [
                 [results.arrays[result["digest"]][evaluation.name] for result in seed]
@@ -97,14 +99,13 @@ def _place(cell: Cell) -> list[str]:
     return [variant, *map(str, place)]
 
 
-def _mean_and_interval(values: Floats) -> str:
-    low, high = interval(values)
-    return f"{values.mean():.4f}{_deviation(values.mean(axis=1))} [{low:.4f}, {high:.4f}]"
+def _measured(estimate: Estimate, seeds: Floats) -> str:
+    mean, low, high = estimate
+    return f"{mean:.4f}{_deviation(seeds)} [{low:.4f}, {high:.4f}]"
 
 
-def _difference(values: Floats) -> str:
-    low, high = interval(values)
-    return f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+def _difference(estimate: Estimate | None) -> str:
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*estimate) if estimate else ""
 
 
 def _spread(values: Sequence[float | None]) -> str:

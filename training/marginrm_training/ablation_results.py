@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from marginrm_training.ablation import ARRAYS, Ablation, Evaluation, plan
-from marginrm_training.evaluation import correctness
+from marginrm_training.evaluation import Floats, correctness
+from marginrm_training.intervals import Estimate, seeds_estimate
 
-Floats = NDArray[np.float64]
 Result = Mapping[str, Any]
 Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes
 
-_RESAMPLES = 2000
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Results:
     """Finished runs.
 
@@ -62,6 +60,26 @@ class Results:
         variant, place = cell
         return ", ".join([variant, *(f"{name} {value}" for name, value in zip(self.axes, place, strict=True))])
 
+    @cached_property
+    def measured(self) -> dict[str, dict[Cell, Estimate]]:
+        """Accuracy or quality of the pick, by evaluation and cell."""
+        return {
+            evaluation.name: {cell: seeds_estimate(self.values(cell, evaluation)) for cell in self.cells}
+            for evaluation in self.ablation.evaluations
+        }
+
+    @cached_property
+    def differences(self) -> dict[str, dict[Cell, Estimate]]:
+        """How much better than the baseline that is with the same seeds, where there is something to compare."""
+        return {
+            evaluation.name: {
+                cell: seeds_estimate(self._beyond_baseline(cell, evaluation))
+                for cell in self.cells
+                if self.beside_baseline(cell)
+            }
+            for evaluation in self.ablation.evaluations
+        }
+
     def metrics(self, cell: Cell, evaluation: Evaluation) -> list[Mapping[str, float]]:
         """Returns what each seed measured."""
         return [result["evaluations"][evaluation.name] for result in self.cells[cell]]
@@ -82,29 +100,10 @@ class Results:
         base = {result["seed"]: result for result in self.cells.get((self.ablation.baseline, place), [])}
         return [(base[result["seed"]], result) for result in self.cells[cell] if result["seed"] in base]
 
-    def differences(self, cell: Cell, evaluation: Evaluation) -> Floats | None:
-        """Returns how much better than the baseline's each value is, [seeds, items]; None if nothing can be compared."""
-        both = self.beside_baseline(cell)
-        if not both:
-            return None
-        theirs, ours = zip(*both, strict=True)
+    def _beyond_baseline(self, cell: Cell, evaluation: Evaluation) -> Floats:
+        theirs, ours = zip(*self.beside_baseline(cell), strict=True)
         return self._stack(ours, evaluation) - self._stack(theirs, evaluation)
 
     def _stack(self, results: Sequence[Result], evaluation: Evaluation) -> Floats:
         values = [self.arrays[result["digest"]][evaluation.name] for result in results]
         return np.stack([correctness(value) if evaluation.kind == "pairs" else value for value in values])
-
-
-def interval(values: Floats, *, resamples: int = _RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95% percentile interval of the mean of [seeds, items], resampling both.
-
-    With few seeds the interval understates what another seed would do; the seeds' own deviation stands beside it.
-    """
-    generator = np.random.default_rng(seed)
-    seeds, items = values.shape
-    means = np.empty(resamples)
-    for index in range(resamples):
-        drawn = values[generator.integers(0, seeds, seeds)].mean(axis=0)
-        means[index] = drawn[generator.integers(0, items, items)].mean()
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)

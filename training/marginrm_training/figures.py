@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from marginrm.manifest import ReliabilityBin
 from marginrm_training.best_of_n import BestOfNPoint
+from marginrm_training.intervals import Estimate
 
 Floats = NDArray[np.float64]
-Estimate = tuple[float, float, float]  # a value, and from where to where it may lie
 _ONE, _TWO, _GREY = "#1f6f5c", "#c4622d", "#8a8f8c"
 _CURVES = (
     ("loss", ("loss", "bt_nll"), "nats"),
