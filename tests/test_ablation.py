@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from marginrm.cli import app
 from marginrm.errors import ConfigError
-from marginrm_training.ablation import finished, load_ablation, plan, run_all
-from marginrm_training.ablation_run import flip_labels
+from marginrm_training import ablation_run
+from marginrm_training.ablation import finished, load_ablation, plan, run_all, write_spec
+from marginrm_training.ablation_run import flip_labels, measure_pairs
 from marginrm_training.evaluation import correctness
 from marginrm_training.intervals import seeds_estimate
 from support_models import tiny_checkpoint
@@ -155,6 +156,23 @@ def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path)
     assert run_all(ablation) == []
     assert (tmp_path / "out" / "table.md").read_text() == table
     assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_run_is_measured_in_the_dtype_it_was_trained_in(small, tmp_path, monkeypatch, dtype):
+    small.write_text(small.read_text().replace("model.path", f'model.dtype = "{dtype}"\nmodel.path'))
+    ablation = load_ablation(small)
+    folder = tmp_path / "run"
+    write_spec(ablation, plan(ablation)[0], folder)
+    measured = []
+
+    def watched(model, evaluation):
+        measured.append(model.info.dtype)
+        return measure_pairs(model, evaluation)
+
+    monkeypatch.setattr(ablation_run, "measure_pairs", watched)
+    ablation_run.main(folder)
+    assert measured == [dtype]
 
 
 def test_a_command_that_is_ended_ends_its_runs(small):

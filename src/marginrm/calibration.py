@@ -15,12 +15,11 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from marginrm.arrays import Floats
 from marginrm.errors import DataError, NonFiniteRewardError
 from marginrm.manifest import Calibration, ReliabilityBin, RiskCoveragePoint
-
-Floats = NDArray[np.float64]
 
 T_MIN, T_MAX = 1 / 64, 64.0
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)

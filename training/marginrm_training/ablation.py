@@ -179,7 +179,9 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
             while (pending or active) and time.monotonic() < deadline:
                 while pending and len(active) < jobs:
                     run = pending.pop(0)
-                    active[run.digest] = (run, _start(ablation, run, output, jobs))
+                    folder = output / "runs" / run.label
+                    write_spec(ablation, run, folder)
+                    active[run.digest] = (run, _start(folder, jobs))
                     bar.set_postfix_str(run.label)
                 for run, process in list(active.values()):
                     if process.poll() is not None:
@@ -270,9 +272,8 @@ def _prepare(ablation: Ablation, output: Path) -> None:
         write_demo(output / "demo")
 
 
-def _start(ablation: Ablation, run: Run, output: Path, jobs: int) -> subprocess.Popen[bytes]:
-    folder = output / "runs" / run.label
-    folder.mkdir(parents=True, exist_ok=True)
+def write_spec(ablation: Ablation, run: Run, folder: Path) -> None:
+    """Writes to `folder`/spec.json all that the run's process needs to know."""
     spec = {
         "variant": run.variant,
         "axes": run.axes,
@@ -282,7 +283,11 @@ def _start(ablation: Ablation, run: Run, output: Path, jobs: int) -> subprocess.
         "evaluations": [item.model_dump() for item in ablation.evaluations],
         "keep_checkpoints": ablation.keep_checkpoints,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")
+
+
+def _start(folder: Path, jobs: int) -> subprocess.Popen[bytes]:
     # Several processes that each take all cores would only wait for one another.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     with (folder / "log").open("ab") as log:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from marginrm.arrays import Floats
 from marginrm_training import figures
 from marginrm_training.ablation import Evaluation
 from marginrm_training.ablation_report import facts, introduction
 from marginrm_training.ablation_results import Result, Results
-from marginrm_training.evaluation import Floats
 from marginrm_training.intervals import Estimate
 from marginrm_training.page import Section, write_page
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from marginrm.arrays import Floats
 from marginrm_training.ablation import Evaluation
 from marginrm_training.ablation_results import Cell, Result, Results
 from marginrm_training.comparison import discordant, mcnemar
-from marginrm_training.evaluation import Floats
 from marginrm_training.intervals import Estimate
 
 _COLUMNS = ("bt_nll", "ece_before", "ece", "margin_mean", "margin_skew", "spearman")  # of preference pairs

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from marginrm.arrays import Floats
 from marginrm_training.ablation import ARRAYS, Ablation, Evaluation, plan
-from marginrm_training.evaluation import Floats, correctness
+from marginrm_training.evaluation import correctness
 from marginrm_training.intervals import Estimate, seeds_estimate
 
 Result = Mapping[str, Any]

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from marginrm.arrays import Floats
 from marginrm.errors import ConfigError
 from marginrm.manifest import Manifest
 from marginrm.preferences import read_groups
 from marginrm.reward_model import RewardModel
 from marginrm_training.ablation import ARRAYS, FLIP, RESULT, Evaluation
 from marginrm_training.candidates import score_groups
-from marginrm_training.config import expand, parse_config
+from marginrm_training.config import TrainConfig, expand, parse_config
 from marginrm_training.data import encode_pairs
 from marginrm_training.demo.build import write_data
 from marginrm_training.demo.model import build_model, build_tokenizer
@@ -36,21 +36,22 @@ from marginrm_training.margins import MarginMethod
 from marginrm_training.run import train
 from marginrm_training.sources import read_source
 
-Floats = NDArray[np.float64]
-
 
 def main(folder: Path) -> None:
     """Makes the run that `spec.json` in a folder describes; `result.json` comes last, so a run with one is whole."""
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-    raw = spec["config"]
-    checkpoint = Path(raw["output"])
-    manifest, seconds = _trained(folder, spec, checkpoint)
+    config = _configured(folder, spec)
+    checkpoint = Path(config.output)
+    manifest, seconds = _trained(folder, config)
     metrics: dict[str, dict[str, float]] = {}
     arrays: dict[str, Floats] = {}
-    dtype = parse_config(raw, str(folder)).model.dtype  # as it was trained
     for evaluation in map(Evaluation.model_validate, spec["evaluations"]):
         measure = measure_pairs if evaluation.kind == "pairs" else measure_best_of_n
-        model = RewardModel.from_pretrained(checkpoint, dtype=dtype, max_length=evaluation.max_length)
+        model = RewardModel.from_pretrained(
+            checkpoint,
+            dtype=config.model.dtype,  # as it was trained
+            max_length=evaluation.max_length,
+        )
         metrics[evaluation.name], arrays[evaluation.name] = measure(model, evaluation)
     np.savez_compressed(folder / ARRAYS, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
     result = {name: spec[name] for name in ("digest", "variant", "axes", "seed", "config")} | {
@@ -139,20 +140,25 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _trained(folder: Path, spec: Mapping[str, Any], checkpoint: Path) -> tuple[Manifest, float]:
-    """Trains, or takes the checkpoint of a run that was ended between training and measuring."""
+def _configured(folder: Path, spec: Mapping[str, Any]) -> TrainConfig:
+    """Returns the training configuration, with the training file replaced by one with wrong labels if any are asked."""
     raw = spec["config"]
     share = spec["axes"].get(FLIP)
     if share:
         flipped = folder / "train.jsonl"
         flip_labels(Path(expand(raw["data"]["train"])), flipped, share, spec["seed"])
-        raw["data"] |= {"train": str(flipped)}
+        raw = raw | {"data": raw["data"] | {"train": str(flipped)}}
+    return parse_config(raw, str(folder))
+
+
+def _trained(folder: Path, config: TrainConfig) -> tuple[Manifest, float]:
+    """Trains, or takes the checkpoint of a run that was ended between training and measuring."""
     timing = folder / "seconds"
-    manifest = Manifest.load(checkpoint) if timing.is_file() else None
+    manifest = Manifest.load(config.output) if timing.is_file() else None
     if manifest:
         return manifest, float(timing.read_text(encoding="utf-8"))
     started = time.perf_counter()
-    manifest = train(parse_config(raw, str(folder)))
+    manifest = train(config)
     if manifest is None:
         raise ConfigError("An ablation runs on one process per run; start it without a launcher.")
     seconds = time.perf_counter() - started

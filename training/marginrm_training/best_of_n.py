@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from marginrm.arrays import Floats
 from marginrm.errors import DataError
 from marginrm_training.intervals import mean_interval
 
@@ -121,12 +121,12 @@ def curve_end(points: Sequence[BestOfNPoint], gold: Sequence[Sequence[float]]) -
     )
 
 
-def _expected(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], n: int) -> NDArray[np.float64]:
+def _expected(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], n: int) -> Floats:
     """Returns each prompt's expected quality of the pick, [prompts]."""
     return np.array([expected_best_of_n(group, truth, n) for group, truth in zip(scores, gold, strict=True)])
 
 
-def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:
+def _mean(values: Sequence[float] | Floats) -> float:
     return float(np.mean(values))
 
 

@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from marginrm.arrays import Floats
 from marginrm.errors import DataError
 from marginrm_training.evaluation import correctness
 from marginrm_training.intervals import mean_interval
-
-Floats = NDArray[np.float64]
 
 
 def common(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[Floats, Floats]:

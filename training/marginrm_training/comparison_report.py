@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from marginrm.arrays import Floats
 from marginrm_training import figures
 from marginrm_training.best_of_n import BestOfNPoint
-from marginrm_training.comparison import Floats
 from marginrm_training.data import EncodedPair
 from marginrm_training.page import Examples, Section, write_page
 from marginrm_training.report import best_of_n_section

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from marginrm.arrays import Floats
 from marginrm.calibration import calibrate
 from marginrm.reward_model import RewardModel
 from marginrm_training.data import EncodedPair
 
-Floats = NDArray[np.float64]
 _STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from marginrm.arrays import Floats
 from marginrm.calibration import calibrate
 from marginrm.encoding import Encoder
 from marginrm.manifest import Calibration, DataFile, GoldenSample, Manifest, MethodInfo
@@ -23,7 +24,7 @@ from marginrm.reward_module import RewardModule
 from marginrm_training.best_of_n import BestOfNPoint, best_of_n_curve, curve_end
 from marginrm_training.candidates import score_groups
 from marginrm_training.data import EncodedPair, Splits
-from marginrm_training.evaluation import Floats, PairRewards, evaluate, score_pairs
+from marginrm_training.evaluation import PairRewards, evaluate, score_pairs
 from marginrm_training.report import Report
 
 _log = logging.getLogger(__name__)

@@ -9,13 +9,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from marginrm.arrays import Floats
 from marginrm.manifest import ReliabilityBin
 from marginrm_training.best_of_n import BestOfNPoint
 from marginrm_training.intervals import Estimate
 
-Floats = NDArray[np.float64]
 _ONE, _TWO, _GREY = "#1f6f5c", "#c4622d", "#8a8f8c"
 _CURVES = (
     ("loss", ("loss", "bt_nll"), "nats"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from marginrm.arrays import Floats
 from marginrm.calibration import brier, nll
 
-Floats = NDArray[np.float64]
 Estimate = tuple[float, float, float]  # a figure, and from where to where it may lie
 RESAMPLES = 2000
 _LEVELS = (0.025, 0.975)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from marginrm.arrays import Floats
 from marginrm.calibration import calibrate
 from marginrm_training import figures
 from marginrm_training.best_of_n import BestOfNPoint
@@ -42,7 +43,7 @@ class Report:
     temperature: float
     metrics: Mapping[str, float]
     history: Sequence[Mapping[str, float]] = ()
-    before: figures.Floats | None = None
+    before: Floats | None = None
     best_of_n: Sequence[BestOfNPoint] = field(default=())
 
     def write(self, path: Path) -> None:

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from marginrm.arrays import Floats
 from marginrm.errors import DataError
 from marginrm_training.benchmarks.formats import STYLES, Case
 from marginrm_training.benchmarks.sections import SECTIONS, Benchmark
 
-Floats = NDArray[np.float64]
 Rewards = tuple[Sequence[float], Sequence[float]]  # of the right responses, and of the wrong ones
 Means = Mapping[str, Floats]  # subset -> mean value, [..., values of a case]
 UNREADABLE = ((0.0,), (1.0,))  # rewards that are wrong under every rule
