@@ -32,7 +32,7 @@ def introduction(results: Results) -> str:
         f"{results.finished} of {results.planned} runs. Mean over seeds ± the seeds' standard deviation; in brackets a 95% "
         f"bootstrap interval over items and seeds. *Difference*: to `{results.ablation.baseline}` with the same seeds, on "
         "the same items; McNemar's exact two-sided p for each seed. Intervals and p are of one comparison each, not "
-        "corrected for how many there are."
+        "corrected for how many there are. Seconds are of the last sitting, where a run was cut short and went on."
     )
 
 
