@@ -222,18 +222,32 @@ def test_an_unknown_device_is_refused(checkpoint: Path) -> None:
         load(checkpoint, device="gpu")
 
 
-def test_training_starts_from_the_same_head_for_the_same_seed(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.fixture
+def language_model(tmp_path: Path, checkpoint: Path) -> Path:
     config = LlamaConfig(
         vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "lm")
-    heads = [
-        load_for_training(tmp_path / "lm", seed=seed, max_length=64)[0].base.score.weight.detach() for seed in (1, 1, 2)
-    ]
+    return tmp_path / "lm"
+
+
+def new_head(path: Path, seed: int, std: float | None = None) -> torch.Tensor:
+    return load_for_training(path, seed=seed, max_length=64, head_std=std)[0].base.score.weight.detach()
+
+
+def test_training_starts_from_the_same_head_for_the_same_seed(language_model: Path) -> None:
+    heads = [new_head(language_model, seed) for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
-    assert float(heads[0].std()) == pytest.approx(1 / 33, rel=0.5)
+
+
+def test_a_new_head_is_as_wide_as_asked(language_model: Path, checkpoint: Path) -> None:
+    usual = new_head(language_model, 1)
+    assert float(usual.std()) == pytest.approx(1 / 33, rel=0.5)
+    torch.testing.assert_close(new_head(language_model, 1, 33**-0.5), usual * 33**0.5)  # the same draw, wider
+    with pytest.raises(ConfigError, match=r"head_std = 0\.1: .* has a reward head.*Take the setting out"):
+        load_for_training(checkpoint, seed=1, head_std=0.1)
 
 
 def test_training_needs_a_padding_token_that_is_not_eos(tmp_path: Path) -> None:

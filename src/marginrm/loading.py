@@ -110,26 +110,27 @@ def load_for_training(
     seed: int,
     max_length: int | None = None,
     positions: int | None = None,
+    head_std: float | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[RewardModule, Encoder]:
     """Loads any backbone in float32, with a fresh reward head where the checkpoint has none, ready to be trained.
 
-    The seed is set before the head is drawn from N(0, 1/(hidden + 1)) (its standard deviation, as OpenRLHF does), and
-    every dropout is off. A padding token that is missing or equal to EOS is added and saved, since other software
-    pools by it.
+    The seed is set before the head is drawn, and every dropout is off. A padding token that is missing or equal to EOS
+    is added and saved, since other software pools by it.
 
     Args:
         path: A folder or a name on the Hub: a language model, an encoder or a reward model.
         seed: Of the new head's weights.
         max_length: As for `load_for_scoring`.
         positions: As for `repeat_positions`; None leaves them as they are.
+        head_std: As for `draw_head`.
         trust_remote_code: As for `load_for_scoring`.
         revision: As for `load_for_scoring`.
 
     Raises:
         ModelError: As for `load_for_scoring`.
-        ConfigError: `max_length` or `positions` does not suit the model.
+        ConfigError: `max_length` or `positions` does not suit the model, or it has a head and `head_std` is given.
     """
     set_seed(seed)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
@@ -148,7 +149,10 @@ def load_for_training(
         tokenizer.model_max_length = positions
     if missing:
         _log.info("New weights, not in %s: %s", path, ", ".join(sorted(missing)))
-    draw_head(classifier, missing, seed)
+    if not draw_head(classifier, missing, seed, head_std) and head_std is not None:
+        raise ConfigError(
+            f"head_std = {head_std:g}: {path} has a reward head, which stays as it is. Take the setting out."
+        )
     for part in classifier.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -157,16 +161,29 @@ def load_for_training(
     return module, Encoder(tokenizer, max_length=limit, architecture=module.architecture)
 
 
-def draw_head(classifier: PreTrainedModel, missing: set[str], seed: int) -> None:
-    """Draws the final linear layer from N(0, 1/(hidden + 1)) if it is among the weights that were missing."""
+def draw_head(classifier: PreTrainedModel, missing: set[str], seed: int, std: float | None = None) -> bool:
+    """Draws the final linear layer if it is among the weights that were missing, its bias 0.
+
+    Args:
+        classifier: The model.
+        missing: Names of the weights that its checkpoint lacks.
+        seed: Of the draw.
+        std: Standard deviation of the weights; by default 1 / (hidden + 1), as OpenRLHF has it. A wider one learns
+            faster what is in the training prompts, and no better what is in others: docs/experiments.md.
+
+    Returns:
+        Whether it was drawn.
+    """
     for name in ("score", "classifier"):
         head = getattr(classifier, name, None)
         if isinstance(head, nn.Linear) and f"{name}.weight" in missing:
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
-                head.weight.normal_(0.0, 1.0 / (head.in_features + 1), generator=generator)
+                head.weight.normal_(0.0, std or 1.0 / (head.in_features + 1), generator=generator)
                 if head.bias is not None:
                     head.bias.zero_()
+            return True
+    return False
 
 
 def repeat_positions(classifier: PreTrainedModel, positions: int) -> None:

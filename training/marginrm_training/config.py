@@ -40,6 +40,9 @@ class ModelConfig(_Section):
     positions: int | None = Field(
         None, ge=8, description="Repeat a BERT's learned positions up to here, so that it reads longer texts."
     )
+    head_std: float | None = Field(
+        None, gt=0, description="Standard deviation of a new head's weights; 1/(hidden + 1) if unset."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of matrix products; with bfloat16 weights, head and loss stay float32. ours"
     )

@@ -97,6 +97,7 @@ def load(config: TrainConfig) -> tuple[RewardModule, Encoder]:
         seed=config.seed,
         max_length=config.model.max_length,
         positions=config.model.positions,
+        head_std=config.model.head_std,
         trust_remote_code=config.model.trust_remote_code,
     )
     if config.model.lora:

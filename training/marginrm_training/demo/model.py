@@ -42,7 +42,7 @@ def build_tokenizer(texts: Iterable[str], recipe: DemoRecipe) -> PreTrainedToken
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, recipe: DemoRecipe, seed: int) -> GPTNeoXForSequenceClassification:
-    """Draws a model at random; its head from N(0, 1/(hidden + 1)) as a standard deviation."""
+    """Draws a model at random; its head with a standard deviation of 1/(hidden + 1)."""
     config = GPTNeoXConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
