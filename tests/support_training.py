@@ -44,7 +44,7 @@ def config_file(folder: Path, pairs: int, *, name: str = "run", **sections: dict
         "method": {"preset": "margin"},
         "optim": {"learning_rate": 1e-2, "pairs_per_step": 16, "train_batch": 16, "epochs": 2.0},
     }
-    lines = [f"output = {json.dumps(str(folder / name))}", "log_every = 1", "save_every = 4"]
+    lines = [f"output = {json.dumps(str(folder / name))}", "log_every = 1", "save_every = 4", "eval_every = 4"]
     for section, settings in tables.items():
         lines += ["", f"[{section}]"]
         lines += [f"{key} = {json.dumps(value)}" for key, value in (settings | sections.get(section, {})).items()]

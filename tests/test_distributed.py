@@ -47,8 +47,9 @@ for path in map(Path, sys.argv[1:]):
     kept = []
     for start in (None, steps / "checkpoint-4"):
         module, encoder = load_for_training(config.model.path, seed=config.seed)
-        pairs = load_splits(config.data, encoder, config.method.method(), config.seed).train.pairs
-        trainer = MarginTrainer(module, pairs, config, steps, progress=False)
+        splits = load_splits(config.data, encoder, config.method.method(), config.seed)
+        held_out = splits.calibration.pairs
+        trainer = MarginTrainer(module, splits.train.pairs, config, steps, held_out=held_out, progress=False)
         trainer.train(resume_from_checkpoint=start and str(start))
         kept.append((trainer.history, module.state_dict()))
     torch.save(kept, path.with_suffix(f".rank{trainer.args.process_index}"))
@@ -102,6 +103,9 @@ def assert_same_curve(one: list[dict[str, float]], two: list[dict[str, float]]) 
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
     for entry, other in zip(one, two, strict=True):
         for name in ("loss", "bt_nll", "mu_B", "d_std", "fire_rate", "target_margin", "accuracy", "grad_norm"):
+            assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
+        assert ("eval_bt_nll" in entry) == (entry["step"] % 4 == 0 or entry is one[-1])
+        for name in {"eval_bt_nll", "eval_accuracy"} & entry.keys():
             assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
 
 

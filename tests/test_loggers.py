@@ -37,6 +37,7 @@ def test_tensorboard_gets_what_the_learning_curve_has(tmp_path: Path) -> None:
         {
             "output": str(tmp_path / "out"),
             "log_every": 1,
+            "eval_every": 2,
             "loggers": ["tensorboard"],
             "model": {"path": str(tmp_path / "base")},
             "data": {"train": str(tmp_path / "pairs.jsonl"), "calibration_share": 0.1, "test_share": 0.1},
@@ -51,6 +52,12 @@ def test_tensorboard_gets_what_the_learning_curve_has(tmp_path: Path) -> None:
     for name in ("loss", "bt_nll", "accuracy", "fire_rate", "mu_B", "target_margin", "d_std"):
         expected = {int(line["step"]): pytest.approx(line[name], rel=1e-5, abs=1e-6) for line in lines if name in line}
         assert found[f"train/{name}"] == expected
+    for name in ("accuracy", "bt_nll"):
+        at = {
+            int(line["step"]): pytest.approx(line[f"eval_{name}"], rel=1e-5) for line in lines if "eval_bt_nll" in line
+        }
+        assert list(at) == [2, 3]  # the last step too
+        assert found[f"eval/{name}"] == at
 
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbord", "not supported"), ("wandb", "wandb")])

@@ -21,7 +21,7 @@ from marginrm.loading import load_for_training
 from marginrm.manifest import Manifest
 from marginrm_training.config import TrainConfig, parse_config
 from marginrm_training.data import encode_pairs, load_splits, read
-from marginrm_training.evaluation import score_pairs
+from marginrm_training.evaluation import evaluate, score_pairs
 from marginrm_training.margins import PRESETS
 from marginrm_training.run import last_step, train
 from marginrm_training.trainer import MarginTrainer
@@ -141,6 +141,37 @@ def test_a_killed_run_goes_on_and_ends_where_the_uninterrupted_one_does(tmp_path
     ]
     for entry, other in zip(*curves, strict=True):  # mu_B is the running mean: it survived
         assert (other["step"], other["mu_B"]) == (entry["step"], pytest.approx(entry["mu_B"], abs=1e-5))
+
+
+def test_evaluations_on_the_way_change_nothing_and_measure_the_held_out_pairs(tmp_path: Path, make: Make) -> None:
+    config = make("watched").model_copy(update={"log_every": 2, "eval_every": 4})
+    train(config)
+    train(make("unwatched"))
+    watched, unwatched = (load_file(tmp_path / name / "model.safetensors") for name in ("watched", "unwatched"))
+    assert all(torch.equal(watched[name], weight) for name, weight in unwatched.items())
+
+    curve = [json.loads(line) for line in (tmp_path / "watched" / "learning_curve.jsonl").read_text().splitlines()]
+    evaluated = [entry for entry in curve if "eval_bt_nll" in entry]
+    assert [entry["step"] for entry in evaluated] == [4, 8, 9]  # the last step too
+    assert [entry["step"] for entry in curve if "fire_rate" in entry] == [2, 4, 6, 8]
+    model = RewardModel.from_pretrained(tmp_path / "watched", dtype="float32")
+    pairs = load_splits(config.data, model.encoder, config.method.method(), config.seed).calibration.pairs
+    found = evaluate(score_pairs(model, pairs), pairs, 1.0)
+    for name in ("bt_nll", "accuracy"):
+        assert curve[-1][f"eval_{name}"] == pytest.approx(found[name], abs=1e-5)
+
+
+def test_a_run_goes_on_under_a_version_with_new_settings(tmp_path: Path, make: Make) -> None:
+    config = make()
+    last_step(config, tmp_path / "steps", resume=True)
+    note = tmp_path / "steps" / "run.json"
+    old = json.loads(note.read_text())
+    del old["eval_every"], old["model"]["head_std"]
+    note.write_text(json.dumps(old))
+    assert last_step(config, tmp_path / "steps", resume=True) is None
+    note.write_text(json.dumps(old | {"a_setting": "that is gone"}))
+    with pytest.raises(ConfigError, match="other settings"):
+        last_step(config, tmp_path / "steps", resume=True)
 
 
 def test_starting_over_clears_the_steps_of_the_run_before(tmp_path: Path, make: Make) -> None:

@@ -94,6 +94,8 @@ def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> Traini
         logging_nan_inf_filter=False,
         save_steps=config.save_every,
         save_total_limit=2,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
         report_to=list(config.loggers) or "none",
         remove_unused_columns=False,
         label_names=[],

@@ -146,6 +146,7 @@ class TrainConfig(_Section):
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
     save_every: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations on the calibration pairs; 0: none.")
     loggers: tuple[str, ...] = Field((), description='transformers loggers: "tensorboard", "wandb", ...')
     model: ModelConfig
     data: DataConfig

@@ -17,8 +17,8 @@ from marginrm_training.intervals import Estimate
 
 _ONE, _TWO, _GREY = "#1f6f5c", "#c4622d", "#8a8f8c"
 _CURVES = (
-    ("loss", ("loss", "bt_nll"), "nats"),
-    ("accuracy and fire rate", ("accuracy", "fire_rate"), "share"),
+    ("loss", ("loss", "bt_nll", "eval_bt_nll"), "nats"),
+    ("accuracy and fire rate", ("accuracy", "eval_accuracy", "fire_rate"), "share"),
     ("reward difference d", ("d_mean", "d_std", "mu_B", "target_margin"), "reward"),
     ("gradient norm", ("grad_norm",), ""),
 )
@@ -33,7 +33,8 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> str:
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
+                marker = "." if name.startswith("eval_") else ""  # they are few
+                axis.plot(*zip(*points, strict=True), marker=marker, label=name, linewidth=1.3)
         _plain(axis, title, "step", unit)
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=7)

@@ -13,6 +13,7 @@ class PairProgress(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
+        self._held_out = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -37,10 +38,12 @@ class PairProgress(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Shows the last log's quantities beside the bar."""
+        if logs and "eval_accuracy" in logs:
+            self._held_out = f" held out {logs['eval_accuracy']:.2f}"
         if self._bar is not None and logs and "bt_nll" in logs:
             self._bar.set_postfix_str(
                 f"loss {logs['loss']:.3f} accuracy {logs['accuracy']:.2f} "
-                f"mu {logs['mu_B']:.2f} fired {logs['fire_rate']:.2f}"
+                f"mu {logs['mu_B']:.2f} fired {logs['fire_rate']:.2f}{self._held_out}"
             )
 
     def on_train_end(

@@ -58,7 +58,10 @@ class Report:
         d = self.rewards.d
         sections = []
         if self.history:
-            note = "Averages between two logs. bt_nll is the Bradley-Terry loss with no margin, the one to compare runs by."
+            note = (
+                "Averages between two logs. bt_nll is the Bradley-Terry loss with no margin, the one to compare runs by; "
+                "eval_bt_nll and eval_accuracy are of the calibration pairs, whose prompts training never saw."
+            )
             sections.append(Section("Training", note, [figures.learning_curves(self.history)]))
         histogram = (
             figures.margin_distribution({"this checkpoint": d})

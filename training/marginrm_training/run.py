@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.state import PartialState
+from pydantic import ValidationError
 
 from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError
@@ -60,7 +61,8 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
         say(split.summary())
     if rest := left_over(config, len(splits.train.pairs)):
         say(f"each epoch leaves out {rest:,} training pairs, drawn anew: they do not fill a forward pass on every rank")
-    trainer = MarginTrainer(module, splits.train.pairs, config, output / "trainer")
+    held_out = splits.calibration.pairs
+    trainer = MarginTrainer(module, splits.train.pairs, config, output / "trainer", held_out=held_out)
     say(f"forward path: {module.forward_reason}")
     check_sharding(sharded=trainer.is_fsdp_enabled)
     if dry_run:
@@ -143,8 +145,7 @@ def last_step(config: TrainConfig, run_dir: Path, *, resume: bool) -> str | None
         ConfigError: The saved steps belong to another configuration.
     """
     note = run_dir / "run.json"
-    now = config.model_dump(mode="json")
-    if resume and note.is_file() and json.loads(note.read_text(encoding="utf-8")) != now:
+    if resume and note.is_file() and _noted(note) != config:
         raise ConfigError(
             f"{run_dir} holds the steps of a run with other settings. Go on with those, choose another output, or "
             "start over with --no-resume."
@@ -155,7 +156,7 @@ def last_step(config: TrainConfig, run_dir: Path, *, resume: bool) -> str | None
             shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True, exist_ok=True)
         fresh = note.with_suffix(".new")
-        fresh.write_text(json.dumps(now), encoding="utf-8")
+        fresh.write_text(config.model_dump_json(), encoding="utf-8")
         fresh.replace(note)  # whole or not at all, whenever the run is killed
     PartialState().wait_for_everyone()
     for step in sorted(run_dir.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
@@ -164,6 +165,14 @@ def last_step(config: TrainConfig, run_dir: Path, *, resume: bool) -> str | None
             return str(step)
         say(f"passed over {step}: it was being saved when the run ended")
     return None
+
+
+def _noted(note: Path) -> TrainConfig | None:
+    """Returns whose run it is; settings that did not exist when it began have their defaults."""
+    try:
+        return TrainConfig.model_validate_json(note.read_text(encoding="utf-8"))
+    except ValidationError:
+        return None
 
 
 def _whole(step: Path) -> bool:
@@ -190,6 +199,11 @@ def method_info(config: TrainConfig, method: MarginMethod, history: list[dict[st
         scale=method.scale,
         cap=method.cap,
         options=options,
-        fire_rate=float(np.mean([entry["fire_rate"] for entry in history])) if history else None,
-        mean_target_margin=float(np.mean([entry["target_margin"] for entry in history])) if history else None,
+        fire_rate=_mean("fire_rate", history),
+        mean_target_margin=_mean("target_margin", history),
     )
+
+
+def _mean(name: str, history: list[dict[str, float]]) -> float | None:
+    values = [entry[name] for entry in history if name in entry]  # lines of an evaluation alone have none
+    return float(np.mean(values)) if values else None

@@ -37,6 +37,12 @@ class StepLog:
         self.history.append({"step": float(step)} | logs)
         return logs
 
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds what an evaluation found to the line of its step, or as a line of its own."""
+        if not self.history or self.history[-1]["step"] != step:
+            self.history.append({"step": float(step)})
+        self.history[-1] |= metrics
+
     def warnings(self, line: dict[str, float], *, filtered: bool) -> list[str]:
         """Returns what a person should look at after this log line.
 

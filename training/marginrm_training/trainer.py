@@ -68,6 +68,7 @@ class MarginTrainer(Trainer):
         pairs: The training pairs.
         config: The run.
         run_dir: Where checkpoints to resume from are written.
+        held_out: Pairs to evaluate on every `eval_every` steps.
         progress: Whether to draw a progress bar.
 
     Raises:
@@ -81,18 +82,25 @@ class MarginTrainer(Trainer):
         config: TrainConfig,
         run_dir: Path,
         *,
+        held_out: Sequence[EncodedPair] = (),
         progress: bool = True,
     ) -> None:
         self.method: MarginMethod = config.method.method()
         self.section = config.method
         self.running = RunningMean(self.method.ema if self.method.ema is not None else 0.9)
         self.steps = StepLog()
+        self.held_out = held_out
+        self.collator = PairCollator(module)
         arguments = training_arguments(config, len(pairs), run_dir)
         check_reference_batch(self.method, min(len(pairs), config.optim.train_batch * arguments.world_size))
         if config.model.gradient_checkpointing:
             module.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         super().__init__(
-            model=module, args=arguments, train_dataset=PairDataset(pairs), data_collator=PairCollator(module)
+            model=module,
+            args=arguments,
+            train_dataset=PairDataset(pairs),
+            eval_dataset=PairDataset(held_out),
+            data_collator=self.collator,
         )
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
             choose_attention(module, gradients=True)  # the weights are on their device only now
@@ -136,6 +144,30 @@ class MarginTrainer(Trainer):
         self._record(d, targets, reference, batch.row.tokens)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Measures the held-out pairs, without any margin, and adds the figures to the learning curve.
+
+        Every rank measures all of them: they are few, and so no rank waits for another's batch.
+        """
+        size = self.args.per_device_train_batch_size
+        rewards = []
+        self.model_wrapped.eval()
+        with torch.no_grad():
+            for start in range(0, len(self.held_out), size):
+                batch = self.collator(self.held_out[start : start + size])["batch"].to(self.args.device)
+                rewards.append(self.model_wrapped(batch.row).double())
+        self.model_wrapped.train()
+        flat = torch.cat(rewards)
+        d = flat[0::2] - flat[1::2]
+        metrics = {
+            "eval_bt_nll": float(losses.bradley_terry(d).mean()),
+            "eval_accuracy": _accuracy(d),
+        }
+        self.steps.evaluated(self.state.global_step, metrics)
+        super().log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the method's quantities, averaged over ranks and over the micro-steps since the last log."""
         if "loss" in logs and self.steps.micro_steps:
@@ -167,7 +199,7 @@ class MarginTrainer(Trainer):
         self.steps.add(
             {
                 "bt_nll": float(losses.bradley_terry(values).mean()),
-                "accuracy": float((values > 0).float().mean() + (values == 0).float().mean() / 2),
+                "accuracy": _accuracy(values),
                 "d_mean": float(values.mean()),
                 "d_std": reference.std,
                 "mu_B": reference.mean,
@@ -214,6 +246,10 @@ class MarginTrainer(Trainer):
         state = json.loads(path.read_text(encoding="utf-8"))
         self.running = RunningMean(**state["running"])
         self.steps = StepLog.from_state(state["steps"])
+
+
+def _accuracy(d: Tensor) -> float:
+    return float((d > 0).float().mean() + (d == 0).float().mean() / 2)
 
 
 def preference_losses(method: MarginMethod, d: Tensor, targets: Targets, smoothing: float) -> Tensor:
