@@ -29,7 +29,9 @@ def write(path: Path, content: list[dict[str, Any]]) -> Path:
     return path
 
 
-def config_file(folder: Path, pairs: int, *, name: str = "run", **sections: dict[str, Any]) -> Path:
+def config_file(
+    folder: Path, pairs: int, *, name: str = "run", eval_every: int = 0, **sections: dict[str, Any]
+) -> Path:
     """Writes a run over `pairs` training pairs with files of its own to calibrate and report on; output `folder/name`.
 
     Sections given win over the default ones, key by key. The backbone is expected in `folder/base`.
@@ -44,7 +46,12 @@ def config_file(folder: Path, pairs: int, *, name: str = "run", **sections: dict
         "method": {"preset": "margin"},
         "optim": {"learning_rate": 1e-2, "pairs_per_step": 16, "train_batch": 16, "epochs": 2.0},
     }
-    lines = [f"output = {json.dumps(str(folder / name))}", "log_every = 1", "save_every = 4", "eval_every = 4"]
+    lines = [
+        f"output = {json.dumps(str(folder / name))}",
+        "log_every = 1",
+        "save_every = 4",
+        f"eval_every = {eval_every}",
+    ]
     for section, settings in tables.items():
         lines += ["", f"[{section}]"]
         lines += [f"{key} = {json.dumps(value)}" for key, value in (settings | sections.get(section, {})).items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ RUNS = [("bt", 64), ("bt", 70), ("margin", 64), ("margin", 70)]  # 70 pairs do n
 # Of each process; two of them make the same 16 pairs a forward pass.
 TWO: dict[str, Any] = {"learning_rate": 1e-2, "pairs_per_step": 16, "epochs": 2.0, "train_batch": 8}
 
+run_file = partial(config_file, eval_every=4)
+
 # On every rank: trains each configuration, then its first step to resume from to the end again, and keeps what the rank
 # has: the learning curve and all weights, once and again.
 RANK = """
 import json, sys
+from functools import partial
 from pathlib import Path
 import torch
 from marginrm.loading import load_for_training
@@ -59,6 +63,7 @@ for path in map(Path, sys.argv[1:]):
 # As the command, but accelerate is told that these CPUs are GPUs: it shards on nothing else, although torch does.
 SHARDED = """
 import sys
+from functools import partial
 from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -113,9 +118,9 @@ def test_two_processes_train_what_one_trains(folder: Path) -> None:
     alone, together = [], []
     for preset, pairs in RUNS:
         name, method = f"{preset}{pairs}", {"preset": preset}
-        train(load_config(config_file(folder, pairs, name=name, method=method)))
+        train(load_config(run_file(folder, pairs, name=name, method=method)))
         alone.append(curve(folder / name))
-        together.append(config_file(folder, pairs, name=f"{name}-two", method=method, optim=TWO))
+        together.append(run_file(folder, pairs, name=f"{name}-two", method=method, optim=TWO))
     (folder / "rank.py").write_text(RANK, encoding="utf-8")
     done = launch(folder / "rank.py", *together)
     assert done.returncode == 0, done.stderr
@@ -130,8 +135,8 @@ def test_two_processes_train_what_one_trains(folder: Path) -> None:
 
 
 def test_the_command_writes_one_checkpoint_and_says_what_it_leaves_out(folder: Path) -> None:
-    train(load_config(config_file(folder, 70, name="command-one")))
-    path = config_file(folder, 70, name="command-two")
+    train(load_config(run_file(folder, 70, name="command-one")))
+    path = run_file(folder, 70, name="command-two")
     marginrm = Path(sys.executable).with_name("marginrm")
     done = launch("--no_python", marginrm, "train", path, "--set", "optim.train_batch=8")
     assert done.returncode == 0, done.stderr
@@ -146,8 +151,8 @@ def files(output: Path) -> list[str]:
 
 
 def test_sharded_weights_train_alike_and_are_written_whole(folder: Path) -> None:
-    train(load_config(config_file(folder, 70, name="whole")))
-    path = config_file(folder, 70, name="sharded", optim=TWO)
+    train(load_config(run_file(folder, 70, name="whole")))
+    path = run_file(folder, 70, name="sharded", optim=TWO)
     shards = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
     (folder / "fsdp.yaml").write_text(yaml.safe_dump(shards), encoding="utf-8")
     (folder / "sharded.py").write_text(SHARDED, encoding="utf-8")

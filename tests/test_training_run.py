@@ -161,6 +161,14 @@ def test_evaluations_on_the_way_change_nothing_and_measure_the_held_out_pairs(tm
         assert curve[-1][f"eval_{name}"] == pytest.approx(found[name], abs=1e-5)
 
 
+def test_an_evaluation_of_no_pairs_is_refused(tmp_path: Path, make: Make) -> None:
+    config = make().model_copy(update={"eval_every": 4})
+    module, encoder = load_for_training(config.model.path, seed=0)
+    pairs = load_splits(config.data, encoder, config.method.method(), config.seed).train.pairs
+    with pytest.raises(ConfigError, match=r"eval_every = 4.*no held-out pairs"):
+        MarginTrainer(module, pairs, config, tmp_path / "steps", progress=False)
+
+
 def test_a_run_goes_on_under_a_version_with_new_settings(tmp_path: Path, make: Make) -> None:
     config = make()
     last_step(config, tmp_path / "steps", resume=True)

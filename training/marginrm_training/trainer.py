@@ -72,7 +72,8 @@ class MarginTrainer(Trainer):
         progress: Whether to draw a progress bar.
 
     Raises:
-        ConfigError: The reference batch is too small for the method, or no whole number of them makes a step.
+        ConfigError: The reference batch is too small for the method, no whole number of them makes a step, or there is
+            nothing to evaluate on.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class MarginTrainer(Trainer):
         self.steps = StepLog()
         self.held_out = held_out
         self.collator = PairCollator(module)
+        if config.eval_every and not held_out:
+            raise ConfigError(f"eval_every = {config.eval_every}, and there are no held-out pairs. Set it to 0.")
         arguments = training_arguments(config, len(pairs), run_dir)
         check_reference_batch(self.method, min(len(pairs), config.optim.train_batch * arguments.world_size))
         if config.model.gradient_checkpointing:
