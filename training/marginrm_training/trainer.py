@@ -28,6 +28,7 @@ from marginrm_training.arguments import training_arguments
 from marginrm_training.collate import PairBatch, PairCollator
 from marginrm_training.config import TrainConfig
 from marginrm_training.data import EncodedPair
+from marginrm_training.evaluation import correctness
 from marginrm_training.margins import (
     ESTIMATED,
     SMALLEST_REFERENCE_BATCH,
@@ -164,7 +165,7 @@ class MarginTrainer(Trainer):
         d = flat[0::2] - flat[1::2]
         metrics = {
             "eval_bt_nll": float(losses.bradley_terry(d).mean()),
-            "eval_accuracy": _accuracy(d),
+            "eval_accuracy": float(correctness(d.cpu().numpy()).mean()),
         }
         self.steps.evaluated(self.state.global_step, metrics)
         super().log(metrics)
@@ -202,7 +203,7 @@ class MarginTrainer(Trainer):
         self.steps.add(
             {
                 "bt_nll": float(losses.bradley_terry(values).mean()),
-                "accuracy": _accuracy(values),
+                "accuracy": float(correctness(values.cpu().numpy()).mean()),
                 "d_mean": float(values.mean()),
                 "d_std": reference.std,
                 "mu_B": reference.mean,
@@ -249,10 +250,6 @@ class MarginTrainer(Trainer):
         state = json.loads(path.read_text(encoding="utf-8"))
         self.running = RunningMean(**state["running"])
         self.steps = StepLog.from_state(state["steps"])
-
-
-def _accuracy(d: Tensor) -> float:
-    return float((d > 0).float().mean() + (d == 0).float().mean() / 2)
 
 
 def preference_losses(method: MarginMethod, d: Tensor, targets: Targets, smoothing: float) -> Tensor:
