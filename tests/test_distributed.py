@@ -42,6 +42,7 @@ from marginrm.loading import load_for_training
 from marginrm_training.arguments import ranks
 from marginrm_training.config import load_config
 from marginrm_training.data import load_splits
+from marginrm_training.run import leave_ranks
 from marginrm_training.trainer import MarginTrainer
 
 assert ranks() == 2
@@ -57,6 +58,7 @@ for path in map(Path, sys.argv[1:]):
         trainer.train(resume_from_checkpoint=start and str(start))
         kept.append((trainer.history, module.state_dict()))
     torch.save(kept, path.with_suffix(f".rank{trainer.args.process_index}"))
+leave_ranks(trainer)
 """
 
 
@@ -138,7 +140,11 @@ def test_the_command_writes_one_checkpoint_and_says_what_it_leaves_out(folder: P
     train(load_config(run_file(folder, 70, name="command-one")))
     path = run_file(folder, 70, name="command-two")
     marginrm = Path(sys.executable).with_name("marginrm")
-    done = launch("--no_python", marginrm, "train", path, "--set", "optim.train_batch=8")
+    command = ["--no_python", marginrm, "train", path, "--set", "optim.train_batch=8"]
+    planned = launch(*command, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.count("steps: 8 of 16 pairs, 8 a forward pass, 2 rank(s)") == 1
+    done = launch(*command)
     assert done.returncode == 0, done.stderr
     for line in ("each epoch leaves out 6 training pairs", "train: 70 pairs", "written to"):
         assert done.stdout.count(line) == 1

@@ -67,6 +67,7 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     check_sharding(sharded=trainer.is_fsdp_enabled)
     if dry_run:
         say(plan(config, splits, module))
+        leave_ranks(trainer)
         return None
     before = score_pairs(RewardModel.from_module(module, encoder), splits.test.pairs[:_BEFORE]).d
     trainer.train(resume_from_checkpoint=last_step(config, output / "trainer", resume=resume))
