@@ -192,6 +192,8 @@ def test_a_run_that_fails_is_named_with_its_log(small, tmp_path):
     runner = CliRunner()
     result = runner.invoke(app, ["ablate", str(small), "--jobs", "2"])
     assert "2 runs failed" in str(result.exception)
+    assert result.output.count("failed; why: ") == 2
+    assert "0/2" in result.output.splitlines()[-1]
     logs = list((tmp_path / "out").rglob("log"))
     assert len(logs) == 2
     assert all("missing.jsonl" in log.read_text() for log in logs)

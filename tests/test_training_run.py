@@ -161,6 +161,18 @@ def test_evaluations_on_the_way_change_nothing_and_measure_the_held_out_pairs(tm
         assert curve[-1][f"eval_{name}"] == pytest.approx(found[name], abs=1e-5)
 
 
+def test_other_pairs_are_measured_when_they_are_given(tmp_path: Path, make: Make) -> None:
+    config = make()
+    module, encoder = load_for_training(config.model.path, seed=0)
+    pairs = load_splits(config.data, encoder, config.method.method(), config.seed).train.pairs
+    trainer = MarginTrainer(module, pairs, config, tmp_path / "steps", held_out=pairs[:1], progress=False)
+    other = pairs[1:4]
+    found = evaluate(score_pairs(RewardModel.from_module(module, encoder), other), other, 1.0)
+    measured = trainer.evaluate(other, metric_key_prefix="other")
+    for name in ("bt_nll", "accuracy"):
+        assert measured[f"other_{name}"] == pytest.approx(found[name], abs=1e-5)
+
+
 def test_an_evaluation_of_no_pairs_is_refused(tmp_path: Path, make: Make) -> None:
     config = make().model_copy(update={"eval_every": 4})
     module, encoder = load_for_training(config.model.path, seed=0)

@@ -188,9 +188,10 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
                         del active[run.digest]
                         if process.returncode:
                             failed.append(run)
+                            bar.write(f"{run.label} failed; why: {output / 'runs' / run.label / 'log'}", sys.stderr)
                         else:
                             _keep(output / "runs" / run.label, ablation.kept / run.label)
-                        bar.update()
+                            bar.update()
                         write_report(ablation, output, runs)
                 time.sleep(_POLL_SECONDS)
         finally:

@@ -148,24 +148,32 @@ class MarginTrainer(Trainer):
         self._record(d, targets, reference, batch.row.tokens)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
-    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Measures the held-out pairs, without any margin, and adds the figures to the learning curve.
 
         Every rank measures all of them: they are few, and so no rank waits for another's batch.
+
+        Args:
+            eval_dataset: Other encoded pairs to measure.
+            ignore_keys: Trainer's; there is nothing to ignore.
+            metric_key_prefix: What the figures' names begin with.
         """
+        pairs: Sequence[EncodedPair] = self.held_out if eval_dataset is None else eval_dataset
         size = self.args.per_device_train_batch_size
         rewards = []
         self.model_wrapped.eval()
         with torch.no_grad():
-            for start in range(0, len(self.held_out), size):
-                batch = self.collator(self.held_out[start : start + size])["batch"].to(self.args.device)
+            for start in range(0, len(pairs), size):
+                batch = self.collator(pairs[start : start + size])["batch"].to(self.args.device)
                 rewards.append(self.model_wrapped(batch.row).double())
         self.model_wrapped.train()
         flat = torch.cat(rewards)
         d = flat[0::2] - flat[1::2]
         metrics = {
-            "eval_bt_nll": float(losses.bradley_terry(d).mean()),
-            "eval_accuracy": float(correctness(d.cpu().numpy()).mean()),
+            f"{metric_key_prefix}_bt_nll": float(losses.bradley_terry(d).mean()),
+            f"{metric_key_prefix}_accuracy": float(correctness(d.cpu().numpy()).mean()),
         }
         self.steps.evaluated(self.state.global_step, metrics)
         super().log(metrics)
