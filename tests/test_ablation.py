@@ -27,9 +27,13 @@ from support_models import tiny_checkpoint
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize(("name", "runs"), [("alpaca", 15), ("threshold", 18), ("recovery", 72)])
-def test_the_examples_are_valid(name, runs):
-    found = plan(load_ablation(EXAMPLES / f"ablation_{name}.toml"))
+@pytest.mark.parametrize(("name", "runs"), [("alpaca", 15), ("recipe", 12), ("threshold", 18), ("recovery", 72)])
+def test_the_examples_are_valid_and_find_all_results_that_are_kept(name, runs):
+    ablation = load_ablation(EXAMPLES / f"ablation_{name}.toml")
+    kept = EXAMPLES.parent / ablation.kept
+    found = plan(ablation)
+    assert {run.label for run in found} >= {path.name for path in kept.iterdir() if path.is_dir()} != set()
+    assert len(finished(kept, found)) == sum(path.is_dir() for path in kept.iterdir())
     assert len(found) == runs
     assert len({run.digest for run in found}) == runs
     assert len({run.label for run in found}) == runs
