@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -78,9 +77,9 @@ class RayServe:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()  # where tests run in the background, SIGINT is ignored
         try:
-            self.process.wait(30)
+            self.process.wait(60)
         finally:
             self.process.kill()
             self.process.wait()
