@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from starlette.requests import Request
 
+from marginrm_service.deadlines import deadline
+from marginrm_service.disconnects import while_connected
+from marginrm_service.errors import DeadlineExceededError
 from support_server import serving
 from support_service import FakeRewardModel, Gate
 
@@ -40,6 +45,28 @@ def test_late_work_leaves_the_queue_before_its_forward_pass() -> None:
         assert model.encoder.encode("Late?", "Never computed.").ids not in scored
         assert server.service.registry.get("default")._door.tokens == 0
         assert 'marginrm_rejections_total{model="default",reason="deadline_exceeded"} 1.0' in http.get("/metrics").text
+
+
+def test_late_work_has_ended_when_its_client_is_told() -> None:
+    ended = []
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)  # as a waiting job needs some turns of the loop to be marked as left
+            ended.append(True)
+
+    async def ask() -> list[bool]:
+        connected = Request({"type": "http"}, receive=asyncio.Queue[dict[str, str]]().get)
+        try:
+            async with deadline(0.01):
+                await while_connected(connected, stubborn())
+        except DeadlineExceededError:
+            return list(ended)
+        raise AssertionError("it was not late")
+
+    assert asyncio.run(ask()) == [True]
 
 
 def test_the_server_has_a_default_and_a_most() -> None:

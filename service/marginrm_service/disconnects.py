@@ -16,6 +16,8 @@ T = TypeVar("T")
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Awaits work, and cancels it if the client of the request goes away.
 
+    However it ends, the work has ended before: who is told that a request is late knows that nothing is computed for it.
+
     Args:
         request: A request whose body has been read.
         work: What is done for it.
@@ -33,6 +35,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         watcher.cancel()
         task.cancel()
+        await asyncio.gather(watcher, task, return_exceptions=True)
 
 
 async def _disconnect(request: Request) -> None:
