@@ -36,6 +36,7 @@ class Scored:
         computed: Tokens put through the model, or None if the contender does not tell.
         peak_rss: The most memory of the process tree meanwhile, in bytes.
         rss_before: Memory of the worker itself when it had the request and began to score, in bytes.
+        gpu_peak: The most memory that torch held on a GPU meanwhile, in bytes; None on CPUs.
         others: Share of all cores that other processes used meanwhile, 0 to 1.
     """
 
@@ -44,6 +45,7 @@ class Scored:
     computed: int | None
     peak_rss: int
     rss_before: int
+    gpu_peak: int | None
     others: float
 
 
@@ -54,10 +56,12 @@ class ContenderProcess:
         kind: Module under `benchmarks.contenders`.
         python: The interpreter of the environment that it needs.
         environment: Variables on top of this process's own.
+        patience: Seconds to wait for an answer.
     """
 
-    def __init__(self, kind: str, python: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, python: Path, environment: Mapping[str, str], *, patience: float = _PATIENCE) -> None:
         self._kind = kind
+        self._patience = patience
         self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix=f"bench-{kind}-", suffix=".log")  # noqa: SIM115
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "DO_NOT_TRACK": "1"}
         self._process = subprocess.Popen(
@@ -96,6 +100,7 @@ class ContenderProcess:
             reply["computed"],
             _status_bytes(members, "VmHWM"),
             reply["rss"],
+            reply["gpu_peak"],
             max(foreign, 0.0) / wall / (psutil.cpu_count() or 1),
         )
 
@@ -129,13 +134,15 @@ class ContenderProcess:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            answered, _, _ = select.select([self._process.stdout], [], [], _PATIENCE)
+            answered, _, _ = select.select([self._process.stdout], [], [], self._patience)
             line = self._process.stdout.readline() if answered else ""
         except BrokenPipeError:
             line = ""
         if not line:
             log = Path(self._log.name).read_text(errors="replace")[-3000:]
-            raise ContenderError(f"{self._kind} ended, or gave no answer in {_PATIENCE} s. The end of its log:\n{log}")
+            raise ContenderError(
+                f"{self._kind} ended, or gave no answer in {self._patience:,.0f} s. The end of its log:\n{log}"
+            )
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise ContenderError(f"{self._kind}: {reply['error']}")

@@ -1,4 +1,7 @@
-"""Reward models in the shapes of known ones, built in place with random weights: speed does not depend on the values."""
+"""Reward models in the shapes of known ones, built in place with random weights: speed does not depend on the values.
+
+`python -m benchmarks.models NAME` writes one, to train from scratch.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from benchmarks.texts import load_texts
 
 MINILM = "minilm"
 _VOCABULARY = 16_384  # of the tokenizer; the embedding has the real model's number of rows
@@ -133,3 +139,17 @@ def _tokenizer(passages: Iterable[str], max_length: int) -> PreTrainedTokenizerF
     )
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
+    folder: Annotated[Path, typer.Option(help="It gets a folder of that name in it.")] = Path("runs/models"),
+) -> None:
+    """Write a model with random weights, and a tokenizer trained on the benchmark's texts."""
+    if name not in NAMES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(NAMES)}.")
+    typer.echo(build(name, folder, load_texts().for_tokenizer))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -120,9 +120,9 @@ def take_turns(folder: Path, portions: Sequence[Sequence[Group]], entrants: Mapp
 
     Returns:
         `pairs_per_second` and `ratios` to `reference` (`Spread`s as dicts), which is TRL's best dtype, or without TRL the
-        faster `bt`; `costs`, the time of a step over a `bt` step of the same dtype; `peak_mib` over the loaded model,
-        `tokens` computed over tokens asked, and `loss_difference`: the largest between two loss curves in float32 in the
-        first round, when all start from the same weights.
+        faster `bt`; `costs`, the time of a step over a `bt` step of the same dtype; `peak_mib` over the loaded model (if
+        on a `gpu`, all that torch held there), `tokens` computed over tokens asked, and `loss_difference`: the largest
+        between two loss curves in float32 in the first round, when all start from the same weights.
     """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
     processes = {name: ContenderProcess(kind, python, threads) for name, (kind, python, _) in entrants.items()}
@@ -130,6 +130,7 @@ def take_turns(folder: Path, portions: Sequence[Sequence[Group]], entrants: Mapp
     losses: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
     computed: dict[str, float] = {}
+    gpu = False
     try:
         for name, process in processes.items():
             process.load(folder, entrants[name][2])
@@ -141,13 +142,15 @@ def take_turns(folder: Path, portions: Sequence[Sequence[Group]], entrants: Mapp
                 losses.setdefault(name, scored.rewards)  # of the first round
                 if number:  # the first one warms up
                     rates[name][number] = len(portion) / scored.seconds
-                    peaks[name] = max(peaks.get(name, 0.0), (scored.peak_rss - processes[name].loaded_rss) / _MIB)
+                    gpu = scored.gpu_peak is not None
+                    held = scored.gpu_peak or scored.peak_rss - processes[name].loaded_rss
+                    peaks[name] = max(peaks.get(name, 0.0), held / _MIB)
                     if scored.computed is not None:
                         computed[name] = scored.computed / sum(group.tokens for group in portion)
     finally:
         for process in processes.values():
             process.close()
-    return _summary(rates, losses) | {"peak_mib": peaks, "tokens": computed, "rounds": len(portions) - 1}
+    return _summary(rates, losses) | {"peak_mib": peaks, "gpu": gpu, "tokens": computed, "rounds": len(portions) - 1}
 
 
 def _summary(rates: dict[str, dict[int, float]], losses: dict[str, list[float]]) -> dict[str, Any]:
@@ -182,11 +185,12 @@ def markdown(results: Sequence[dict[str, Any]], source: str, batch: int) -> str:
     """Returns the results as tables."""
     lines = [f"Texts: {source}; {batch} pairs a step; medians (lowest to highest round)."]
     for result in results:
+        memory = "peak memory on the GPU" if result["gpu"] else "peak memory over the model"
         lines += [
             "",
             f"**{result['model']}, {result['workload']}**, {result['rounds']} rounds",
             "",
-            f"| | pairs/s | times {result['reference']} | time of a step over that of bt | peak memory over the model | tokens computed |",
+            f"| | pairs/s | times {result['reference']} | time of a step over that of bt | {memory} | tokens computed |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for name, rate in result["pairs_per_second"].items():

@@ -76,10 +76,20 @@ class _Server:
 def _timed(contender: Contender, groups: list[Group]) -> dict[str, Any]:
     work = contender.prepare(groups)
     rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    gpu = _gpu()
+    if gpu:
+        gpu.reset_peak_memory_stats()
     started = time.perf_counter()
     rewards = contender.score(work)
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "rewards": rewards, "computed": contender.computed, "rss": rss}
+    seconds = time.perf_counter() - started  # rewards and losses are numbers by now: a GPU has finished
+    peak = gpu.max_memory_allocated() if gpu else None
+    return {"seconds": seconds, "rewards": rewards, "computed": contender.computed, "rss": rss, "gpu_peak": peak}
+
+
+def _gpu() -> Any:
+    """Returns `torch.cuda` where this process computes on a GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from benchmarks import report, run
+from benchmarks import models, report, run, training_quality
 from benchmarks.breakdown import by_kind
 from benchmarks.contender_process import ContenderError, ContenderProcess
 from benchmarks.contenders.hugging_face import HuggingFace
@@ -25,8 +28,11 @@ from benchmarks.studies import shared_prefix
 from benchmarks.targets import Finding, findings
 from benchmarks.texts import load_texts
 from benchmarks.workloads import LONG_PROMPT, LONG_RESPONSE, WORKLOADS, Portions
+from marginrm_training.ablation import load_ablation
 
 NOWHERE = Path("/no/such/folder")
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "examples" / "ablation_recipe.toml"
 
 MEASURED = Measurement(
     model="qwen3-0.6b",
@@ -59,6 +65,12 @@ def tiny(texts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def portions(tiny, texts):
     return Portions(tiny, texts)
+
+
+def app_of(command) -> typer.Typer:
+    app = typer.Typer()
+    app.command()(command)
+    return app
 
 
 def group(*lengths: int) -> Group:
@@ -264,3 +276,35 @@ def test_a_small_run_and_its_continuation(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"report.md", "summary.json", "rewards_per_second.svg"}
     cell = json.loads((tmp_path / "summary.json").read_text())["cells"][0]
     assert cell["rewards_per_second"]["median"] == pytest.approx(first[0].rate)
+
+
+def test_a_peer_is_compared_with_the_runs_of_the_same_seeds(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    ablation = load_ablation(RECIPE)
+    kept = ROOT / "docs" / "results"
+    heads, _, peer, first, *_ = training_quality.table(ablation, kept / "trl_alpaca", 256).splitlines()
+    assert heads.count("difference to TRL") == len(ablation.evaluations)
+    assert peer.startswith("| TRL, 256 tokens | 3 | ")
+
+    def accuracy(folder):
+        return np.mean(np.load(folder / "arrays.npz")["alpaca test pairs"] > 0)
+
+    ours, theirs = (
+        np.mean([accuracy(folder) for folder in folders])
+        for folders in ((kept / "ablation_recipe").glob("bt-seed*"), (kept / "trl_alpaca").glob("tokens256-*"))
+    )
+    assert first.startswith(f"| bt | 3 | {ours:.3f} ")
+    assert f" | {ours - theirs:+.3f} [" in first
+
+
+def test_a_seed_that_the_ablation_has_not_is_refused():
+    result = CliRunner().invoke(app_of(training_quality.main), [str(RECIPE), "--seeds", "0,99"])
+    assert result.exit_code == 2
+    assert "no seed 99" in result.output
+
+
+def test_a_model_can_be_written_from_the_command_line(tmp_path):
+    result = CliRunner().invoke(app_of(models.main), ["tiny", "--folder", str(tmp_path)], catch_exceptions=False)
+    assert result.output.strip().endswith("tiny")
+    assert (tmp_path / "tiny" / "model.safetensors").is_file()
+    assert CliRunner().invoke(app_of(models.main), ["huge"]).exit_code == 2

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from marginrm.arrays import Floats
 from marginrm.errors import ConfigError
@@ -136,7 +137,9 @@ def write_demo(folder: Path) -> None:
 
 
 def peak_memory_gib() -> float:
-    """Returns the most memory that this process has held, in GiB."""
+    """Returns the most memory that this process has held, in GiB: on the GPU, where it has used one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

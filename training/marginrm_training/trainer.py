@@ -194,7 +194,7 @@ class MarginTrainer(Trainer):
         values = d.detach().double()
         count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
         sums = self.accelerator.reduce(torch.stack([values.sum(), values.square().sum(), count]), reduction="sum")
-        total, squares, pairs = (float(value) for value in sums)
+        total, squares, pairs = sums.tolist()  # one wait for the device
         mean = total / pairs
         reference = Reference(mean, max(squares / pairs - mean**2, 0.0) ** 0.5, int(pairs))
         small = reference.pairs < SMALLEST_REFERENCE_BATCH and self.method.ema is not None
@@ -207,11 +207,11 @@ class MarginTrainer(Trainer):
         return min(1.0, self.state.global_step / steps) if steps else 1.0
 
     def _record(self, d: Tensor, targets: Targets, reference: Reference, tokens: int) -> None:
-        values = d.detach().float()
+        values = d.detach().float().cpu()
         self.steps.add(
             {
                 "bt_nll": float(losses.bradley_terry(values).mean()),
-                "accuracy": float(correctness(values.cpu().numpy()).mean()),
+                "accuracy": float(correctness(values.numpy()).mean()),
                 "d_mean": float(values.mean()),
                 "d_std": reference.std,
                 "mu_B": reference.mean,

@@ -1,0 +1,167 @@
+"""`python -m benchmarks.training_quality`: what TRL's `RewardTrainer` makes of an ablation's pairs, beside its variants.
+
+For each seed the ablation's own loader draws and encodes the training pairs, TRL trains on those token ids in an
+environment of its own, and what it saves is measured as every run of the ablation is. Finished seeds are kept; the table
+compares them with the ablation's runs of the same seeds, item by item.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import typer
+from transformers import PreTrainedModel
+
+from benchmarks.contender_process import ContenderProcess
+from benchmarks.groups import Group
+from marginrm.arrays import Floats
+from marginrm.reward_model import RewardModel
+from marginrm_training.ablation import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
+from marginrm_training.ablation_results import Results
+from marginrm_training.ablation_run import measure_best_of_n, measure_pairs
+from marginrm_training.config import TrainConfig, parse_config
+from marginrm_training.data import load_splits
+from marginrm_training.evaluation import correctness
+from marginrm_training.intervals import seeds_estimate
+from marginrm_training.run import load
+
+# What RewardTrainer does with the learning rate 5e-5 if nothing else is said; dropout is off there too.
+SETTINGS = {
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": {},
+    "warmup_steps": 0,
+    "adam_beta2": 0.999,
+}
+_PATIENCE = 4 * 3600  # seconds; an epoch takes over an hour on one core
+Scores = dict[str, Floats]
+
+
+def main(
+    ablation: Annotated[Path, typer.Argument(help="Its base, seeds and evaluations are used.")] = Path(
+        "examples/ablation_recipe.toml"
+    ),
+    trl_python: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with trl; without, only the table is made.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="With commas between; those of the ablation if empty.")] = "",
+    max_length: Annotated[int, typer.Option(help="The most tokens that TRL trains on.")] = 256,
+    results: Annotated[Path, typer.Option(help="Where finished seeds are kept.")] = Path("docs/results/trl_alpaca"),
+    output: Annotated[Path, typer.Option(help="Folder for models.")] = Path("runs/training_quality"),
+) -> None:
+    """Train TRL's RewardTrainer on the pairs of an ablation, and compare it with the ablation's finished runs."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    given = load_ablation(ablation)
+    wanted = [int(seed) for seed in seeds.split(",")] if seeds else list(given.seeds)
+    runs = {run.seed: run for run in plan(given) if run.variant == given.baseline}
+    if strange := set(wanted) - set(runs):
+        raise typer.BadParameter(f"{ablation} has no seed {min(strange)}: it has {', '.join(map(str, runs))}.")
+    for seed in wanted:
+        kept = results / f"tokens{max_length}-seed{seed}"
+        if trl_python is not None and not (kept / RESULT).is_file():
+            typer.echo(f"seed {seed}: training", err=True)
+            _train(given, runs[seed], max_length, trl_python, output / f"seed{seed}-{max_length}", kept)
+    typer.echo(table(given, results, max_length))
+
+
+def _train(ablation: Ablation, run: Run, max_length: int, python: Path, folder: Path, kept: Path) -> None:
+    """Trains with one seed and keeps what was measured; the result comes last."""
+    changed = run.config | {"output": str(folder), "model": run.config["model"] | {"max_length": max_length}}
+    groups = _prepare(parse_config(changed, str(kept)), folder / "start")
+    optim = changed["optim"]
+    with ContenderProcess("trl_trainer", python, {}, patience=_PATIENCE) as trl:
+        detail = trl.load(
+            folder / "start",
+            {
+                "dtype": changed["model"]["dtype"],
+                "batch": optim["pairs_per_step"],
+                "settings": SETTINGS | {"seed": run.seed, "data_seed": run.seed},
+            },
+        )
+        trained = trl.score(groups)
+        checkpoint = Path(trl.call("save"))
+        metrics, arrays = _measured(ablation, changed["model"]["dtype"], checkpoint)
+    kept.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(kept / ARRAYS, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
+    result = {"seed": run.seed, "pairs": len(groups), "detail": detail, "seconds": trained.seconds}
+    text = json.dumps(result | {"losses": trained.rewards, "evaluations": metrics})
+    (kept / RESULT).write_text(text + "\n", encoding="utf-8")
+    shutil.rmtree(folder)
+
+
+def _prepare(config: TrainConfig, start: Path) -> list[Group]:
+    """Writes the backbone that TRL gives a head, and returns the training pairs as its token ids.
+
+    TRL passes no segment ids, so its tokenizer names none: the checkpoint is then measured without them too.
+    """
+    module, encoder = load(config)
+    encoder.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    cast("PreTrainedModel", module.backbone).save_pretrained(start)
+    encoder.tokenizer.save_pretrained(start)
+    splits = load_splits(config.data, encoder, config.method.method(), config.seed)
+    return [
+        Group(str(pair.pair.prompt), (pair.pair.chosen, pair.pair.rejected), (pair.chosen.ids, pair.rejected.ids), ())
+        for pair in splits.train.pairs
+    ]
+
+
+def _measured(ablation: Ablation, dtype: Any, checkpoint: Path) -> tuple[dict[str, Mapping[str, float]], Scores]:
+    metrics: dict[str, Mapping[str, float]] = {}
+    arrays: Scores = {}
+    for evaluation in ablation.evaluations:
+        measure = measure_pairs if evaluation.kind == "pairs" else measure_best_of_n
+        model = RewardModel.from_pretrained(checkpoint, dtype=dtype, max_length=evaluation.max_length)
+        metrics[evaluation.name], arrays[evaluation.name] = measure(model, evaluation)
+    return metrics, arrays
+
+
+def table(ablation: Ablation, results: Path, max_length: int) -> str:
+    """Returns TRL's figures and each variant's difference to them, over the seeds that both have."""
+    peer = {
+        seed: _values(ablation, dict(np.load(folder / ARRAYS)))
+        for seed in ablation.seeds
+        if ((folder := results / f"tokens{max_length}-seed{seed}") / RESULT).is_file()
+    }
+    names = [evaluation.name for evaluation in ablation.evaluations]
+    lines = ["| | seeds | " + " | ".join(f"{name} | difference to TRL" for name in names) + " |"]
+    lines.append("|---|---:|" + "---:|---:|" * len(names))
+    if peer:
+        lines.append(_row(f"TRL, {max_length} tokens", names, peer, None))
+    found = finished(ablation.kept, plan(ablation))
+    if not found:
+        return "\n".join(lines)
+    loaded = Results.load(ablation, found)
+    for cell, runs in loaded.cells.items():
+        ours = {run["seed"]: _values(ablation, loaded.arrays[run["digest"]]) for run in runs}
+        lines.append(_row(loaded.label(cell), names, ours, peer))
+    return "\n".join(lines)
+
+
+def _values(ablation: Ablation, arrays: Mapping[str, Floats]) -> Scores:
+    return {
+        evaluation.name: correctness(arrays[evaluation.name]) if evaluation.kind == "pairs" else arrays[evaluation.name]
+        for evaluation in ablation.evaluations
+    }
+
+
+def _row(label: str, names: list[str], ours: Mapping[int, Scores], peer: Mapping[int, Scores] | None) -> str:
+    cells = []
+    for name in names:
+        means = np.array([scores[name].mean() for scores in ours.values()])
+        cells.append(f"{means.mean():.3f}" + (f" ± {means.std(ddof=1):.3f}" if len(means) > 1 else ""))
+        shared = sorted(set(ours) & set(peer or ()))
+        cells.append("")
+        if peer and shared:
+            difference = np.stack([ours[seed][name] - peer[seed][name] for seed in shared])
+            cells[-1] = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*seeds_estimate(difference))
+    return f"| {label} | {len(ours)} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    typer.run(main)
