@@ -27,7 +27,9 @@ from support_models import tiny_checkpoint
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize(("name", "runs"), [("alpaca", 15), ("recipe", 12), ("threshold", 18), ("recovery", 72)])
+@pytest.mark.parametrize(
+    ("name", "runs"), [("alpaca", 15), ("recipe", 15), ("pythia", 15), ("threshold", 18), ("recovery", 72)]
+)
 def test_the_examples_are_valid_and_find_all_results_that_are_kept(name, runs):
     ablation = load_ablation(EXAMPLES / f"ablation_{name}.toml")
     kept = EXAMPLES.parent / ablation.kept
