@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import numpy as np
 import typer
@@ -21,13 +21,11 @@ from transformers import PreTrainedModel
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.groups import Group
 from marginrm.arrays import Floats
-from marginrm.reward_model import RewardModel
 from marginrm_training.ablation import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
-from marginrm_training.ablation_results import Results
-from marginrm_training.ablation_run import measure_best_of_n, measure_pairs
+from marginrm_training.ablation_results import Results, item_scores
+from marginrm_training.ablation_run import measure_all
 from marginrm_training.config import TrainConfig, parse_config
 from marginrm_training.data import load_splits
-from marginrm_training.evaluation import correctness
 from marginrm_training.intervals import seeds_estimate
 from marginrm_training.run import load
 
@@ -73,20 +71,19 @@ def main(
 def _train(ablation: Ablation, run: Run, max_length: int, python: Path, folder: Path, kept: Path) -> None:
     """Trains with one seed and keeps what was measured; the result comes last."""
     changed = run.config | {"output": str(folder), "model": run.config["model"] | {"max_length": max_length}}
-    groups = _prepare(parse_config(changed, str(kept)), folder / "start")
-    optim = changed["optim"]
+    config = parse_config(changed, str(kept))
+    groups = _prepare(config, folder / "start")
     with ContenderProcess("trl_trainer", python, {}, patience=_PATIENCE) as trl:
         detail = trl.load(
             folder / "start",
             {
-                "dtype": changed["model"]["dtype"],
-                "batch": optim["pairs_per_step"],
+                "dtype": config.model.dtype,
+                "batch": config.optim.pairs_per_step,
                 "settings": SETTINGS | {"seed": run.seed, "data_seed": run.seed},
             },
         )
         trained = trl.score(groups)
-        checkpoint = Path(trl.call("save"))
-        metrics, arrays = _measured(ablation, changed["model"]["dtype"], checkpoint)
+        metrics, arrays = measure_all(Path(trl.call("save")), config, ablation.evaluations)
     kept.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(kept / ARRAYS, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
     result = {"seed": run.seed, "pairs": len(groups), "detail": detail, "seconds": trained.seconds}
@@ -109,16 +106,6 @@ def _prepare(config: TrainConfig, start: Path) -> list[Group]:
         Group(str(pair.pair.prompt), (pair.pair.chosen, pair.pair.rejected), (pair.chosen.ids, pair.rejected.ids), ())
         for pair in splits.train.pairs
     ]
-
-
-def _measured(ablation: Ablation, dtype: Any, checkpoint: Path) -> tuple[dict[str, Mapping[str, float]], Scores]:
-    metrics: dict[str, Mapping[str, float]] = {}
-    arrays: Scores = {}
-    for evaluation in ablation.evaluations:
-        measure = measure_pairs if evaluation.kind == "pairs" else measure_best_of_n
-        model = RewardModel.from_pretrained(checkpoint, dtype=dtype, max_length=evaluation.max_length)
-        metrics[evaluation.name], arrays[evaluation.name] = measure(model, evaluation)
-    return metrics, arrays
 
 
 def table(ablation: Ablation, results: Path, max_length: int) -> str:
@@ -144,10 +131,7 @@ def table(ablation: Ablation, results: Path, max_length: int) -> str:
 
 
 def _values(ablation: Ablation, arrays: Mapping[str, Floats]) -> Scores:
-    return {
-        evaluation.name: correctness(arrays[evaluation.name]) if evaluation.kind == "pairs" else arrays[evaluation.name]
-        for evaluation in ablation.evaluations
-    }
+    return {evaluation.name: item_scores(evaluation, arrays) for evaluation in ablation.evaluations}
 
 
 def _row(label: str, names: list[str], ours: Mapping[int, Scores], peer: Mapping[int, Scores] | None) -> str:

@@ -106,5 +106,10 @@ class Results:
         return self._stack(ours, evaluation) - self._stack(theirs, evaluation)
 
     def _stack(self, results: Sequence[Result], evaluation: Evaluation) -> Floats:
-        values = [self.arrays[result["digest"]][evaluation.name] for result in results]
-        return np.stack([correctness(value) if evaluation.kind == "pairs" else value for value in values])
+        return np.stack([item_scores(evaluation, self.arrays[result["digest"]]) for result in results])
+
+
+def item_scores(evaluation: Evaluation, arrays: Mapping[str, Floats]) -> Floats:
+    """Returns how right a run is on each item: 1, 0 or .5 for a pair, the quality of the pick for a prompt."""
+    values = arrays[evaluation.name]
+    return correctness(values) if evaluation.kind == "pairs" else values

@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,8 @@ def main(folder: Path) -> None:
     config = _configured(folder, spec)
     checkpoint = Path(config.output)
     manifest, seconds = _trained(folder, config)
-    metrics: dict[str, dict[str, float]] = {}
-    arrays: dict[str, Floats] = {}
-    for evaluation in map(Evaluation.model_validate, spec["evaluations"]):
-        measure = measure_pairs if evaluation.kind == "pairs" else measure_best_of_n
-        model = RewardModel.from_pretrained(
-            checkpoint,
-            dtype=config.model.dtype,  # as it was trained
-            max_length=evaluation.max_length,
-        )
-        metrics[evaluation.name], arrays[evaluation.name] = measure(model, evaluation)
+    evaluations = [Evaluation.model_validate(item) for item in spec["evaluations"]]
+    metrics, arrays = measure_all(checkpoint, config, evaluations)
     np.savez_compressed(folder / ARRAYS, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
     result = {name: spec[name] for name in ("digest", "variant", "axes", "seed", "config")} | {
         "train": training_figures(manifest) | {"seconds": seconds, "peak_memory_gib": peak_memory_gib()},
@@ -62,6 +54,25 @@ def main(folder: Path) -> None:
     if not spec["keep_checkpoints"]:
         shutil.rmtree(checkpoint)
     (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
+
+
+def measure_all(
+    checkpoint: Path, config: TrainConfig, evaluations: Iterable[Evaluation]
+) -> tuple[dict[str, dict[str, float]], dict[str, Floats]]:
+    """Returns by evaluation what a checkpoint measures there: its metrics, and margins or qualities of the picks.
+
+    Args:
+        checkpoint: The folder.
+        config: How it was trained; it computes in that dtype.
+        evaluations: What it is measured on.
+    """
+    metrics: dict[str, dict[str, float]] = {}
+    arrays: dict[str, Floats] = {}
+    for evaluation in evaluations:
+        measure = measure_pairs if evaluation.kind == "pairs" else measure_best_of_n
+        model = RewardModel.from_pretrained(checkpoint, dtype=config.model.dtype, max_length=evaluation.max_length)
+        metrics[evaluation.name], arrays[evaluation.name] = measure(model, evaluation)
+    return metrics, arrays
 
 
 def measure_pairs(model: RewardModel, evaluation: Evaluation) -> tuple[dict[str, float], Floats]:
