@@ -12,6 +12,7 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.command import app_of
 from benchmarks.contenders.in_process import InProcess
 from benchmarks.models import NAMES, build
 from benchmarks.ratios import gemm_share
@@ -77,4 +78,4 @@ def by_kind(times: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app_of(main)()

@@ -17,6 +17,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.command import app_of
 from benchmarks.texts import load_texts
 
 MINILM = "minilm"
@@ -152,4 +153,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app_of(main)()

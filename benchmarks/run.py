@@ -13,6 +13,7 @@ import torch
 import typer
 
 from benchmarks import figure, report
+from benchmarks.command import app_of
 from benchmarks.lineup import lineup, pythons
 from benchmarks.measure import Clock, Setting, compare
 from benchmarks.models import MINILM, NAMES, build
@@ -118,4 +119,4 @@ def _known(name: str, names: Collection[str]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app_of(main)()

@@ -18,6 +18,7 @@ import numpy as np
 import typer
 from transformers import PreTrainedModel
 
+from benchmarks.command import app_of
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.groups import Group
 from marginrm.arrays import Floats
@@ -148,4 +149,4 @@ def _row(label: str, names: list[str], ours: Mapping[int, Scores], peer: Mapping
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app_of(main)()

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.command import app_of
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.groups import Group
 from benchmarks.models import MINILM, NAMES, build
@@ -211,4 +212,4 @@ def _spread(fields: dict[str, float], places: int) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app_of(main)()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from benchmarks import models, report, run, training_quality
 from benchmarks.breakdown import by_kind
+from benchmarks.command import app_of
 from benchmarks.contender_process import ContenderError, ContenderProcess
 from benchmarks.contenders.hugging_face import HuggingFace
 from benchmarks.contenders.in_process import InProcess
@@ -65,12 +65,6 @@ def tiny(texts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def portions(tiny, texts):
     return Portions(tiny, texts)
-
-
-def app_of(command) -> typer.Typer:
-    app = typer.Typer()
-    app.command()(command)
-    return app
 
 
 def group(*lengths: int) -> Group:
@@ -297,10 +291,13 @@ def test_a_peer_is_compared_with_the_runs_of_the_same_seeds(monkeypatch):
     assert f" | {ours - theirs:+.3f} [" in first
 
 
-def test_a_seed_that_the_ablation_has_not_is_refused():
-    result = CliRunner().invoke(app_of(training_quality.main), [str(RECIPE), "--seeds", "0,99"])
+def test_a_seed_that_the_ablation_has_not_is_refused_in_one_line_however_long_the_path(tmp_path):
+    ablation = tmp_path / ("a long name " * 15) / RECIPE.name
+    ablation.parent.mkdir()
+    ablation.write_text(RECIPE.read_text())
+    result = CliRunner().invoke(app_of(training_quality.main), [str(ablation), "--seeds", "0,99"])
     assert result.exit_code == 2
-    assert "no seed 99" in result.output
+    assert f"{ablation} has no seed 99: it has 0, 1, 2." in result.output
 
 
 def test_a_model_can_be_written_from_the_command_line(tmp_path):

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.command import command_group
 from benchmarks.reliability import page, setup
 from benchmarks.reliability.checks import Report
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = command_group(__doc__)
 Minutes = Annotated[float, typer.Option(min=0.1, help="How long.")]
 
 
