@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marginrm.calibration import calibrate, fit_temperature
+from marginrm.calibration import T_MAX, T_MIN, calibrate, fit_temperature, temperature_interval
 from marginrm.errors import DataError, NonFiniteRewardError
 
 
@@ -18,9 +18,9 @@ def nll(margins: Sequence[float], temperature: float) -> float:
     return float(np.logaddexp(0, -np.asarray(margins) / temperature).mean())
 
 
-def known(temperature: float, count: int = 20_000) -> list[float]:
+def known(temperature: float, count: int = 20_000, seed: int = 0) -> list[float]:
     """Margins of pairs whose labels follow sigmoid(d / T): the sign says whether the label agrees."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     size = np.abs(generator.normal(0, 2 * temperature, count))
     right = generator.random(count) < 1 / (1 + np.exp(-size / temperature))
     return list(np.where(right, size, -size))
@@ -39,6 +39,35 @@ def test_a_known_temperature_is_found_again(temperature: float) -> None:
 def test_no_temperature_on_a_grid_is_better(margins: list[float]) -> None:
     best = nll(margins, fit_temperature(margins))
     assert all(best <= nll(margins, math.exp(step / 10)) + 1e-9 for step in range(-41, 42))
+
+
+def test_the_interval_holds_the_true_temperature_about_as_often_as_it_says() -> None:
+    held = 0
+    for seed in range(400):
+        margins = known(1.5, 200, seed)
+        interval = temperature_interval(margins, fit_temperature(margins))
+        assert interval is not None
+        held += interval[0] <= 1.5 <= interval[1]
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_too_few_pairs_for_a_temperature_are_told_so() -> None:
+    few, many = calibrate(known(1.5, 40)), calibrate(known(1.5, 2000))
+    assert few.temperature_interval is not None
+    low, high = few.temperature_interval
+    assert few.note == (
+        f"These 40 pairs say no more of T than that it is between {low:.2f} and {high:.2f} (95%). "
+        "Calibrate on more pairs, like those to be scored."
+    )
+    assert many.note is None
+
+
+@pytest.mark.parametrize("margins", [[0.0, 0.0], [1.0, 2.0], [-1.0, -2.0]])
+def test_a_temperature_that_is_a_bound_has_no_interval(margins: list[float]) -> None:
+    found = calibrate(margins)
+    assert found.temperature in {1.0, T_MIN, T_MAX}
+    assert found.temperature_interval is None
+    assert found.note
 
 
 def test_twice_the_margins_have_twice_the_temperature() -> None:

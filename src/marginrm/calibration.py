@@ -22,6 +22,8 @@ from marginrm.errors import DataError, NonFiniteRewardError
 from marginrm.manifest import Calibration, ReliabilityBin, RiskCoveragePoint
 
 T_MIN, T_MAX = 1 / 64, 64.0
+_NORMAL_975 = 1.96  # the normal distribution's 97.5% point
+_VAGUE = 2.0  # an upper end this many times the lower one is told to the user
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _COVERAGES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
@@ -64,6 +66,25 @@ def fit_temperature(margins: ArrayLike, targets: ArrayLike | None = None) -> flo
     return math.exp((low + high) / 2)
 
 
+def temperature_interval(margins: ArrayLike, temperature: float) -> tuple[float, float] | None:
+    """Returns the 95% interval of a fitted T, by the curvature of the likelihood in log T (Wald's).
+
+    Args:
+        margins: Rewards' differences that it was fitted on, [n].
+        temperature: The fitted T.
+
+    Returns:
+        Lower and upper end; None where T is a bound or the margins say nothing of it, such as when all are 0.
+    """
+    d, _ = _checked(margins, None)
+    z = d / _positive(temperature)
+    curvature = float(np.sum(z**2 * _sigmoid(z) * _sigmoid(-z)))
+    if curvature == 0 or not T_MIN < temperature < T_MAX:
+        return None
+    factor = math.exp(min(_NORMAL_975 / math.sqrt(curvature), math.log(T_MAX / T_MIN)))
+    return temperature / factor, temperature * factor
+
+
 def calibrate(
     margins: ArrayLike, temperature: float | None = None, bins: int = 15, targets: ArrayLike | None = None
 ) -> Calibration:
@@ -82,8 +103,10 @@ def calibrate(
     """
     d, p = _checked(margins, targets)
     t = fit_temperature(d, p) if temperature is None else float(temperature)
+    interval = temperature_interval(d, t) if temperature is None else None
     return Calibration(
         temperature=t,
+        temperature_interval=interval,
         n=len(d),
         ece_before=expected_calibration_error(d, 1.0, bins),
         ece_after=expected_calibration_error(d, t, bins),
@@ -94,7 +117,7 @@ def calibrate(
         reliability=reliability_bins(d, t, bins),
         risk_coverage=risk_coverage(d, t),
         margin_quantiles={f"{q:g}": float(v) for q, v in zip(_QUANTILES, np.quantile(d, _QUANTILES), strict=True)},
-        note=_note(d, t) if temperature is None else None,
+        note=_note(d, t, interval) if temperature is None else None,
     )
 
 
@@ -178,13 +201,18 @@ def risk_coverage(margins: ArrayLike, temperature: float = 1.0) -> list[RiskCove
     return points
 
 
-def _note(d: Floats, temperature: float) -> str | None:
+def _note(d: Floats, temperature: float, interval: tuple[float, float] | None) -> str | None:
     if not np.any(d):
         return "All margins are 0, so any temperature fits; T = 1 was kept."
     if temperature <= T_MIN:
         return "T is at its lower bound: every pair was ranked right, or nearly. Calibrate on more or harder pairs."
     if temperature >= T_MAX:
         return "T is at its upper bound: the margins say next to nothing about these labels."
+    if interval and interval[1] > _VAGUE * interval[0]:
+        return (
+            f"These {len(d):,} pairs say no more of T than that it is between {interval[0]:.2f} and {interval[1]:.2f} "
+            "(95%). Calibrate on more pairs, like those to be scored."
+        )
     return None
 
 

@@ -105,6 +105,9 @@ class Calibration(_Strict):
     """
 
     temperature: float = Field(gt=0)
+    temperature_interval: tuple[float, float] | None = Field(
+        default=None, description="95% interval; null where T was given or is a bound."
+    )
     n: int = Field(ge=1, description="Pairs that it was fitted or measured on.")
     ece_before: float
     ece_after: float

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from marginrm.manifest import Calibration
     from marginrm.reward_model import RewardModel
     from marginrm_training.benchmarks.sections import Benchmark
     from marginrm_training.best_of_n import BestOfNPoint
@@ -61,8 +62,9 @@ def train(
     manifest = run(settings, resume=resume, dry_run=dry_run)
     if manifest:
         _show(manifest.metrics)
-        temperature = manifest.calibration.temperature if manifest.calibration else 1.0
-        typer.echo(f"temperature {temperature:.3f}\nwritten to {settings.output}")
+        if manifest.calibration:
+            _show_temperature(manifest.calibration)
+        typer.echo(f"written to {settings.output}")
         typer.echo(f"look at it: {settings.output}/report.html")
         typer.echo(f"serve it: marginrm serve --model {settings.output}")
 
@@ -122,12 +124,7 @@ def calibrate(model: Model, data: Data) -> None:
     split = _pairs(loaded, data)
     calibration = fit(score_pairs(loaded, split.pairs, progress=True).d.tolist())
     recalibrated(loaded, folder.name, calibration, split.pairs).save(folder)
-    typer.echo(
-        f"temperature {calibration.temperature:.3f} from {calibration.n:,} pairs; "
-        f"ECE {calibration.ece_before:.4f} -> {calibration.ece_after:.4f}"
-    )
-    if calibration.note:
-        typer.echo(calibration.note)
+    _show_temperature(calibration)
 
 
 def compare(
@@ -304,6 +301,16 @@ def _show(metrics: Mapping[str, float], *, as_json: bool = False) -> None:
     width = max(len(name) for name in metrics)
     for name, text in lines(metrics):
         typer.echo(f"{name:<{width}}  {text}")
+
+
+def _show_temperature(fitted: Calibration) -> None:
+    within = "{:.3f} to {:.3f}, ".format(*fitted.temperature_interval) if fitted.temperature_interval else ""
+    typer.echo(
+        f"temperature {fitted.temperature:.3f} ({within}from {fitted.n:,} pairs; "
+        f"their ECE {fitted.ece_before:.4f} -> {fitted.ece_after:.4f})"
+    )
+    if fitted.note:
+        typer.echo(fitted.note)
 
 
 def _quiet() -> None:
