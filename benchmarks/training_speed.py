@@ -2,6 +2,7 @@
 
 All contenders take turns in one run, start from the same weights and are given the same token ids, batches, order and
 optimiser settings; so in float32 the loss curves of `bt` and TRL must agree, and the report says by how much they do not.
+Presets differ in nothing but the loss, which is too little beside a step to be seen in rates; it is timed on its own too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -27,6 +29,8 @@ from benchmarks.ratios import Spread, ratios
 from benchmarks.studies import shared_prefix
 from benchmarks.texts import ALPACA, load_texts
 from benchmarks.workloads import WORKLOADS, Portions
+from marginrm_training.margins import PRESETS, Reference, target_margins
+from marginrm_training.trainer import preference_losses
 
 _LONGEST = 256  # tokens of a sequence as it comes, in both workloads
 SHORT, LONG = "short prompts", "prompt two thirds"
@@ -65,7 +69,9 @@ def main(
         for workload, groups in workloads.items():
             portions = [groups[start : start + steps * batch] for start in range(0, len(groups), steps * batch)]
             found = take_turns(folder, portions, entrants)
-            results.append({"model": name, "workload": workload} | found)
+            results.append(
+                {"model": name, "workload": workload} | found | {"loss_seconds": loss_seconds(methods, batch)}
+            )
             (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             typer.echo(json.dumps(results[-1]), err=True)
     tables = markdown(results, texts.source, batch)
@@ -154,11 +160,23 @@ def take_turns(folder: Path, portions: Sequence[Sequence[Group]], entrants: Mapp
     return _summary(rates, losses) | {"peak_mib": peaks, "gpu": gpu, "tokens": computed, "rounds": len(portions) - 1}
 
 
+def loss_seconds(presets: Iterable[str], pairs: int, calls: int = 1000) -> dict[str, float]:
+    """Returns the median seconds of all that presets differ in: target margins, and the loss, forward and backward."""
+    d = torch.randn(pairs, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    reference, strengths = Reference.of(d), torch.full((pairs,), 0.8)
+    taken: dict[str, list[float]] = {preset: [] for preset in presets}
+    for _ in range(calls):
+        for preset, times in taken.items():
+            started = time.perf_counter()
+            targets = target_margins(PRESETS[preset], d, reference, strengths)
+            torch.autograd.grad(preference_losses(PRESETS[preset], d, targets, smoothing=0.0).mean(), d)
+            times.append(time.perf_counter() - started)
+    return {preset: median(times) for preset, times in taken.items()}
+
+
 def _summary(rates: dict[str, dict[int, float]], losses: dict[str, list[float]]) -> dict[str, Any]:
     medians = {name: median(values.values()) for name, values in rates.items()}
-    peers = [name for name in rates if name.startswith(_TRL)] or [
-        name for name in rates if name.startswith(_ours(_BASE, ""))
-    ]
+    peers = [name for name in rates if name.startswith(_TRL)] or [name for name in rates if _is_base(name)]
     reference = max(peers, key=lambda name: medians[name])
     exact = [_ours(_BASE, "float32"), f"{_TRL}, float32"]
     return {
@@ -168,7 +186,7 @@ def _summary(rates: dict[str, dict[int, float]], losses: dict[str, list[float]])
         "costs": {
             name: _fields(ratios(rates[_ours(_BASE, name.rsplit(", ", 1)[1])], values))
             for name, values in rates.items()
-            if not name.startswith((_TRL, _ours(_BASE, "")))
+            if not name.startswith(_TRL) and not _is_base(name)
         },
         "loss_difference": max(abs(a - b) for a, b in zip(*(losses[name] for name in exact), strict=True))
         if all(name in losses for name in exact)
@@ -202,9 +220,24 @@ def markdown(results: Sequence[dict[str, Any]], source: str, batch: int) -> str:
                 f"| {name} | {rate['median']:.1f} | {_spread(ratio, 2)} | {cost} | "
                 f"{result['peak_mib'][name]:,.0f} MiB | {tokens} |"
             )
+        step = batch / max(rate["median"] for name, rate in result["pairs_per_second"].items() if _is_base(name))
+        lines += ["", f"The loss alone, of a `bt` step's {step:.2f} s: {_losses(result['loss_seconds'], step)}."]
         if result["loss_difference"] is not None:
             lines += ["", f"Largest difference of the float32 loss curves: {result['loss_difference']:.1e}."]
     return "\n".join(lines)
+
+
+def _losses(seconds: Mapping[str, float], step: float) -> str:
+    told = [f"`{_BASE}` {seconds[_BASE] * 1e6:.0f} us"]
+    for preset, taken in seconds.items():
+        if preset != _BASE:
+            more = taken - seconds[_BASE]
+            told.append(f"`{preset}` {taken * 1e6:.0f} us ({more / step:+.4%} of the step)")
+    return "; ".join(told)
+
+
+def _is_base(name: str) -> bool:
+    return name.startswith(_ours(_BASE, ""))
 
 
 def _spread(fields: dict[str, float], places: int) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import models, report, run, training_quality
+from benchmarks import models, report, run, training_quality, training_speed
 from benchmarks.breakdown import by_kind
 from benchmarks.command import app_of
 from benchmarks.contender_process import ContenderError, ContenderProcess
@@ -270,6 +270,31 @@ def test_a_small_run_and_its_continuation(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"report.md", "summary.json", "rewards_per_second.svg"}
     cell = json.loads((tmp_path / "summary.json").read_text())["cells"][0]
     assert cell["rewards_per_second"]["median"] == pytest.approx(first[0].rate)
+
+
+def test_a_small_run_of_training_without_a_peer(tmp_path, capsys):
+    training_speed.main(
+        trl_python=None,
+        presets="margin",
+        models="tiny",
+        dtypes="float32",
+        rounds=1,
+        steps=2,
+        batch=8,
+        data=NOWHERE,
+        output=tmp_path,
+    )
+    short, long = json.loads((tmp_path / "results.json").read_text())
+    for result in (short, long):
+        assert set(result["pairs_per_second"]) == {"marginrm bt, float32", "marginrm margin, float32"}
+        assert result["reference"] == "marginrm bt, float32"
+        assert result["rounds"] == 1
+    assert long["tokens"]["marginrm bt, float32"] < 0.8  # two thirds of each are a prompt that is computed once
+    table = capsys.readouterr().out
+    rate = short["pairs_per_second"]["marginrm bt, float32"]["median"]
+    more = (short["loss_seconds"]["margin"] - short["loss_seconds"]["bt"]) / (8 / rate)
+    assert f"The loss alone, of a `bt` step's {8 / rate:.2f} s: `bt` " in table
+    assert f"({more:+.4%} of the step)." in table
 
 
 def test_a_peer_is_compared_with_the_runs_of_the_same_seeds(monkeypatch):
