@@ -22,7 +22,7 @@ from benchmarks.command import app_of
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.groups import Group
 from marginrm.arrays import Floats
-from marginrm_training.ablation import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
+from marginrm_training.ablation import ARRAYS, RESULT, Ablation, Evaluation, Run, finished, load_ablation, plan
 from marginrm_training.ablation_results import Results, item_scores
 from marginrm_training.ablation_run import measure_all
 from marginrm_training.config import TrainConfig, parse_config
@@ -116,7 +116,11 @@ def table(ablation: Ablation, results: Path, max_length: int) -> str:
         for seed in ablation.seeds
         if ((folder := results / f"tokens{max_length}-seed{seed}") / RESULT).is_file()
     }
-    names = [evaluation.name for evaluation in ablation.evaluations]
+    names = [
+        name
+        for evaluation in ablation.evaluations
+        for name in (evaluation.name, *([_loss_of(evaluation)] if evaluation.kind == "pairs" else []))
+    ]
     lines = ["| | seeds | " + " | ".join(f"{name} | difference to TRL" for name in names) + " |"]
     lines.append("|---|---:|" + "---:|---:|" * len(names))
     if peer:
@@ -132,7 +136,13 @@ def table(ablation: Ablation, results: Path, max_length: int) -> str:
 
 
 def _values(ablation: Ablation, arrays: Mapping[str, Floats]) -> Scores:
-    return {evaluation.name: item_scores(evaluation, arrays) for evaluation in ablation.evaluations}
+    scores = {evaluation.name: item_scores(evaluation, arrays) for evaluation in ablation.evaluations}
+    pairs = [evaluation for evaluation in ablation.evaluations if evaluation.kind == "pairs"]
+    return scores | {_loss_of(evaluation): np.logaddexp(0, -arrays[evaluation.name]) for evaluation in pairs}
+
+
+def _loss_of(evaluation: Evaluation) -> str:
+    return f"{evaluation.name}, BT loss"
 
 
 def _row(label: str, names: list[str], ours: Mapping[int, Scores], peer: Mapping[int, Scores] | None) -> str:

@@ -302,18 +302,19 @@ def test_a_peer_is_compared_with_the_runs_of_the_same_seeds(monkeypatch):
     ablation = load_ablation(RECIPE)
     kept = ROOT / "docs" / "results"
     heads, _, peer, first, *_ = training_quality.table(ablation, kept / "trl_alpaca", 256).splitlines()
-    assert heads.count("difference to TRL") == len(ablation.evaluations)
+    assert heads.count("difference to TRL") == 5  # accuracy and loss of two files of pairs, and the pick
     assert peer.startswith("| TRL, 256 tokens | 3 | ")
 
-    def accuracy(folder):
-        return np.mean(np.load(folder / "arrays.npz")["alpaca test pairs"] > 0)
-
     ours, theirs = (
-        np.mean([accuracy(folder) for folder in folders])
+        np.stack([np.load(folder / "arrays.npz")["alpaca test pairs"] for folder in sorted(folders)])
         for folders in ((kept / "ablation_recipe").glob("bt-seed*"), (kept / "trl_alpaca").glob("tokens256-*"))
     )
-    assert first.startswith(f"| bt | 3 | {ours:.3f} ")
-    assert f" | {ours - theirs:+.3f} [" in first
+    right, wrong = (ours > 0).mean(), (theirs > 0).mean()
+    assert first.startswith(f"| bt | 3 | {right:.3f} ")
+    assert f" | {right - wrong:+.3f} [" in first
+    loss, other = (np.log1p(np.exp(-d)).mean() for d in (ours, theirs))
+    assert f" | {loss:.3f} ± " in first
+    assert f" | {loss - other:+.3f} [" in first
 
 
 def test_a_seed_that_the_ablation_has_not_is_refused_in_one_line_however_long_the_path(tmp_path):
