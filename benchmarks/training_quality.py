@@ -22,7 +22,7 @@ from benchmarks.command import app_of
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.groups import Group
 from marginrm.arrays import Floats
-from marginrm_training.ablation import ARRAYS, RESULT, Ablation, Evaluation, Run, finished, load_ablation, plan
+from marginrm_training.ablation import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
 from marginrm_training.ablation_results import Results, item_scores
 from marginrm_training.ablation_run import measure_all
 from marginrm_training.config import TrainConfig, parse_config
@@ -116,33 +116,29 @@ def table(ablation: Ablation, results: Path, max_length: int) -> str:
         for seed in ablation.seeds
         if ((folder := results / f"tokens{max_length}-seed{seed}") / RESULT).is_file()
     }
-    names = [
-        name
-        for evaluation in ablation.evaluations
-        for name in (evaluation.name, *([_loss_of(evaluation)] if evaluation.kind == "pairs" else []))
-    ]
+    rows = [(f"TRL, {max_length} tokens", peer)] if peer else []
+    if found := finished(ablation.kept, plan(ablation)):
+        loaded = Results.load(ablation, found)
+        for cell, runs in loaded.cells.items():
+            ours = {run["seed"]: _values(ablation, loaded.arrays[run["digest"]]) for run in runs}
+            rows.append((loaded.label(cell), ours))
+    if not rows:
+        return f"Nothing to compare: neither {results} nor {ablation.kept} holds a finished run."
+    names = list(next(iter(rows[0][1].values())))
     lines = ["| | seeds | " + " | ".join(f"{name} | difference to TRL" for name in names) + " |"]
     lines.append("|---|---:|" + "---:|---:|" * len(names))
-    if peer:
-        lines.append(_row(f"TRL, {max_length} tokens", names, peer, None))
-    found = finished(ablation.kept, plan(ablation))
-    if not found:
-        return "\n".join(lines)
-    loaded = Results.load(ablation, found)
-    for cell, runs in loaded.cells.items():
-        ours = {run["seed"]: _values(ablation, loaded.arrays[run["digest"]]) for run in runs}
-        lines.append(_row(loaded.label(cell), names, ours, peer))
+    lines += [_row(label, names, scores, None if scores is peer else peer) for label, scores in rows]
     return "\n".join(lines)
 
 
 def _values(ablation: Ablation, arrays: Mapping[str, Floats]) -> Scores:
-    scores = {evaluation.name: item_scores(evaluation, arrays) for evaluation in ablation.evaluations}
-    pairs = [evaluation for evaluation in ablation.evaluations if evaluation.kind == "pairs"]
-    return scores | {_loss_of(evaluation): np.logaddexp(0, -arrays[evaluation.name]) for evaluation in pairs}
-
-
-def _loss_of(evaluation: Evaluation) -> str:
-    return f"{evaluation.name}, BT loss"
+    """Returns each item's figure, by the name of its column."""
+    values: Scores = {}
+    for evaluation in ablation.evaluations:
+        values[evaluation.name] = item_scores(evaluation, arrays)
+        if evaluation.kind == "pairs":
+            values[f"{evaluation.name}, BT loss"] = np.logaddexp(0, -arrays[evaluation.name])
+    return values
 
 
 def _row(label: str, names: list[str], ours: Mapping[int, Scores], peer: Mapping[int, Scores] | None) -> str:

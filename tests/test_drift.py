@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from marginrm.manifest import Calibration
+from marginrm.calibration import calibrate
 from marginrm_service.drift import Drift, Reference, psi
 from support_server import serving
 from support_service import FakeRewardModel
@@ -55,13 +55,8 @@ def test_it_speaks_when_there_is_enough_to_say_and_begins_anew_with_a_new_model(
 
 def test_a_server_reports_it_for_pairs() -> None:
     model = FakeRewardModel()
-    figures = dict.fromkeys(Calibration.model_fields, 0.1) | {
-        "n": 9,
-        "reliability": [],
-        "risk_coverage": [],
-        "note": None,
-    }
-    model.manifest = type("M", (), {"calibration": Calibration(**figures | {"margin_quantiles": {"0.5": 1e9}})})()
+    calibration = calibrate([1.0, -1.0]).model_copy(update={"margin_quantiles": {"0.5": 1e9}})
+    model.manifest = type("M", (), {"calibration": calibration})()
     pairs = [{"prompt": f"{index}", "chosen": "Yes.", "rejected": "No."} for index in range(250)]
     with serving(model) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         assert "marginrm_margin_psi{" not in http.get("/metrics").text
