@@ -74,11 +74,11 @@ def serving(*models, **settings) -> Iterator[AppServer]:
 class ServerProcess:
     """`marginrm serve` in a process of its own, on a free port, with its log in a file."""
 
-    def __init__(self, log: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
+    def __init__(self, log: Path, *arguments: str | Path, env: dict[str, str] | None = None, before: str = "") -> None:
         self.log_path = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from marginrm.cli import main; main()", "serve", "--port", "0"]
+                [sys.executable, "-c", f"{before}\nfrom marginrm.cli import main; main()", "serve", "--port", "0"]
                 + [str(argument) for argument in arguments],
                 stdout=out,
                 stderr=subprocess.STDOUT,

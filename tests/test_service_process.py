@@ -220,6 +220,30 @@ def test_a_second_signal_is_now(checkpoint, tmp_path):
             assert "Traceback" not in process.log
 
 
+LOADS_FOR_EVER = """
+import logging, torch
+from marginrm_service import registry
+
+def load_model(spec, settings):
+    logging.getLogger("marginrm_service").info("computing")
+    matrix = torch.rand(512, 512)
+    while True:
+        matrix = torch.mm(matrix, matrix).clamp(0, 1)
+
+registry.load_model = load_model
+"""
+
+
+def test_sigterm_while_a_model_is_loading_exits_with_0(checkpoint, tmp_path):
+    # Python's own end kills threads that come back from torch to it, and C++ then aborts the process.
+    with ServerProcess(tmp_path / "log", "--model", checkpoint, before=LOADS_FOR_EVER) as process:
+        while "computing" not in process.log:
+            assert process.process.poll() is None, process.log
+            time.sleep(0.05)
+        process.signal(signal.SIGTERM)
+        assert process.wait(20) == 0, process.log
+
+
 def golden_manifest(checkpoint, reward_error: float = 0.0) -> Manifest:
     model = RewardModel.from_pretrained(checkpoint, dtype="float32")
     sample = model.encoder.encode("Why?", "Because.")

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import threading
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from marginrm_service.settings import Settings
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
+_COMPUTE = ("load-model", "engine-")  # what the names of the threads begin with that torch runs in
 # Seconds, while the server leaves and connections are open that no request uses:
 _QUIET = 0.5  # without a request before they are closed
 _LONGEST_WAIT = 5.0  # until they are closed even so
@@ -61,6 +63,17 @@ def run(settings: Settings) -> None:
     server.run(sockets=[listener])
     if service.registry.failure:
         raise service.registry.failure
+    if any(thread.name.startswith(_COMPUTE) for thread in threading.enumerate()):
+        _end_now(0)
+
+
+def _end_now(status: int) -> None:
+    """Ends the process beside threads that compute.
+
+    Python's own end would wait for some; others, coming back from torch to an interpreter that is gone, abort the process.
+    """
+    logging.shutdown()
+    os._exit(status)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -118,8 +131,7 @@ class _Server(uvicorn.Server):
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=1)
-            logging.shutdown()
-            os._exit(1)  # Python's own end would wait for the threads that still compute
+            _end_now(1)
 
     async def _close_the_door(self) -> None:
         """Stops listening, and waits for open connections to close after their next reply, which says so.
