@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import typer
 
@@ -21,3 +21,14 @@ def app_of(command: Callable[..., None]) -> typer.Typer:
     app = command_group()
     app.command()(command)
     return app
+
+
+def known(name: str, names: Collection[str]) -> str:
+    """Returns a name that was given.
+
+    Raises:
+        BadParameter: It is none of those that there are.
+    """
+    if name not in names:
+        raise typer.BadParameter(f"{name!r} is none of: {', '.join(names)}")
+    return name

@@ -17,7 +17,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.command import app_of
+from benchmarks.command import app_of, known
 from benchmarks.texts import load_texts
 
 MINILM = "minilm"
@@ -147,9 +147,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="It gets a folder of that name in it.")] = Path("runs/models"),
 ) -> None:
     """Write a model with random weights, and a tokenizer trained on the benchmark's texts."""
-    if name not in NAMES:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(NAMES)}.")
-    typer.echo(build(name, folder, load_texts().for_tokenizer))
+    typer.echo(build(known(name, NAMES), folder, load_texts().for_tokenizer))
 
 
 if __name__ == "__main__":

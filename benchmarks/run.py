@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import torch
 import typer
 
 from benchmarks import figure, report
-from benchmarks.command import app_of
+from benchmarks.command import app_of, known
 from benchmarks.lineup import lineup, pythons
 from benchmarks.measure import Clock, Setting, compare
 from benchmarks.models import MINILM, NAMES, build
@@ -50,9 +49,9 @@ def main(
     clock = Clock(minutes * 60)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends its contenders
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    chosen = [WORKLOADS[_known(name, WORKLOADS)] for name in workloads.split(",") if name]
-    names = [_known(name, NAMES) for name in models.split(",") if name]
-    questions = [_known(name, STUDIES) for name in studies.split(",") if name]
+    chosen = [WORKLOADS[known(name, WORKLOADS)] for name in workloads.split(",") if name]
+    names = [known(name, NAMES) for name in models.split(",") if name]
+    questions = [known(name, STUDIES) for name in studies.split(",") if name]
     texts = load_texts(data)
     used_threads = threads or torch.get_num_threads()
     results = Results(output / "measurements.jsonl", used_threads)
@@ -110,12 +109,6 @@ def _write(results: Results, texts: Texts, output: Path, page: Path | None) -> N
 def _named(name: str, words: str) -> bool:
     """Returns whether one of the words, which have commas between, is in a contender's name."""
     return any(word in name for word in words.split(",") if word)
-
-
-def _known(name: str, names: Collection[str]) -> str:
-    if name not in names:
-        raise typer.BadParameter(f"{name!r} is none of: {', '.join(names)}")
-    return name
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks.ratios import Spread, ratios
 from benchmarks.studies import shared_prefix
 from benchmarks.texts import ALPACA, load_texts
 from benchmarks.workloads import WORKLOADS, Portions
-from marginrm_training.margins import PRESETS, Reference, target_margins
+from marginrm_training.margins import Reference, named, target_margins
 from marginrm_training.trainer import preference_losses
 
 _LONGEST = 256  # tokens of a sequence as it comes, in both workloads
@@ -60,6 +60,7 @@ def main(
         for dtype in dtypes.split(",")
         for name, entrant in _entrants(methods, dtype, batch, trl_python).items()
     }
+    alone = loss_seconds(methods, batch)
     results = []
     for name in models.split(","):
         folder = build(name, output / "models", texts.passages[:4000])
@@ -69,9 +70,7 @@ def main(
         for workload, groups in workloads.items():
             portions = [groups[start : start + steps * batch] for start in range(0, len(groups), steps * batch)]
             found = take_turns(folder, portions, entrants)
-            results.append(
-                {"model": name, "workload": workload} | found | {"loss_seconds": loss_seconds(methods, batch)}
-            )
+            results.append({"model": name, "workload": workload} | found | {"loss_seconds": alone})
             (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             typer.echo(json.dumps(results[-1]), err=True)
     tables = markdown(results, texts.source, batch)
@@ -167,9 +166,10 @@ def loss_seconds(presets: Iterable[str], pairs: int, calls: int = 1000) -> dict[
     taken: dict[str, list[float]] = {preset: [] for preset in presets}
     for _ in range(calls):
         for preset, times in taken.items():
+            method = named(preset)
             started = time.perf_counter()
-            targets = target_margins(PRESETS[preset], d, reference, strengths)
-            torch.autograd.grad(preference_losses(PRESETS[preset], d, targets, smoothing=0.0).mean(), d)
+            targets = target_margins(method, d, reference, strengths)
+            torch.autograd.grad(preference_losses(method, d, targets, smoothing=0.0).mean(), d)
             times.append(time.perf_counter() - started)
     return {preset: median(times) for preset, times in taken.items()}
 

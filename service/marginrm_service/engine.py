@@ -17,6 +17,7 @@ from marginrm_service.batching import FairQueue, Portion
 from marginrm_service.errors import EngineStoppedError
 from marginrm_service.execution import ForwardModel, StepResult, run_step
 from marginrm_service.job import Job
+from marginrm_service.threads import ComputeThread
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class ScoringEngine:
         self._unfinished: set[Job] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
-        self._thread = threading.Thread(target=self._work, name=f"engine-{name}", daemon=True)
+        self._thread = ComputeThread(self._work, f"engine-{name}")
 
     @property
     def alive(self) -> bool:

@@ -20,6 +20,7 @@ from marginrm_service.job import Job
 from marginrm_service.metrics import Metrics
 from marginrm_service.served import ServedModel
 from marginrm_service.settings import DEFAULT_MODEL, ModelSpec, Settings
+from marginrm_service.threads import ComputeThread
 
 if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
@@ -341,5 +342,5 @@ async def _in_daemon_thread(function: Callable[[], T]) -> T:
         except RuntimeError:
             _log.debug("The event loop was gone before a model was loaded")
 
-    threading.Thread(target=run, name="load-model", daemon=True).start()
+    ComputeThread(run, "load-model").start()
     return await future

@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import socket
-import threading
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -22,10 +21,10 @@ from marginrm_service import logs
 from marginrm_service.app import create_app
 from marginrm_service.service import Service
 from marginrm_service.settings import Settings
+from marginrm_service.threads import computing
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048
-_COMPUTE = ("load-model", "engine-")  # what the names of the threads begin with that torch runs in
 # Seconds, while the server leaves and connections are open that no request uses:
 _QUIET = 0.5  # without a request before they are closed
 _LONGEST_WAIT = 5.0  # until they are closed even so
@@ -63,15 +62,12 @@ def run(settings: Settings) -> None:
     server.run(sockets=[listener])
     if service.registry.failure:
         raise service.registry.failure
-    if any(thread.name.startswith(_COMPUTE) for thread in threading.enumerate()):
+    if computing():
         _end_now(0)
 
 
 def _end_now(status: int) -> None:
-    """Ends the process beside threads that compute.
-
-    Python's own end would wait for some; others, coming back from torch to an interpreter that is gone, abort the process.
-    """
+    """Ends the process beside threads that compute: Python's own end would wait for some, and abort at others."""
     logging.shutdown()
     os._exit(status)
 
