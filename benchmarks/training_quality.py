@@ -22,13 +22,13 @@ from benchmarks.command import app_of
 from benchmarks.contender_process import ContenderProcess
 from benchmarks.groups import Group
 from marginrm.arrays import Floats
-from marginrm_training.ablation import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
-from marginrm_training.ablation_results import Results, item_scores
-from marginrm_training.ablation_run import measure_all
+from marginrm_training.ablation.cli import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
+from marginrm_training.ablation.results import Results, item_scores
+from marginrm_training.ablation.worker import measure_all
 from marginrm_training.config import TrainConfig, parse_config
-from marginrm_training.data import load_splits
-from marginrm_training.intervals import seeds_estimate
-from marginrm_training.run import load
+from marginrm_training.data.splits import load_splits
+from marginrm_training.evaluation.bootstrap import seeds_estimate
+from marginrm_training.run.train import load
 
 # What RewardTrainer does with the learning rate 5e-5 if nothing else is said; dropout is off there too.
 SETTINGS = {

@@ -29,8 +29,8 @@ from benchmarks.ratios import Spread, ratios
 from benchmarks.studies import shared_prefix
 from benchmarks.texts import ALPACA, load_texts
 from benchmarks.workloads import WORKLOADS, Portions
-from marginrm_training.margins import Reference, named, target_margins
-from marginrm_training.trainer import preference_losses
+from marginrm_training.method.margins import Reference, named, target_margins
+from marginrm_training.run.trainer import preference_losses
 
 _LONGEST = 256  # tokens of a sequence as it comes, in both workloads
 SHORT, LONG = "short prompts", "prompt two thirds"

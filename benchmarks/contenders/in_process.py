@@ -12,14 +12,14 @@ from torch import nn
 
 from benchmarks.groups import Group
 from marginrm import RewardModel
+from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import EncodingError
-from marginrm.last_layer import last_layer
+from marginrm.forward.batch import PackedRow, PaddedRows
+from marginrm.forward.module import RewardModule
 from marginrm.loading import DtypeName
-from marginrm.memory import keep_memory
-from marginrm.reward_module import RewardModule
-from marginrm.rows import PackedRow, PaddedRows
-from marginrm.token_budget import measure_token_budget
+from marginrm.tuning.last_layer import last_layer
+from marginrm.tuning.token_budget import measure_token_budget
 
 _GEMM_SIZE = 4096
 _GEMM_REPEATS = 5

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.groups import Group
+from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
 from marginrm.loading import load_for_training
-from marginrm.memory import keep_memory
 from marginrm.preferences import PreferencePair
 from marginrm_training.config import parse_config
-from marginrm_training.data import EncodedPair
-from marginrm_training.trainer import MarginTrainer
+from marginrm_training.data.splits import EncodedPair
+from marginrm_training.run.trainer import MarginTrainer
 
 
 class MarginrmTrainer:

@@ -14,8 +14,8 @@ import psutil
 from benchmarks.reliability import setup
 from benchmarks.reliability.checks import Check, Report
 from marginrm import RewardModel
+from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
-from marginrm.memory import keep_memory
 from marginrm_training.demo.preferences import generate_groups
 
 _KINDS = ("as they are", "filled up")

@@ -36,7 +36,15 @@ class WatchedServer:
         self._log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from marginrm.cli import main; main()", "serve", "--port", "0", *arguments],
+                [
+                    sys.executable,
+                    "-c",
+                    "from marginrm.cli.main import main; main()",
+                    "serve",
+                    "--port",
+                    "0",
+                    *arguments,
+                ],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

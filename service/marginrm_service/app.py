@@ -14,14 +14,15 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
-from marginrm_service import adapters, admin, http_errors, operations, pages, routes, streaming, tracing
+from marginrm_service.api import adapters, admin, errors, health, native, pages, streaming
+from marginrm_service.api.middleware import tracing
+from marginrm_service.api.middleware.auth import KeyCheck
+from marginrm_service.api.middleware.context import BodyLimit, RequestContext
+from marginrm_service.api.middleware.early_rejection import FullHouse
 from marginrm_service.errors import OverloadedError
-from marginrm_service.full_house import FullHouse
-from marginrm_service.key_check import KeyCheck
 from marginrm_service.keys import KeyFile, RateLimit
-from marginrm_service.middleware import BodyLimit, RequestContext
-from marginrm_service.service import Service
 from marginrm_service.settings import Settings
+from marginrm_service.state import Service
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -83,10 +84,10 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
     if traces:
         app.add_middleware(tracing.Tracing, provider=traces)
     app.add_middleware(RequestContext, metrics=service.metrics)  # the outermost
-    http_errors.install(app)
-    app.include_router(routes.router)
+    errors.install(app)
+    app.include_router(native.router)
     app.include_router(adapters.router)
-    app.include_router(operations.router)
+    app.include_router(health.router)
     app.include_router(admin.router)
     app.include_router(pages.router)
     return app
@@ -105,7 +106,7 @@ def _scoring_routes(settings: Settings) -> dict[str, tuple[BaseRoute, int]]:
     return {
         route.path: (route, status)
         for router, status in (
-            (routes.router, http_errors.STATUSES[OverloadedError]),
+            (native.router, errors.STATUSES[OverloadedError]),
             *((router, settings.adapter_overload_status) for router in adapters.ROUTERS),
         )
         for route in router.routes

@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from ray import serve
 
 from marginrm.errors import ConfigError
-from marginrm_service import logs
 from marginrm_service.app import create_app
-from marginrm_service.service import Service
 from marginrm_service.settings import Settings
+from marginrm_service.state import Service
+from marginrm_service.telemetry import logs
 
 _SPARE = 256  # requests beside those that may wait for models: refusals, pages, metrics
 _LONGER = 10.0  # seconds for a replica to leave, beyond those in which it finishes what was accepted

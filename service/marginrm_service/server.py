@@ -17,11 +17,11 @@ from typing import Any
 import uvicorn
 
 from marginrm.errors import ConfigError
-from marginrm_service import logs
 from marginrm_service.app import create_app
-from marginrm_service.service import Service
+from marginrm_service.engine.compute_thread import computing
 from marginrm_service.settings import Settings
-from marginrm_service.threads import computing
+from marginrm_service.state import Service
+from marginrm_service.telemetry import logs
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 2048

@@ -1,7 +1,7 @@
 """marginrm: margin-aware reward models, trained, calibrated and served with one forward pass.
 
 ```python
-from marginrm import RewardModel, RewardClient
+from marginrm import RewardClient, RewardModel
 
 model = RewardModel.from_pretrained("checkpoints/demo")  # needs marginrm[service] or marginrm[training]
 model.score("What is 2 + 2?", ["4", "5"])

@@ -21,14 +21,14 @@ from transformers import (
     set_seed,
 )
 
-from marginrm.attention_choice import choose_attention
-from marginrm.compiled import compile_parts
 from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
-from marginrm.last_layer import shorten_last_layer
-from marginrm.packed_weights import pack_weights
-from marginrm.reward_module import RewardModule
-from marginrm.trial import best_seconds
+from marginrm.forward.module import RewardModule
+from marginrm.tuning.attention import choose_attention
+from marginrm.tuning.compiled import compile_parts
+from marginrm.tuning.last_layer import shorten_last_layer
+from marginrm.tuning.packed_weights import pack_weights
+from marginrm.tuning.timing import best_seconds
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 

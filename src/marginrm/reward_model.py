@@ -10,16 +10,16 @@ from typing import cast
 import torch
 
 from marginrm import ranking
-from marginrm.deterministic import make_deterministic
 from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
 from marginrm.errors import ConfigError, EncodingError, GoldenMismatchError, NonFiniteRewardError
+from marginrm.forward.batch import EncodedGroup
+from marginrm.forward.module import RewardModule
 from marginrm.loading import DtypeName, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
 from marginrm.packing import plan_row, plan_steps
 from marginrm.ranking import Comparison, Ranking
-from marginrm.reward_module import RewardModule
-from marginrm.rows import EncodedGroup
 from marginrm.schemas import ModelInfo
+from marginrm.tuning.deterministic import make_deterministic
 
 _ROW_MULTIPLE = 64  # tokens
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marginrm.errors import ConfigError
-from marginrm_training.margins import ESTIMATED, MarginMethod, named
+from marginrm_training.method.margins import ESTIMATED, MarginMethod, named
 
 
 class _Section(BaseModel):
@@ -82,7 +82,7 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """[method]: a preset, and changes to it."""
 
-    preset: str = Field("margin", description="See `marginrm_training.margins.PRESETS`.")
+    preset: str = Field("margin", description="See `marginrm_training.method.margins.PRESETS`.")
     loss: Literal["margin", "scaled_bt", "soft_label"] | None = None
     estimator: (
         Literal["none", "fixed", "column", "strength", "batch_mean", "ema_mean", "deficit", "zscore_exp"] | None

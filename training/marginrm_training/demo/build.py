@@ -8,13 +8,13 @@ from pathlib import Path
 
 from marginrm.reward_model import RewardModel
 from marginrm_training.config import TrainConfig, parse_config
-from marginrm_training.data import encode_pairs, read
+from marginrm_training.data.splits import encode_pairs, read
 from marginrm_training.demo.model import build_model, build_tokenizer
 from marginrm_training.demo.preferences import DemoData, generate_pairs, write_jsonl
 from marginrm_training.demo.recipe import RECIPE, DemoRecipe
-from marginrm_training.evaluation import score_pairs, spearman
-from marginrm_training.margins import MarginMethod
-from marginrm_training.run import train
+from marginrm_training.evaluation.pairs import score_pairs, spearman
+from marginrm_training.method.margins import MarginMethod
+from marginrm_training.run.train import train
 
 
 def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:

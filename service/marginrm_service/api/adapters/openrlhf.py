@@ -1,0 +1,40 @@
+"""OpenRLHF's remote reward model: `POST /get_reward` (`openrlhf/cli/serve_rm.py`, `openrlhf/utils/agent.py`)."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from marginrm.schemas import Text
+from marginrm_service.api.adapters.contract import ContractReply, ContractRequest, reply, score, templated
+from marginrm_service.api.native import ERRORS
+from marginrm_service.state import ServiceOf
+
+router = APIRouter()
+
+
+class GetRewardRequest(ContractRequest):
+    """Templated texts. OpenRLHF's `prompts` and `labels` come along and are not read, as by its own server."""
+
+    query: list[Text]
+
+
+class GetRewardResponse(ContractReply):
+    """Rewards in the order asked. `extra_logs` become tensors in the trainer's log."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+@router.post("/get_reward", response_model=GetRewardResponse, responses=ERRORS)
+async def get_reward(body: GetRewardRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores OpenRLHF's templated texts. An empty list, which it sends to its second URL, gets empty lists."""
+    rewarded = await score(service, request, None, templated(body.query), response_at=lambda i: f"query[{i}]")
+    tokens = [float(one.tokens) for one in rewarded.scored]
+    return await reply(
+        service,
+        rewarded,
+        lambda: GetRewardResponse(
+            rewards=rewarded.rewards, scores=rewarded.rewards, extra_logs={"reward_tokens": tokens}
+        ),
+    )

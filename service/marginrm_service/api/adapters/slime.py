@@ -1,0 +1,33 @@
+"""Slime's remote reward model: one sample a request, and one bare number back (`slime/rollout/rm_hub/__init__.py`)."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from pydantic import RootModel
+
+from marginrm.schemas import Prompt, Text
+from marginrm_service.api.adapters.contract import ContractRequest, reply, score
+from marginrm_service.api.native import ERRORS
+from marginrm_service.engine.request import Ask
+from marginrm_service.state import ServiceOf
+
+router = APIRouter()
+
+
+class SlimeRequest(ContractRequest):
+    """A sample; its `label` is not read."""
+
+    prompt: Prompt
+    response: Text
+
+
+class SlimeReward(RootModel[float]):
+    """The reward, and nothing else. Leave `--reward-key` out."""
+
+
+@router.post("/slime", response_model=SlimeReward, responses=ERRORS)
+async def slime(body: SlimeRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores one of slime's samples with `--rm-type remote_rm --rm-url .../slime`."""
+    asks = [Ask(body.prompt, [body.response])]
+    rewarded = await score(service, request, None, asks, response_at=lambda _: "response")
+    return await reply(service, rewarded, lambda: SlimeReward(rewarded.rewards[0]))

@@ -1,0 +1,135 @@
+"""Text Embeddings Inference: `/predict`, and `/rerank` with `texts`. Its default is a sigmoid; `raw_scores` undoes it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, RootModel, model_validator
+
+from marginrm.encoding import Truncation
+from marginrm.errors import InvalidTextError
+from marginrm.schemas import Text
+from marginrm_service.api.adapters.contract import ContractReply, ContractRequest, reply, score, sigmoid
+from marginrm_service.api.native import ERRORS
+from marginrm_service.engine.request import Ask
+from marginrm_service.state import Service, ServiceOf
+
+router = APIRouter()
+
+
+class _TeiOptions(ContractRequest):
+    raw_scores: bool = Field(default=False, description="True gives rewards; else their sigmoid.")
+    truncate: bool | None = Field(default=None, description="True cuts the prompt from its left; else it is an error.")
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
+
+    @model_validator(mode="after")
+    def _keeps_the_end(self) -> Self:
+        if self.truncate and (self.truncation_direction or "left").lower() == "right":
+            raise ValueError("truncation_direction must be left: the reward is read at the end, which is never cut.")
+        return self
+
+    @property
+    def truncation(self) -> Truncation:
+        """What to do with what is too long."""
+        return "prompt_left" if self.truncate else "error"
+
+    def value(self, reward: float) -> float:
+        """A reward as the request wants it."""
+        return reward if self.raw_scores else sigmoid(reward)
+
+
+class TeiRerankRequest(_TeiOptions):
+    """A prompt and its candidates, in TEI's words."""
+
+    query: str
+    texts: list[Text] = Field(min_length=1)
+    return_text: bool = False
+
+
+class Rank(ContractReply):
+    """A candidate's place."""
+
+    index: int
+    score: float
+    text: str | None = Field(default=None, exclude_if=lambda text: text is None)
+
+
+class TeiRerankResponse(RootModel[list[Rank]]):
+    """Best first."""
+
+
+class PredictRequest(_TeiOptions):
+    """A templated text; a prompt and its response; or a list with a list of either for each."""
+
+    inputs: Any = Field(description='"text", ["prompt", "response"], or [["text"], ["prompt", "response"], ...].')
+
+
+class Prediction(ContractReply):
+    """The one label's value."""
+
+    score: float
+    label: str = "LABEL_0"
+
+
+class PredictResponse(RootModel[list[Prediction] | list[list[Prediction]]]):
+    """The label of one input, or a list for each."""
+
+
+async def rerank(body: TeiRerankRequest, request: Request, service: Service) -> Response:
+    """Ranks texts in TEI's shape."""
+    rewarded = await score(
+        service,
+        request,
+        None,
+        [Ask(body.query, body.texts)],
+        response_at=lambda i: f"texts[{i}]",
+        prompt_at=lambda _: "query",
+        truncation=body.truncation,
+    )
+    rewards = rewarded.rewards
+    return await reply(
+        service,
+        rewarded,
+        lambda: TeiRerankResponse(
+            [
+                Rank(index=i, score=body.value(rewards[i]), text=body.texts[i] if body.return_text else None)
+                for i in best_first(rewards)
+            ]
+        ),
+    )
+
+
+@router.post("/predict", response_model=PredictResponse, responses=ERRORS)
+async def predict(body: PredictRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores texts, or prompts with responses, in TEI's shape."""
+    several = isinstance(body.inputs, list) and any(isinstance(one, list) for one in body.inputs)
+    inputs = body.inputs if several else [body.inputs]
+    rewarded = await score(
+        service,
+        request,
+        None,
+        [_ask(one, index) for index, one in enumerate(inputs)],
+        response_at=lambda i: f"inputs[{i}]" if several else "inputs",
+        prompt_at=lambda i: f"inputs[{i}]" if several else "inputs",
+        truncation=body.truncation,
+    )
+    values = [Prediction(score=body.value(reward)) for reward in rewarded.rewards]
+    return await reply(service, rewarded, lambda: PredictResponse([[value] for value in values] if several else values))
+
+
+def best_first(rewards: list[float]) -> list[int]:
+    """Returns the indices of rewards, best first; equal ones keep their order."""
+    return sorted(range(len(rewards)), key=lambda index: -rewards[index])
+
+
+def _ask(one: Any, index: int) -> Ask:
+    match one:
+        case str() | [str()]:
+            return Ask(None, [one if isinstance(one, str) else one[0]], templated=True)
+        case [str() as prompt, str() as response]:
+            return Ask(prompt, [response])
+    raise InvalidTextError(
+        f"inputs[{index}] must be a text, or a list of one text, or of a prompt and its response.",
+        param=f"inputs[{index}]",
+    )

@@ -1,0 +1,220 @@
+"""vLLM's pooling API: `/classify` (verl's reward loop asks it), `/pooling` and `/score`.
+
+Its default puts a sigmoid on a lone label; `use_activation: false` gives the raw reward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, model_validator
+
+from marginrm.encoding import Truncation
+from marginrm.schemas import Prompt, Text
+from marginrm_service.api.adapters.contract import (
+    ContractReply,
+    ContractRequest,
+    Listed,
+    Rewarded,
+    conversation,
+    new_id,
+    paired,
+    reply,
+    score,
+    sigmoid,
+    templated,
+)
+from marginrm_service.api.native import ERRORS
+from marginrm_service.state import Service, ServiceOf
+
+router = APIRouter()
+_LABEL = "LABEL_0"  # what transformers calls a lone label
+
+
+class _PoolingOptions(ContractRequest):
+    model: str | None = None
+    use_activation: bool | None = Field(default=None, description="Sigmoid, the default; false gives raw rewards.")
+    truncate_prompt_tokens: int | None = Field(
+        default=None, description="-1 cuts the prompt to the model's limit; other lengths are refused."
+    )
+    chat_template: None = Field(
+        default=None, description="The checkpoint's own template is used; any other is refused."
+    )
+
+    @model_validator(mode="after")
+    def _cuts_to_the_limit_only(self) -> Self:
+        if self.truncate_prompt_tokens not in {None, -1}:
+            raise ValueError("truncate_prompt_tokens must be -1, the model's limit, or left out.")
+        return self
+
+    @property
+    def truncation(self) -> Truncation:
+        """What to do with what is too long."""
+        return "error" if self.truncate_prompt_tokens is None else "prompt_left"
+
+    def value(self, reward: float) -> float:
+        """A reward as the request wants it."""
+        return reward if self.use_activation is False else sigmoid(reward)
+
+
+class PoolingRequest(_PoolingOptions):
+    """Templated texts, or one conversation that ends with the response."""
+
+    input: Text | list[Text] | None = None
+    messages: list[Any] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError('give either "input" (templated text or texts) or "messages" (one conversation).')
+        return self
+
+
+class ClassData(ContractReply):
+    """One label's value: the raw reward, or its sigmoid."""
+
+    index: int
+    label: str = _LABEL
+    probs: list[float]
+    num_classes: int = 1
+
+
+class ClassifyResponse(Listed):
+    """Answer of `/classify`."""
+
+    id: str = Field(default_factory=lambda: new_id("classify"))
+    data: list[ClassData]
+
+
+class PoolingData(ContractReply):
+    """One text's value."""
+
+    index: int
+    object: str = "pooling"
+    data: list[float]
+
+
+class PoolingResponse(Listed):
+    """Answer of `/pooling`."""
+
+    id: str = Field(default_factory=lambda: new_id("pool"))
+    data: list[PoolingData]
+
+
+class PairScoreRequest(_PoolingOptions):
+    """Prompts and responses: as many of one as of the other, or one prompt for all.
+
+    vLLM has four names for the two: text_1/text_2, queries/documents, queries/items, data_1/data_2.
+    """
+
+    text_1: Prompt | list[Prompt] = Field(description="Prompt or prompts.")
+    text_2: Text | list[Text] = Field(description="Response or responses.")
+    max_tokens_per_query: int = Field(default=0, ge=0, le=0, description="Queries are never cut to a length: 0 only.")
+    max_tokens_per_doc: int = Field(default=0, ge=0, le=0, description="Responses are never cut: 0 only.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for prompts, responses in (("queries", "documents"), ("queries", "items"), ("data_1", "data_2")):
+            if prompts in body and responses in body:
+                return {**body, "text_1": body[prompts], "text_2": body[responses]}
+        return body
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        prompts, responses = len(as_list(self.text_1)), len(as_list(self.text_2))
+        if prompts not in {1, responses} or not responses:
+            raise ValueError(f"{prompts} prompts do not go with {responses} responses: as many, or one for all.")
+        return self
+
+
+class ScoreData(ContractReply):
+    """One pair's value."""
+
+    index: int
+    object: str = "score"
+    score: float
+
+
+class PairScoreResponse(Listed):
+    """Answer of `/score` in vLLM's shape."""
+
+    id: str = Field(default_factory=lambda: new_id("score"))
+    data: list[ScoreData]
+
+
+def as_list(value: Any) -> list[Any]:
+    """Returns several as they are, and one as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+@router.post("/classify", response_model=ClassifyResponse, responses=ERRORS)
+async def classify(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores texts in vLLM's shape, as verl asks: the raw reward is `probs[-1]` with `use_activation: false`."""
+    rewarded = await _pool(body, request, service)
+    return await reply(
+        service,
+        rewarded,
+        lambda: ClassifyResponse(
+            model=rewarded.model.name,
+            usage=rewarded.usage,
+            data=[ClassData(index=i, probs=[body.value(reward)]) for i, reward in enumerate(rewarded.rewards)],
+        ),
+    )
+
+
+@router.post("/pooling", response_model=PoolingResponse, responses=ERRORS)
+async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores texts in the shape of vLLM's pooling route."""
+    rewarded = await _pool(body, request, service)
+    return await reply(
+        service,
+        rewarded,
+        lambda: PoolingResponse(
+            model=rewarded.model.name,
+            usage=rewarded.usage,
+            data=[PoolingData(index=i, data=[body.value(reward)]) for i, reward in enumerate(rewarded.rewards)],
+        ),
+    )
+
+
+@router.post("/v1/score", response_model=PairScoreResponse, responses=ERRORS)
+async def score_pairs(body: PairScoreRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores responses to prompts in vLLM's shape. (`/score` itself is this server's own route.)"""
+    prompts, responses = as_list(body.text_1), as_list(body.text_2)
+    if len(prompts) == 1:
+        prompts *= len(responses)
+    rewarded = await score(
+        service,
+        request,
+        body.model,
+        paired(prompts, responses),
+        response_at=lambda i: f"text_2[{i}]",
+        prompt_at=lambda i: f"text_1[{i}]",
+        truncation=body.truncation,
+    )
+    return await reply(
+        service,
+        rewarded,
+        lambda: PairScoreResponse(
+            model=rewarded.model.name,
+            usage=rewarded.usage,
+            data=[ScoreData(index=i, score=body.value(reward)) for i, reward in enumerate(rewarded.rewards)],
+        ),
+    )
+
+
+async def _pool(body: PoolingRequest, request: Request, service: Service) -> Rewarded:
+    asks = templated(as_list(body.input)) if body.messages is None else [conversation(body.messages)]
+    return await score(
+        service,
+        request,
+        body.model,
+        asks,
+        response_at=lambda i: f"input[{i}]" if body.messages is None else f"messages[{len(body.messages) - 1}]",
+        prompt_at=lambda _: "messages",
+        truncation=body.truncation,
+    )

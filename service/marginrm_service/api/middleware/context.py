@@ -1,0 +1,129 @@
+"""Around every request: its id, its time, its line in the log, its count in the metrics, and the last net under it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from http import HTTPStatus
+from random import getrandbits
+from time import perf_counter
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from marginrm_service.api.errors import internal_error, unfinished
+from marginrm_service.telemetry.logs import request_id
+from marginrm_service.telemetry.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# Routes that are asked every few seconds by machines: their lines would hide all others.
+QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+}
+
+
+class RequestContext:
+    """Gives each request an id, measures and logs it, and answers 500 where nothing else has answered.
+
+    A client's `X-Request-ID` is taken over if it is short and plain, else a new id is made; the reply carries it. The
+    log has the route's template, since the path itself is the client's text.
+
+    Args:
+        app: The application.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        identity = _request_id(scope)
+        token = request_id.set(identity)
+        started = perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = identity
+                if scope["app"].state.service.draining:
+                    headers["Connection"] = "close"  # the client's next request belongs to another server
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # the server leaves, and did not finish this request in time
+            if not status:
+                await unfinished()(scope, receive, send_with_headers)
+        except Exception as error:  # noqa: BLE001 - the last net: no fault of ours reaches a client, or stays unseen
+            _log.error("A request failed unexpectedly", exc_info=error)
+            if not status:
+                await internal_error()(scope, receive, send_with_headers)
+        finally:
+            self._finish(scope, status, perf_counter() - started)
+            request_id.reset(token)
+
+    def _finish(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._metrics.requests.labels(route, method, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        if route not in QUIET or status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            _log.info(
+                "request", extra={"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)}
+            )
+
+
+class BodyLimit:
+    """Refuses bodies over a limit: at once by their stated length, else as soon as they grow over it.
+
+    FastAPI's own `max_body_size` answers in plain text, and outside of `RequestContext`.
+
+    Args:
+        app: The application.
+        max_bytes: The largest body.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        stated = Headers(scope=scope).get("content-length", "0")
+        received = int(stated) if stated.isdigit() and int(stated) > self._max_bytes else 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive() if received <= self._max_bytes else {"type": "http.request"}
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._max_bytes:
+                    raise HTTPException(413)
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+
+def _request_id(scope: Scope) -> str:
+    asked = Headers(scope=scope).get("x-request-id")
+    return asked if asked and _ACCEPTED_ID.fullmatch(asked) else f"{getrandbits(64):016x}"

@@ -1,0 +1,1 @@
+"""Loaded models: loading, scoring, names and swaps."""

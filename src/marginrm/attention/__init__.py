@@ -1,0 +1,1 @@
+"""Attention over packed rows: the registered function and its backends."""

@@ -1,0 +1,1 @@
+"""The command `marginrm` and the subcommands that need only the library."""

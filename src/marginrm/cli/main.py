@@ -1,0 +1,136 @@
+"""The command `marginrm`. Its subcommands come from the entry-point group `marginrm.cli.score`.
+
+So the library knows neither the service nor the training package, and what is not installed still shows in the help,
+with the extra that it needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from marginrm.allocator import keep_memory
+from marginrm.errors import MarginRMError
+
+GROUP = "marginrm.cli.score"
+# The extra that installs what a package of ours imports. The library's own commands need a model, as the service does.
+_EXTRAS = {"marginrm": "service", "marginrm_service": "service", "marginrm_training": "training"}
+
+_ORDER = ("serve", "key", "score", "train", "evaluate", "calibrate", "compare", "best-of-n", "ablate", "demo")
+
+
+def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
+    """Builds the command with one subcommand per entry point.
+
+    Args:
+        commands: Entry points to offer; by default those of the group `marginrm.cli.score`.
+    """
+    app = typer.Typer(
+        name="marginrm",
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich would read the extras in square brackets as markup
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Margin-aware reward models: train, calibrate, score and serve.",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    found = list(entry_points(group=GROUP)) if commands is None else list(commands)
+    rank = {name: place for place, name in enumerate(_ORDER)}
+    for entry in sorted(found, key=lambda entry: (rank.get(entry.name, len(rank)), entry.name)):
+        _add(app, entry)
+    return app
+
+
+def main(argv: Sequence[str] | None = None, command: typer.Typer | None = None) -> NoReturn:
+    """Runs the command and exits: 0 done, 1 a marginrm error (one line on stderr), 2 wrong usage.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+        command: What to run; by default `app`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    keep_memory()
+    debug = "--debug" in arguments  # taken before and after the subcommand's name, as people type it
+    try:
+        (command or app)(args=[argument for argument in arguments if argument != "--debug"], prog_name="marginrm")
+    except MarginRMError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            sys.stderr.write(f"marginrm: error: {' '.join(str(error).split())}{notes}\n")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _root(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    del debug  # read by main, which is where errors arrive
+    if show_version:
+        typer.echo(f"marginrm {version('marginrm')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _add(app: typer.Typer, entry: EntryPoint) -> None:
+    try:
+        command = entry.load()
+    except ImportError as error:
+        command = _unavailable(entry, error)
+        extra = _extra(entry)
+        app.command(
+            entry.name,
+            help=f'(not installed: pip install "marginrm[{extra}]")',
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+            add_help_option=False,
+        )(command)
+        return
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=entry.name)
+    else:
+        app.command(entry.name)(_explaining_imports(command, entry))
+
+
+def _explaining_imports(command: Callable[..., Any], entry: EntryPoint) -> Callable[..., Any]:
+    """Commands import torch and the like when they run: a module that is missing then names its extra, too."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            raise _missing(entry, error) from error
+
+    run.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
+    return run
+
+
+def _unavailable(entry: EntryPoint, error: ImportError) -> Callable[..., None]:
+    def command() -> None:
+        raise _missing(entry, error) from error
+
+    return command
+
+
+def _extra(entry: EntryPoint) -> str:
+    return _EXTRAS.get(entry.module.partition(".")[0], "service")
+
+
+def _missing(entry: EntryPoint, error: ImportError) -> MarginRMError:
+    return MarginRMError(
+        f"`marginrm {entry.name}` needs {error.name or 'a package'}, which is not installed. "
+        f'Run: pip install "marginrm[{_extra(entry)}]"'
+    )
+
+
+app = build_app()

@@ -1,0 +1,1 @@
+"""Batches, the module that computes rewards, and the checks on it."""

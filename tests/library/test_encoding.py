@@ -1,0 +1,167 @@
+"""(prompt, response) -> token ids: one BOS, one end marker, nothing cut unless asked, and every bad text named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from marginrm.encoding import Encoder
+from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, SequenceTooLongError
+from support.models import CHATML_TEMPLATE, decoder_tokenizer, encoder_tokenizer, tiny_checkpoint
+
+MESSAGES = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Red."},
+    {"role": "user", "content": "Another?"},
+]
+
+
+def decoder(*, bos: bool = False, template: str | None = None, pad: bool = True, max_length: int = 512) -> Encoder:
+    tokenizer = decoder_tokenizer(bos=bos, chat_template=template, pad=pad)
+    return Encoder(tokenizer, max_length=max_length, architecture="decoder")
+
+
+def text_of(encoder: Encoder, ids: tuple[int, ...]) -> str:
+    return encoder.tokenizer.decode(list(ids))
+
+
+def test_without_a_template_it_is_prompt_response_and_one_eos() -> None:
+    encoder = decoder()
+    encoded = encoder.encode("What is 1 + 1? ", "2")
+    assert text_of(encoder, encoded.ids) == "What is 1 + 1? 2<|endoftext|>"
+    again = encoder.encode("What is 1 + 1? ", "2<|endoftext|>")
+    assert again.ids == encoded.ids
+
+
+def test_a_chat_template_is_followed_to_its_end_marker() -> None:
+    encoder = decoder(template=CHATML_TEMPLATE)
+    encoded = encoder.encode(MESSAGES, "Blue.")
+    messages = [*MESSAGES, {"role": "assistant", "content": "Blue."}]
+    expected = encoder.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert list(encoded.ids) == expected
+    assert text_of(encoder, encoded.ids).endswith("Blue.<|im_end|>\n")
+    assert encoder.encode("Hi", "Yo").ids == encoder.encode([{"role": "user", "content": "Hi"}], "Yo").ids
+
+
+@pytest.mark.parametrize("template", [None, CHATML_TEMPLATE, "{{ bos_token }}" + CHATML_TEMPLATE])
+def test_there_is_exactly_one_bos_where_the_tokenizer_has_one(template: str | None) -> None:
+    encoder = decoder(bos=True, template=template)
+    bos = encoder.tokenizer.bos_token_id
+    for ids in (encoder.encode("Hi", "Yo").ids, encoder.encode_text("<s>Hi Yo").ids, encoder.encode_text("Hi Yo").ids):
+        assert ids[0] == bos
+        assert ids.count(bos) == 1
+    assert decoder(template=template and CHATML_TEMPLATE).encode("Hi", "Yo").ids[0] != bos
+
+
+def test_an_encoder_gets_a_text_pair_with_segment_ids() -> None:
+    tokenizer = encoder_tokenizer()
+    encoder = Encoder(tokenizer, max_length=64, architecture="encoder")
+    encoded = encoder.encode("red yellow", "blue")
+    expected = tokenizer("red yellow", "blue")
+    assert list(encoded.ids) == expected["input_ids"]
+    assert list(encoded.type_ids or ()) == expected["token_type_ids"]
+
+
+def test_padding_and_truncation_in_the_tokenizer_file_have_no_effect() -> None:
+    tokenizer = encoder_tokenizer()
+    plain = Encoder(tokenizer, max_length=64, architecture="encoder").encode("red " * 20, "blue")
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=32)
+    assert Encoder(tokenizer, max_length=64, architecture="encoder").encode("red " * 20, "blue") == plain
+
+
+def test_what_is_too_long_is_an_error_that_names_tokens_and_limit() -> None:
+    encoder = decoder(max_length=16)
+    with pytest.raises(SequenceTooLongError, match=r"\d+ tokens; this model takes 16") as caught:
+        encoder.encode("one two three four five six seven eight nine ten", "yes")
+    assert caught.value.limit == 16
+    assert caught.value.tokens > 16
+
+
+@pytest.mark.parametrize("template", [None, CHATML_TEMPLATE])
+@pytest.mark.parametrize("bos", [False, True])
+def test_on_request_the_prompt_is_cut_from_the_left_and_only_the_prompt(template: str | None, bos: bool) -> None:
+    response = "blue and green"
+    full = decoder(bos=bos, template=template).encode("start " + "word " * 60, response)
+    limit = len(full.ids) - 30
+    cut = decoder(bos=bos, template=template, max_length=limit).encode("start " + "word " * 60, response, "prompt_left")
+    assert cut.truncated
+    assert len(cut.ids) == limit
+    assert cut.ids[int(bos) :] == full.ids[int(bos) + 30 :]
+    assert cut.ids[0] == full.ids[0] if bos else True
+
+
+def test_the_prompt_of_a_text_pair_is_cut_from_the_left() -> None:
+    tokenizer = encoder_tokenizer()
+    encoder = Encoder(tokenizer, max_length=16, architecture="encoder")
+    cut = encoder.encode("red " * 40 + "yellow", "blue", "prompt_left")
+    whole = Encoder(tokenizer, max_length=512, architecture="encoder").encode("red " * 40 + "yellow", "blue")
+    assert cut.truncated
+    assert cut.ids[0] == whole.ids[0]
+    assert cut.ids[1:] == whole.ids[-15:]
+    assert cut.type_ids is not None
+    assert len(cut.type_ids) == len(cut.ids)
+
+
+def test_a_response_over_the_limit_is_never_cut() -> None:
+    with pytest.raises(SequenceTooLongError, match="never cut") as caught:
+        decoder(max_length=16).encode("hi", "word " * 40, "prompt_left")
+    assert caught.value.param == "response"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "error", "param"),
+    [
+        ("hi", "", EmptyTextError, "response"),
+        ("hi", " \n", EmptyTextError, "response"),
+        ("", "yo", EmptyTextError, "prompt"),
+        ([], "yo", EmptyTextError, "prompt"),
+        ("hi", 3, InvalidTextError, "response"),
+        (None, "yo", InvalidTextError, "prompt"),
+        ("hi", "a\ud800b", InvalidTextError, "response"),
+        (["hi"], "yo", InvalidTextError, "prompt[0]"),
+        ([{"role": "user"}], "yo", InvalidTextError, "prompt[0]"),
+        ([{"role": "user", "content": 1}], "yo", InvalidTextError, "prompt[0].content"),
+        ([*MESSAGES, {"role": "assistant", "content": "x"}], "yo", InvalidTextError, "prompt[3].role"),
+    ],
+)
+def test_every_bad_text_is_refused_by_name(
+    prompt: object, response: object, error: type[EncodingError], param: str
+) -> None:
+    with pytest.raises(error) as caught:
+        decoder().encode(prompt, response)  # type: ignore[arg-type]
+    assert caught.value.param == param
+
+
+def test_a_bad_response_does_not_spoil_its_neighbours() -> None:
+    encoder = decoder()
+    outcomes = encoder.encode_group("hi", ["yo", "", "there"])
+    assert outcomes[0] == encoder.encode("hi", "yo")
+    assert isinstance(outcomes[1], EmptyTextError)
+    assert outcomes[2] == encoder.encode("hi", "there")
+
+
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day() -> None:
+    encoder = decoder(template="{{ strftime_now('%d %b %Y') }}\n" + CHATML_TEMPLATE)
+    assert text_of(encoder, encoder.encode("hi", "yo").ids).startswith("26 Jul 2024")
+
+
+def test_a_template_that_refuses_the_roles_gives_a_clear_error() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(InvalidTextError, match="no system role"):
+        decoder(template=template + CHATML_TEMPLATE).encode([{"role": "system", "content": "x"}, MESSAGES[0]], "yo")
+
+
+def test_a_template_that_drops_the_answer_is_refused() -> None:
+    with pytest.raises(InvalidTextError, match="drops the last assistant turn"):
+        decoder(template="{{ messages[0]['content'] }}").encode("hi", "yo")
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_saved_tokenizer_encodes_as_the_one_in_memory(tmp_path: Path, pad: bool) -> None:
+    path = tiny_checkpoint(tmp_path, "llama", chat_template=CHATML_TEMPLATE, pad=pad)
+    loaded = Encoder(AutoTokenizer.from_pretrained(path), max_length=512, architecture="decoder")
+    assert loaded.encode("hi", "yo") == decoder(bos=True, template=CHATML_TEMPLATE, pad=pad).encode("hi", "yo")
+    assert loaded.describe().template_hash is not None

@@ -1,0 +1,84 @@
+"""`marginrm score`: one output row per input row, errors in their place, and a stopped run that goes on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from marginrm import RewardModel
+from marginrm.cli.main import build_app
+from marginrm.errors import ConfigError
+from support.models import CHATML_TEMPLATE, tiny_checkpoint
+
+ROWS: list[Any] = [
+    {"id": "pair", "prompt": "Hi?", "chosen": "Yes, hello.", "rejected": "No."},
+    {"id": "item", "prompt": [{"role": "user", "content": "Hi?"}], "response": "Yes, hello."},
+    {"id": "group", "prompt": "Hi?", "candidates": ["No.", "Yes, hello.", "What?"]},
+    {"id": "empty", "prompt": "Hi?", "response": ""},
+    {"id": "long", "prompt": "Hi?", "chosen": "word " * 600, "rejected": "No."},
+    {"prompt": "neither"},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("bulk") / "model", "llama", chat_template=CHATML_TEMPLATE)
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows) + "{not json\n"
+
+
+def score(checkpoint: Path, source: Path, output: Path, *options: str) -> list[dict[str, Any]]:
+    arguments = ["score", str(source), "-o", str(output), "--model", str(checkpoint), "--dtype", "float32", *options]
+    result = CliRunner().invoke(build_app(), arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_each_row_gets_its_answer_or_its_error_in_order(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(gzip.compress(lines(ROWS).encode()))
+    pair, item, group, empty, long, unknown, broken = score(checkpoint, source, tmp_path / "out.jsonl")
+    model = RewardModel.from_pretrained(checkpoint, dtype="float32")
+    yes, no, what = model.score("Hi?", ["Yes, hello.", "No.", "What?"])
+    assert pair["margin"] == pytest.approx(yes - no, abs=1e-5)
+    assert pair["chosen"]["reward"] == pytest.approx(yes, abs=1e-5)
+    assert item["reward"] == pytest.approx(yes, abs=1e-5)
+    assert group["rewards"] == pytest.approx([no, yes, what], abs=1e-5)
+    assert [row["id"] for row in (pair, item, group, empty, long)] == ["pair", "item", "group", "empty", "long"]
+    assert empty["error"]["code"] == "empty_text"
+    assert (long["error"]["code"], long["error"]["param"]) == ("sequence_too_long", "chosen")
+    assert "in.jsonl.gz:6" in unknown["error"]["message"]
+    assert "in.jsonl.gz:7" in broken["error"]["message"]
+    assert len({row["revision"] for row in (pair, item, group)}) == 1
+
+
+def test_a_stopped_run_goes_on_where_it_was_even_in_the_middle_of_a_line(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(lines(ROWS))
+    whole = score(checkpoint, source, output)
+    whole_text = output.read_text()
+    text = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(text[:2]) + text[2][:20])
+    again = score(checkpoint, source, output)
+    assert output.read_text().splitlines()[:2] == whole_text.splitlines()[:2]
+    assert [row["input"] for row in again] == [row["input"] for row in whole]
+    assert again[2]["rewards"] == pytest.approx(whole[2]["rewards"], abs=1e-5)
+
+
+def test_output_of_other_work_is_not_continued(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(lines(ROWS))
+    score(checkpoint, source, output)
+    source.write_text(lines(ROWS[1:]))
+    with pytest.raises(ConfigError, match=r"out\.jsonl:1: belongs to another input row"):
+        score(checkpoint, source, output)
+    assert len(score(checkpoint, source, output, "--restart")) == len(ROWS)
+    with pytest.raises(ConfigError, match="is the input"):
+        score(checkpoint, source, source)

@@ -1,0 +1,126 @@
+"""Weights packed for oneDNN: the same rewards, no more memory, and nothing to read or save by mistake."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from marginrm.errors import ModelError
+from marginrm.forward.module import RewardModule
+from marginrm.loading import load_for_scoring
+from marginrm.reward_model import RewardModel
+from marginrm.tuning import packed_weights
+from support.forward import groups_of
+from support.models import DECODERS, ENCODERS, tiny_checkpoint
+
+always = pytest.mark.usefixtures("packing_pays")
+
+
+@pytest.fixture
+def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's trial says."""
+    monkeypatch.setattr(packed_weights, "_WORTH_IT", 0.0)
+
+
+def loaded(path: Path, dtype: str, *, pack: bool) -> RewardModule:
+    module, _ = load_for_scoring(path, dtype=dtype, device="cpu", tuned=pack)  # type: ignore[arg-type]
+    assert ("weights packed" in module.forward_reason) == pack
+    return module
+
+
+@always
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_rewards_stay(tmp_path: Path, family: str, dtype: str, tolerance: float) -> None:
+    path = tiny_checkpoint(tmp_path, family)
+    rewards = []
+    for pack in (False, True):
+        module = loaded(path, dtype, pack=pack)
+        module.products_on = None  # a trial of its own
+        with torch.inference_mode():
+            groups = groups_of(module.base.config.vocab_size, typed=family == "bert")
+            rewards.append(module(module.collate(groups)))
+    torch.testing.assert_close(rewards[1], rewards[0], atol=tolerance, rtol=tolerance)
+
+
+@always
+def test_the_plain_weights_are_given_up(tmp_path: Path) -> None:
+    module = loaded(tiny_checkpoint(tmp_path, "llama"), "float32", pack=True)
+    layers = [part for part in module.backbone.modules() if isinstance(part, nn.Linear)]
+    assert layers
+    for layer in layers:
+        assert layer.weight.untyped_storage().nbytes() == 4, "one float32 value in memory"
+        assert layer.weight.shape == (layer.out_features, layer.in_features)
+        assert layer.weight.isnan().all()
+
+
+LOAD_AND_SAY = """
+import sys
+import torch
+from marginrm.tuning import packed_weights
+from marginrm.loading import load_for_scoring
+
+packed_weights._WORTH_IT = 0.0
+module, _ = load_for_scoring(sys.argv[1], dtype="float32", device="cpu", tuned=sys.argv[2] == "tuned")
+with torch.inference_mode():  # plain weights come into memory as they are read
+    module(module.collate([[type("Response", (), {"ids": (5, 6), "type_ids": None})()]]))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory as Linux tells it")
+def test_memory_stays_what_it_was(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "llama", hidden_size=1024, intermediate_size=8192)
+    weights = (path / "model.safetensors").stat().st_size // 1024
+    assert weights > 200_000, "KiB: large enough to tell from what else a process holds"
+    taken = {
+        kind: int(subprocess.check_output([sys.executable, "-c", LOAD_AND_SAY, str(path), kind], text=True))
+        for kind in ("plain", "tuned")
+    }
+    assert taken["tuned"] < taken["plain"] + 0.25 * weights
+
+
+@always
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_they_can_be_compiled_around(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "qwen3")
+    plain = loaded(path, "float32", pack=False)
+    compiled, _ = load_for_scoring(path, dtype="float32", device="cpu", compiled=True)
+    groups = groups_of(plain.base.config.vocab_size)
+    with torch.inference_mode():
+        found, expected = (module(module.collate(groups)) for module in (compiled, plain))
+    assert "weights packed" in compiled.forward_reason
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@always
+def test_what_cannot_be_saved_or_trained_says_so(tmp_path: Path) -> None:
+    module = loaded(tiny_checkpoint(tmp_path, "qwen3"), "float32", pack=True)
+    with pytest.raises(ModelError, match="loaded for training"):
+        module.classifier.save_pretrained(tmp_path / "copy")
+    with pytest.raises(ModelError, match="loaded for training"):
+        module.state_dict()
+    with pytest.raises(ModelError, match="loaded for training"):
+        module(module.collate(groups_of(module.base.config.vocab_size)))
+
+
+@always
+def test_deterministic_models_keep_plain_weights_so_that_timing_decides_no_bit(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "qwen3")
+    assert "weights packed" in RewardModel.from_pretrained(path, dtype="float32", device="cpu").forward_reason
+    fixed = RewardModel.from_pretrained(path, dtype="float32", device="cpu", deterministic=True)
+    assert "weights packed" not in fixed.forward_reason
+
+
+def test_where_the_trial_says_no_weights_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weights, "_WORTH_IT", float("inf"))
+    module = loaded(tiny_checkpoint(tmp_path, "llama"), "float32", pack=False)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert module.state_dict()

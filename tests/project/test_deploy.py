@@ -1,0 +1,299 @@
+"""Compose, Dockerfile, Kubernetes and Prometheus agree with each other, and `deploy/check.py` finds mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from marginrm_service.server import _LONGEST_WAIT
+from marginrm_service.settings import Settings
+from marginrm_service.telemetry.metrics import Metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+UID = 10001
+
+
+def load_yaml(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """(instruction, rest) of every instruction, continuation lines joined."""
+    text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = (line.strip() for line in text.splitlines())
+    return [(line.split()[0], line.split(None, 1)[1]) for line in lines if line and not line.startswith("#")]
+
+
+def last(instruction: str) -> str:
+    return [rest for name, rest in dockerfile() if name == instruction][-1]
+
+
+def probed(command: list[str]) -> tuple[int | None, str]:
+    """Port and route of a health check that is a line of Python."""
+    url = urlsplit(re.findall(r"http://[^']+", " ".join(command))[0])
+    return url.port, url.path
+
+
+@pytest.fixture(scope="module")
+def server() -> dict[str, Any]:
+    return load_yaml("compose.yaml")["services"]["server"]
+
+
+@pytest.fixture(scope="module")
+def pod() -> dict[str, Any]:
+    return load_yaml("deploy/kubernetes/deployment.yaml")["spec"]["template"]["spec"]
+
+
+@pytest.fixture(scope="module")
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deploy_check", ROOT / "deploy/check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_one_port_everywhere(server, pod):
+    entrypoint = json.loads(last("ENTRYPOINT"))
+    port = int(entrypoint[entrypoint.index("--port") + 1])
+    service = load_yaml("deploy/kubernetes/service.yaml")["spec"]["ports"]
+    container = pod["containers"][0]["ports"]
+    targets = load_yaml("docker/prometheus.yml")["scrape_configs"][0]["static_configs"][0]["targets"]
+    health = json.loads(last("HEALTHCHECK").split("CMD", 1)[1])
+    assert port == int(last("EXPOSE"))
+    assert [published.rsplit(":", 1)[1] for published in server["ports"]] == [str(port)]
+    assert [(p["name"], p["containerPort"]) for p in container] == [("http", port)]
+    assert [(p["port"], p["targetPort"]) for p in service] == [(port, "http")]
+    assert targets == [f"server:{port}"]
+    assert probed(health) == (port, "/healthz")
+    assert probed(server["healthcheck"]["test"]) == (port, "/readyz")
+
+
+def test_probes_ask_the_right_routes(pod):
+    probes = {name: pod["containers"][0][f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert {name: probe["path"] for name, probe in probes.items()} == {
+        "startup": "/readyz",
+        "readiness": "/readyz",
+        "liveness": "/healthz",
+    }
+    assert {probe["port"] for probe in probes.values()} == {"http"}
+
+
+def test_the_server_has_time_to_drain(server, pod):
+    drain = Settings.model_fields["drain_seconds"].default
+    assert int(server["stop_grace_period"].removesuffix("s")) > drain
+    assert pod["terminationGracePeriodSeconds"] > drain
+
+
+def test_the_grace_period_covers_all_that_leaving_takes(pod):
+    before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    drain = Settings.model_fields["drain_seconds"].default
+    assert pod["terminationGracePeriodSeconds"] > before + _LONGEST_WAIT + drain
+
+
+def with_keys() -> dict[str, Any]:
+    """The deployment with the overlay's patch: additions to mappings and to ends of lists."""
+    (patch,) = load_yaml("deploy/kubernetes-keys/kustomization.yaml")["patches"]
+    deployment = load_yaml("deploy/kubernetes/deployment.yaml")
+    assert patch["target"] == {"kind": deployment["kind"], "name": deployment["metadata"]["name"]}
+    for operation in yaml.safe_load(patch["patch"]):
+        assert operation["op"] == "add"
+        *path, last_part = operation["path"].removeprefix("/").split("/")
+        place = deployment
+        for part in path:
+            place = place[int(part) if part.isdigit() else part]
+        if last_part == "-":
+            place.append(operation["value"])
+        else:
+            assert last_part not in place
+            place[last_part] = operation["value"]
+    return deployment
+
+
+def test_keys_come_from_a_secret_that_is_renewed_and_that_only_the_server_reads(check, tmp_path):
+    deployment = with_keys()
+    pod = deployment["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    key_file = Path(next(one["value"] for one in container["env"] if one["name"] == "MARGINRM_KEY_FILE"))
+    mount = next(mount for mount in container["volumeMounts"] if mount["mountPath"] == str(key_file.parent))
+    assert "subPath" not in mount
+    volume = next(volume for volume in pod["volumes"] if volume["name"] == mount["name"])
+    assert volume["secret"]["defaultMode"] == 0o440
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+    documented = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+    assert f"secret generic {volume['secret']['secretName']} --from-file={key_file.name}=" in documented
+    path = tmp_path / "deployment.yaml"
+    path.write_text(yaml.safe_dump(deployment), encoding="utf-8")
+    outcome = check.run_tool("kubernetes-validate", "--strict", str(path))
+    assert outcome.status == "ok", outcome.detail
+
+
+def test_compose_with_keys_gives_the_server_the_hashes_and_prometheus_a_key():
+    plain, keys = load_yaml("compose.yaml"), load_yaml("deploy/compose.keys.yaml")
+    assert set(keys["services"]) <= set(plain["services"])
+    variable, path = next(iter(keys["services"]["server"]["environment"].items()))
+    prefix = Settings.model_config["env_prefix"]
+    assert variable.removeprefix(prefix).lower() in Settings.model_fields
+    assert path == f"/run/secrets/{keys['services']['server']['secrets'][0]}"
+    bound = keys["services"]["prometheus"]["volumes"][0].split(":")
+    assert bound[1] in {volume.split(":")[1] for volume in plain["services"]["prometheus"]["volumes"]}
+    job = load_yaml(bound[0])["scrape_configs"][0]
+    without = {name: value for name, value in job.items() if name != "authorization"}
+    assert without == load_yaml("docker/prometheus.yml")["scrape_configs"][0]
+    (secret,) = keys["services"]["prometheus"]["secrets"]
+    assert job["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    for file in keys["secrets"].values():
+        assert f"/{Path(file['file']).parent}/" in ignored
+
+
+def test_threads_follow_the_cores_asked_for(pod):
+    container = pod["containers"][0]
+    threads = {variable["name"]: variable["valueFrom"]["resourceFieldRef"]["resource"] for variable in container["env"]}
+    assert threads == {"OMP_NUM_THREADS": "requests.cpu"}
+    assert container["resources"]["requests"]["cpu"].isdigit(), "a fraction would be rounded up"
+
+
+def test_kubernetes_sets_no_variable_that_the_server_reads(pod):
+    service = load_yaml("deploy/kubernetes/service.yaml")["metadata"]["name"]
+    prefix = Settings.model_config["env_prefix"]
+    assert not f"{service.upper()}_PORT".startswith(prefix) or pod["enableServiceLinks"] is False
+
+
+def test_signals_reach_the_server():
+    for instruction in ("ENTRYPOINT", "CMD"):
+        assert isinstance(json.loads(last(instruction)), list), "shell form: a shell would be process 1"
+    assert json.loads(last("ENTRYPOINT"))[:2] == ["marginrm", "serve"]
+
+
+def test_everyone_serves_the_same_model(server, pod):
+    assert json.loads(last("CMD")) == server["command"] == pod["containers"][0]["args"]
+    copied = [rest for name, rest in dockerfile() if name == "COPY" and "--from=demo" in rest]
+    assert shlex.split(copied[0])[-1] == server["command"][-1]
+    assert server["image"] == pod["containers"][0]["image"]
+
+
+def test_nothing_runs_as_root_or_writes_to_its_image(server, pod):
+    assert last("USER") == f"{UID}:{UID}"
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == UID
+    container = pod["containers"][0]["securityContext"]
+    assert container["readOnlyRootFilesystem"] is True
+    assert container["allowPrivilegeEscalation"] is False
+    assert [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]] == ["/tmp"] == server["tmpfs"]
+    assert server["read_only"] is True
+
+
+def test_ports_are_published_on_this_host_only():
+    services = load_yaml("compose.yaml")["services"]
+    published = [port for service in services.values() for port in service["ports"]]
+    assert len(published) == 3
+    assert all(port.startswith("127.0.0.1:") for port in published)
+    assert all("mem_limit" in service for service in services.values())
+
+
+def test_selectors_match_the_pods():
+    labels = load_yaml("deploy/kubernetes/deployment.yaml")["spec"]["template"]["metadata"]["labels"]
+    assert load_yaml("deploy/kubernetes/deployment.yaml")["spec"]["selector"]["matchLabels"] == labels
+    assert load_yaml("deploy/kubernetes/service.yaml")["spec"]["selector"] == labels
+    assert load_yaml("deploy/kubernetes/poddisruptionbudget.yaml")["spec"]["selector"]["matchLabels"] == labels
+
+
+def test_kustomization_names_every_manifest():
+    kustomization = load_yaml("deploy/kubernetes/kustomization.yaml")
+    manifests = {path.name for path in (ROOT / "deploy/kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(kustomization["resources"]) == manifests
+
+
+def test_mounted_files_exist():
+    compose = load_yaml("compose.yaml")
+    sources = [v.split(":")[0] for service in compose["services"].values() for v in service.get("volumes", [])]
+    bound = [source for source in sources if source.startswith("./")]
+    assert bound
+    assert [source for source in bound if not (ROOT / source).exists()] == []
+    assert {source for source in sources if not source.startswith("./")} == set(compose["volumes"])
+
+
+def test_the_image_is_built_from_files_that_its_context_holds():
+    kept = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")
+    }
+    copied = [rest for name, rest in dockerfile() if name == "COPY" and not rest.startswith("--from")]
+    sources = {source for rest in copied for source in rest.split()[:-1]}
+    assert sources == kept
+    assert all((ROOT / source).exists() for source in sources)
+
+
+def dashboard() -> dict[str, Any]:
+    return json.loads((ROOT / "docker/grafana/dashboards/marginrm.json").read_text(encoding="utf-8"))
+
+
+def test_the_dashboard_uses_the_provisioned_datasource_and_folder():
+    datasource = load_yaml("docker/grafana/provisioning/datasources/prometheus.yml")["datasources"][0]
+    provider = load_yaml("docker/grafana/provisioning/dashboards/marginrm.yml")["providers"][0]
+    mounts = load_yaml("compose.yaml")["services"]["grafana"]["volumes"]
+    assert {panel["datasource"]["uid"] for panel in dashboard()["panels"]} == {datasource["uid"]}
+    assert f"./docker/grafana/dashboards:{provider['options']['path']}:ro" in mounts
+    assert datasource["url"] == "http://prometheus:9090"
+
+
+def test_the_dashboard_asks_for_metrics_that_the_server_has():
+    registry = Metrics().registry
+    exported = {family.name for family in registry.collect()} | {
+        f"{family.name}_total" for family in registry.collect() if family.type == "counter"
+    }
+    asked = {
+        name.removesuffix("_bucket")
+        for panel in dashboard()["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\bmarginrm_\w+", target["expr"])
+    }
+    assert asked
+    assert sorted(asked - exported) == []
+
+
+def test_every_deployment_file_passes(check, capsys):
+    assert check.main() == 0
+    printed = capsys.readouterr().out
+    for line in printed.splitlines():
+        assert line.startswith(("ok ", "not checked ", " "))
+    assert re.search(r"^ok +check-jsonschema .*compose.yaml$", printed, re.MULTILINE)
+    assert re.search(r"^ok +kubernetes-validate", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "file", "right", "wrong"),
+    [
+        ("check-jsonschema", ["--builtin-schema", "vendor.compose-spec"], "compose.yaml", "mem_limit:", "memlimit:"),
+        ("kubernetes-validate", ["--strict"], "deploy/kubernetes/deployment.yaml", "replicas:", "replica:"),
+        ("kubernetes-validate", ["--strict"], "deploy/kubernetes/service.yaml", "port: 8000", "port: eighty"),
+        ("hadolint", [], "docker/Dockerfile", "RUN useradd", "RUN sudo useradd"),
+    ],
+)
+def test_the_checks_find_mistakes(check, tmp_path, tool, arguments, file, right, wrong):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    broken = tmp_path / Path(file).name
+    broken.write_text(text, encoding="utf-8")
+    assert check.run_tool(tool, *arguments, str(broken)).status == "ok"
+    broken.write_text(text.replace(right, wrong), encoding="utf-8")
+    outcome = check.run_tool(tool, *arguments, str(broken))
+    assert outcome.status == "failed"
+    assert outcome.detail
+
+
+def test_a_missing_tool_is_a_failure_that_names_it(check):
+    outcome = check.run_tool("no-such-linter", "compose.yaml")
+    assert outcome.status == "failed"
+    assert "no-such-linter" in outcome.detail

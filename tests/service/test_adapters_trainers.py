@@ -1,0 +1,248 @@
+"""The trainers' contracts: the bytes that their clients send, and the fields that they read."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+from pathlib import Path
+
+import httpx
+import pytest
+
+from marginrm.reward_model import RewardModel
+from marginrm_service.api.adapters import contract
+from support.models import CHATML_TEMPLATE, tiny_checkpoint
+from support.server import serving
+from support.service import FakeRewardModel, Gate, reward_of
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FakeRewardModel(nan_token=FakeRewardModel().token_of("~"))
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    with serving(model) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+        yield http
+
+
+def text_reward(model, text: str) -> float:
+    return reward_of(model.encoder.encode_text(text))
+
+
+def sent(client, path: str, fixture: str) -> tuple[dict, httpx.Response]:
+    content = (FIXTURES / fixture).read_bytes()
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200, response.text
+    return json.loads(content), response
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def test_openrlhf_reads_rewards_scores_and_logs_of_its_request(client, model):
+    # OpenRLHF/OpenRLHF openrlhf/utils/agent.py, _fetch_rewards_via_http: aiohttp's json=
+    body, response = sent(client, "/get_reward", "openrlhf_get_reward.json")
+    (text,) = body["query"]
+    expected = [text_reward(model, text)]
+    tokens = float(len(model.encoder.encode_text(text).ids))
+    assert response.json() == {"rewards": expected, "scores": expected, "extra_logs": {"reward_tokens": [tokens]}}
+
+
+def test_openrlhf_gets_empty_lists_for_the_empty_lists_of_its_second_url(client):
+    _, response = sent(client, "/get_reward", "openrlhf_empty.json")
+    assert response.json() == {"rewards": [], "scores": [], "extra_logs": {"reward_tokens": []}}
+
+
+def test_openrlhf_many_texts_keep_their_order_though_neighbours_share_a_prompt(client, model):
+    texts = [f"{'a long prompt ' * 20} {group} and answer {i}" for group in range(3) for i in range(5)]
+    texts += ["odd one", texts[0], "odd one"]
+    reply = client.post("/get_reward", json={"query": texts}).json()
+    assert reply["rewards"] == [text_reward(model, text) for text in texts]
+
+
+def test_llama_factory_reads_scores_and_calls_every_model_model(client, model):
+    # hiyouga/LLaMA-Factory src/llamafactory/train/ppo/ppo_utils.py, get_rewards_from_server: requests' json=
+    body, response = sent(client, "/v1/score/evaluation", "llama_factory.json")
+    reply = response.json()
+    assert set(reply) == {"id", "object", "model", "scores"}
+    assert reply["id"].startswith("scoreval-")
+    assert (reply["object"], reply["model"]) == ("score.evaluation", "default")
+    assert reply["scores"] == [text_reward(model, text) for text in body["messages"]]
+
+
+def test_llama_factory_max_length_refuses_and_never_cuts(client):
+    body = {"model": "model", "messages": ["short", "a text of some more tokens"], "max_length": 6}
+    response = client.post("/v1/score/evaluation", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "sequence_too_long")
+    assert response.json()["error"]["param"] == "messages[1]"
+
+
+def test_slime_reads_one_bare_number(client, model):
+    # THUDM/slime slime/rollout/rm_hub/__init__.py, remote_rm: aiohttp's json=
+    body, response = sent(client, "/slime", "slime.json")
+    assert response.json() == model.expect("Hi", body["response"])
+    assert response.json() == client.post("/slime", json={**body, "prompt": "Hi"}).json()
+
+
+def test_verl_reads_the_last_prob_of_vllms_classify(client, model):
+    # verl-project/verl verl/experimental/reward_loop/reward_loop.py: vLLM's branch
+    body, response = sent(client, "/classify", "verl_vllm_classify.json")
+    reply = response.json()
+    assert set(reply) == {"id", "object", "created", "model", "data", "usage"}
+    assert reply["data"] == [
+        {"index": 0, "label": "LABEL_0", "probs": [text_reward(model, body["input"])], "num_classes": 1}
+    ]
+    tokens = len(model.encoder.encode_text(body["input"]).ids)
+    assert reply["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def test_verl_reads_the_embedding_of_sglang(client, model):
+    body, response = sent(client, "/v1/embeddings", "verl_sglang_embeddings.json")
+    (data,) = response.json()["data"]
+    assert data == {"object": "embedding", "index": 0, "embedding": [text_reward(model, body["input"])]}
+    packed = client.post("/v1/embeddings", json={**body, "encoding_format": "base64"}).json()["data"][0]["embedding"]
+    (value,) = struct.unpack("<f", base64.b64decode(packed))
+    assert value == pytest.approx(data["embedding"][0], rel=1e-6)
+
+
+def test_classify_and_pooling_put_a_sigmoid_on_by_default(client, model):
+    # vllm/entrypoints/pooling/{classify,pooling}/protocol.py
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    reward = model.expect("Hi", "Hello")
+    for path, read in (("/classify", lambda d: d["probs"]), ("/pooling", lambda d: d["data"])):
+        for activation, expected in ((None, sigmoid(reward)), (True, sigmoid(reward)), (False, reward)):
+            body = {"model": "m", "messages": messages, "use_activation": activation}
+            (data,) = client.post(path, json=body).json()["data"]
+            assert read(data) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(
+    "names", [("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")]
+)
+def test_vllm_score_under_its_four_names(client, model, names):
+    # vllm/entrypoints/pooling/scoring/protocol.py
+    body = {names[0]: "Hi", names[1]: ["one", "two"], "use_activation": False}
+    reply = client.post("/v1/score", json=body).json()
+    assert reply["data"] == [
+        {"index": i, "object": "score", "score": model.expect("Hi", text)} for i, text in enumerate(("one", "two"))
+    ]
+    many = {names[0]: ["a", "b", "b"], names[1]: ["one", "two", "three"], "use_activation": False}
+    scores = [data["score"] for data in client.post("/v1/score", json=many).json()["data"]]
+    assert scores == [model.expect(*pair) for pair in (("a", "one"), ("b", "two"), ("b", "three"))]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/get_reward", {"query": ["fine", ""]}, "query[1]"),
+        ("/get_reward", {"query": ["fine", 7]}, "query[1]"),
+        ("/get_reward", {"query": ["word " * 2000]}, "query[0]"),
+        ("/v1/score/evaluation", {"messages": ["  "]}, "messages[0]"),
+        ("/slime", {"prompt": "", "response": "a"}, "prompt"),
+        ("/slime", {"prompt": "a", "response": None}, "response"),
+        ("/classify", {"input": [1, 2, 3]}, "input[0]"),
+        ("/classify", {"messages": [{"role": "user", "content": "a"}]}, "messages[0]"),
+        ("/v1/embeddings", {"input": ["a", "\ud800"]}, "input[1]"),
+        ("/v1/score", {"text_1": ["a", ""], "text_2": ["b", "c"]}, "text_1[1]"),
+    ],
+)
+def test_what_cannot_be_scored_refuses_the_request_and_names_the_field(client, path, body, param):
+    response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/classify", {"input": "a", "messages": [{"role": "assistant", "content": "a"}]}),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": 7}),
+        ("/classify", {"input": "a", "chat_template": "{{ messages }}"}),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}),
+        ("/v1/score", {"text_1": "a", "text_2": "b", "max_tokens_per_doc": 9}),
+        ("/v1/embeddings", {"input": "a", "dimensions": 8}),
+        ("/get_reward", {"queries": ["a"]}),
+    ],
+)
+def test_what_would_change_a_reward_and_is_not_honoured_is_refused(client, path, body):
+    response = client.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request")
+
+
+def test_all_contracts_give_one_conversation_the_reward_of_score(tmp_path):
+    model = RewardModel.from_pretrained(
+        tiny_checkpoint(tmp_path, "qwen3", chat_template=CHATML_TEMPLATE), dtype="float32"
+    )
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello é<|im_end|>\n"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello é"}]
+    with (
+        serving(model, reward_cache_mib=0) as running,  # each contract's reward is to come from the model
+        httpx.Client(base_url=running.url, timeout=60) as http,
+    ):
+
+        def ask(path: str, body: dict):
+            response = http.post(path, json=body)
+            assert response.status_code == 200, response.text
+            return response.json()
+
+        pair = {"prompt": "Hi", "response": "Hello é"}
+        reward = ask("/score", {"items": [pair]})["items"][0]["reward"]
+        raw = {"use_activation": False}
+        rewards = {
+            "get_reward": ask("/get_reward", {"query": [text]})["rewards"][0],
+            "slime": ask("/slime", pair),
+            "evaluation": ask("/v1/score/evaluation", {"messages": [text]})["scores"][0],
+            "classify": ask("/classify", {"input": text, **raw})["data"][0]["probs"][0],
+            "conversation": ask("/classify", {"messages": messages, **raw})["data"][0]["probs"][0],
+            "pooling": ask("/pooling", {"input": text, **raw})["data"][0]["data"][0],
+            "pairs": ask("/v1/score", {"text_1": "Hi", "text_2": "Hello é", **raw})["data"][0]["score"],
+            "embeddings": ask("/v1/embeddings", {"input": text})["data"][0]["embedding"][0],
+            "rerank": ask("/v2/rerank", {"query": "Hi", "documents": ["Hello é"]})["results"][0]["relevance_score"],
+            "tei": ask("/rerank", {"query": "Hi", "texts": ["Hello é"], "raw_scores": True})[0]["score"],
+            "predict": ask("/predict", {"inputs": ["Hi", "Hello é"], "raw_scores": True})[0]["score"],
+        }
+    assert rewards == dict.fromkeys(rewards, reward)
+
+
+def test_a_nan_is_an_error_and_never_a_number(client):
+    response = client.post("/get_reward", json={"query": ["fine", "not ~ fine"]})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "non_finite_reward")
+
+
+def test_one_model_answers_to_any_name_and_several_do_not():
+    with serving(FakeRewardModel("a"), FakeRewardModel("b")) as running, httpx.Client(base_url=running.url) as http:
+        body = {"input": "text", "use_activation": False}
+        assert http.post("/classify", json={**body, "model": "b"}).json()["model"] == "b"
+        assert http.post("/classify", json=body).json()["model"] == "a"
+        assert http.post("/classify", json={**body, "model": "c"}).status_code == 404
+        assert http.post("/v1/score/evaluation", json={"model": "model", "messages": ["x"]}).json()["model"] == "a"
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_full_queue_answers_what_adapters_clients_try_again_on(status):
+    gate = Gate()
+    fake = FakeRewardModel(on_forward=gate)
+    with serving(max_queue_requests=1, adapter_overload_status=status) as running:
+        gate.open(2)  # for the warm-up
+        running.on_loop(running.service.registry.add(fake))
+        with httpx.Client(base_url=running.url, timeout=30) as http:
+            gate.entered.acquire()
+            permit = running.service.registry.get("default").admit(4)
+            with permit:
+                adapter = http.post("/get_reward", json={"query": ["a"]})
+                native = http.post("/score", json={"items": [{"prompt": "a", "response": "b"}]})
+    assert (adapter.status_code, native.status_code) == (status, 429)
+    assert adapter.json()["error"]["code"] == "overloaded"
+    assert int(adapter.headers["retry-after"]) >= 1
+
+
+def test_templated_texts_group_with_neighbours_that_begin_alike():
+    groups = [list(ask.responses) for ask in contract.templated(["prompt: a", "prompt: b", "other", 7, "", ""])]
+    assert groups == [["prompt: a", "prompt: b"], ["other"], [7], [""], [""]]

@@ -1,0 +1,97 @@
+"""Models that come, swap and go while the server runs."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from marginrm_service.keys import add_key
+from support.models import CHATML_TEMPLATE, tiny_checkpoint
+from support.server import serving
+from support.service import FakeRewardModel, Gate
+
+ASK = {"items": [{"prompt": "Hi?", "response": "Yes."}]}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_models_come_swap_and_go_at_run_time(tmp_path: Path) -> None:
+    admin = add_key(tmp_path / "admin", "root")
+    first, second = (
+        tiny_checkpoint(tmp_path / name, "llama", chat_template=CHATML_TEMPLATE, seed=seed)
+        for name, seed in (("one", 0), ("two", 1))
+    )
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    with (
+        serving(FakeRewardModel(), admin_key_file=tmp_path / "admin", dtype="float32") as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+
+        def load(path: Path, key: str = admin) -> httpx.Response:
+            return http.post("/admin/models", json={"name": "m", "path": str(path)}, headers=bearer(key))
+
+        def ask() -> tuple[str, float]:
+            body = http.post("/score", json={"model": "m", **ASK}).raise_for_status().json()
+            return body["model"]["revision"], body["items"][0]["reward"]
+
+        assert load(first, "wrong").status_code == 401
+        assert http.post("/score", json={"model": "m", **ASK}).status_code == 404
+        assert load(first).json()["id"] == "m"
+        before = ask()
+        refused = load(broken)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "path")
+        assert ask() == before  # a checkpoint that cannot be served changes nothing
+        load(second).raise_for_status()
+        after = ask()
+        assert after[0] != before[0]
+        assert after[1] != pytest.approx(before[1])
+        assert http.delete("/admin/models/m", headers=bearer(admin)).status_code == 204
+        assert http.post("/score", json={"model": "m", **ASK}).status_code == 404
+        last = http.delete("/admin/models/default", headers=bearer(admin))
+        assert (last.status_code, last.json()["error"]["code"]) == (409, "last_model")
+        assert http.get("/readyz").status_code == 200
+        metrics = http.get("/metrics").text
+        assert 'marginrm_ready{model="m"}' not in metrics
+
+
+def test_a_model_that_has_left_is_gone_from_memory() -> None:
+    model = FakeRewardModel()
+    left = weakref.ref(model)
+    model.circle = model  # as real ones are
+    with serving() as server:
+        server.on_loop(server.service.registry.add(model))
+        del model
+        server.on_loop(server.service.registry.add(FakeRewardModel()))
+        for _ in range(1000):
+            if left() is None:
+                return
+            time.sleep(0.01)
+    raise AssertionError("it is still there")
+
+
+def test_a_request_that_was_accepted_before_a_swap_is_answered_by_the_old_model() -> None:
+    gate = Gate()
+    old, new = FakeRewardModel(), FakeRewardModel(temperature=7.0)
+    with (
+        serving(old) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+        ThreadPoolExecutor() as pool,
+    ):
+        old.on_forward = gate
+        waiting = [pool.submit(http.post, "/score", json=ASK) for _ in range(8)]
+        assert gate.entered.acquire(timeout=30)
+        server.on_loop(server.service.registry.add(new))
+        assert http.post("/score", json=ASK).json()["model"]["temperature"] == 7.0
+        old.on_forward = lambda _: None
+        gate.open()
+        answers = [future.result(30) for future in waiting]
+        assert {answer.status_code for answer in answers} == {200}
+        assert old.info.temperature in {answer.json()["model"]["temperature"] for answer in answers}

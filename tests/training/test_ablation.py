@@ -1,0 +1,205 @@
+"""`marginrm ablate`: the plan, wrong labels by hand, whole ablations on a tiny model that go on where they ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from marginrm.cli.main import app
+from marginrm.errors import ConfigError
+from marginrm_training.ablation import worker
+from marginrm_training.ablation.cli import finished, load_ablation, plan, run_all, write_spec
+from marginrm_training.ablation.worker import flip_labels, measure_pairs
+from marginrm_training.evaluation.bootstrap import seeds_estimate
+from marginrm_training.evaluation.pairs import correctness
+from support.models import tiny_checkpoint
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"), [("alpaca", 15), ("recipe", 15), ("pythia", 15), ("threshold", 18), ("recovery", 72)]
+)
+def test_the_examples_are_valid_and_find_all_results_that_are_kept(name, runs):
+    ablation = load_ablation(EXAMPLES / f"ablation_{name}.toml")
+    kept = EXAMPLES.parent / ablation.kept
+    found = plan(ablation)
+    assert {run.label for run in found} >= {path.name for path in kept.iterdir() if path.is_dir()} != set()
+    assert len(finished(kept, found)) == sum(path.is_dir() for path in kept.iterdir())
+    assert len(found) == runs
+    assert len({run.digest for run in found}) == runs
+    assert len({run.label for run in found}) == runs
+
+
+def test_wrong_labels_are_exactly_the_share_and_keep_their_strength(tmp_path):
+    rows = [
+        {"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}", "strength": 0.9, "true_margin": 2.0} for i in range(10)
+    ]
+    source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flip_labels(source, target, 0.3, seed=1)
+    after = [json.loads(line) for line in target.read_text().splitlines()]
+    swapped = [row for row in after if row["chosen"].startswith("r")]
+    assert len(swapped) == 3
+    assert all(row["true_margin"] == -2.0 and row["rejected"].startswith("c") for row in swapped)
+    assert {row["strength"] for row in after} == {0.9}
+    assert [row for row in after if row not in swapped] == [rows[i] for i in range(10) if after[i] not in swapped]
+
+
+def test_the_interval_covers_items_and_seeds():
+    assert seeds_estimate(np.ones((3, 50))) == (1.0, 1.0, 1.0)
+    assert seeds_estimate(np.array([[0.0] * 20, [1.0] * 20])) == (0.5, 0.0, 1.0)  # the seeds alone make this one
+    _, low, high = seeds_estimate(np.tile([0.0, 1.0], (1, 50)))
+    assert 0.38 < low < 0.43  # 0.5 - 1.96 * 0.5 / sqrt(100) = 0.402
+    assert 0.57 < high < 0.62
+    assert correctness(np.array([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_wrong_setting_is_told_before_anything_runs(tmp_path):
+    path = tmp_path / "a.toml"
+    text = (EXAMPLES / "ablation_alpaca.toml").read_text()
+    path.write_text(text.replace('"method.preset" = "paper"', '"method.presett" = "paper"'))
+    with pytest.raises(ConfigError, match=r"variant paper.*presett"):
+        plan(load_ablation(path))
+    path.write_text(text.replace('baseline = "bt"', 'baseline = "no"'))
+    with pytest.raises(ConfigError, match="none of the variants"):
+        load_ablation(path)
+
+
+@pytest.fixture
+def small(tmp_path):
+    tiny_checkpoint(tmp_path / "base", "gpt_neox")
+    rows = [
+        {
+            "prompt": f"Question {i // 2}?",
+            "chosen": f"Yes, {i}.",
+            "rejected": f"No {i}",
+            "strength": 0.6 + 0.3 * (i % 2),
+        }
+        for i in range(64)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = [
+        {"prompt": f"Q{i}", "candidates": [{"text": "Yes.", "win_prob": 0.9}, {"text": "No", "win_prob": 0.1}]}
+        for i in range(4)
+    ]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in groups))
+    config = tmp_path / "ablation.toml"
+    config.write_text(f"""
+output = "{tmp_path}/out"
+baseline = "bt"
+seeds = [0]
+variants.bt = {{ "method.preset" = "bt" }}
+variants.margin = {{ "method.preset" = "margin" }}
+axes.flip = [0.25]
+[base]
+log_every = 1
+model.path = "{tmp_path}/base"
+data.train = "{tmp_path}/pairs.jsonl"
+optim = {{ learning_rate = 1e-2, pairs_per_step = 16, train_batch = 16 }}
+[[evaluations]]
+name = "test pairs"
+path = "{tmp_path}/pairs.jsonl"
+[[evaluations]]
+name = "best of 2"
+kind = "best_of_n"
+path = "{tmp_path}/groups.jsonl"
+""")
+    return config
+
+
+def test_an_ablation_measures_compares_and_keeps_what_is_finished(small, tmp_path):
+    ablation = load_ablation(small)
+    output = tmp_path / "out"
+    assert run_all(ablation, limit_minutes=0) == []
+    assert (output / "results.jsonl").read_text() == ""
+
+    result = CliRunner().invoke(app, ["ablate", str(small), "--jobs", "2"], catch_exceptions=False)
+    assert result.exit_code == 0
+    results = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in results] == ["bt", "margin"]
+    assert all(row["evaluations"]["test pairs"]["pairs"] == 64 for row in results)
+    assert all(row["evaluations"]["best of 2"]["oracle"] == 0.9 for row in results)
+    assert results[0]["train"]["fire_rate"] == 0
+    assert results[1]["train"]["fire_rate"] > 0
+    table = (output / "table.md").read_text()
+    for part in ("2 of 2 runs", "| margin | 0.25 |", "## best of 2", "accuracy by strength"):
+        assert part in table
+    page = (output / "report.html").read_text()
+    assert all(f"<h2>{heading}</h2>" in page for heading in ("Training", "test pairs", "best of 2"))
+    assert page.count("<svg") == 5  # differences; training; accuracy and margins of the pairs; quality of the picks
+    assert "2 of 2 runs" in page
+    assert not list(output.rglob("model.safetensors"))
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
+    assert run_all(ablation) == []
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("result.json")} == before
+    assert len(finished(ablation.kept, plan(ablation))) == 2
+
+
+def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path):
+    small.write_text(f'results = "{tmp_path}/kept"\n' + small.read_text())
+    ablation = load_ablation(small)
+    assert run_all(ablation, jobs=2) == []
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {
+        "result.json",
+        "arrays.npz",
+        "differences.svg",
+    }
+
+    shutil.rmtree(tmp_path / "out")  # as on another machine
+    assert run_all(ablation) == []
+    assert (tmp_path / "out" / "table.md").read_text() == table
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_run_is_measured_in_the_dtype_it_was_trained_in(small, tmp_path, monkeypatch, dtype):
+    small.write_text(small.read_text().replace("model.path", f'model.dtype = "{dtype}"\nmodel.path'))
+    ablation = load_ablation(small)
+    folder = tmp_path / "run"
+    write_spec(ablation, plan(ablation)[0], folder)
+    measured = []
+
+    def watched(model, evaluation):
+        measured.append(model.info.dtype)
+        return measure_pairs(model, evaluation)
+
+    monkeypatch.setattr(worker, "measure_pairs", watched)
+    worker.main(folder)
+    assert measured == [dtype]
+
+
+def test_a_command_that_is_ended_ends_its_runs(small):
+    code = "from marginrm.cli.main import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, "ablate", str(small), "--jobs", "2"]) as command:
+        tree = psutil.Process(command.pid)
+        while len(runs := tree.children()) < 2:
+            assert command.poll() is None
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait() == 128 + signal.SIGTERM
+    assert not any(run.is_running() for run in runs)
+
+
+def test_a_run_that_fails_is_named_with_its_log(small, tmp_path):
+    small.write_text(small.read_text().replace("groups.jsonl", "missing.jsonl"))
+    runner = CliRunner()
+    result = runner.invoke(app, ["ablate", str(small), "--jobs", "2"])
+    assert "2 runs failed" in str(result.exception)
+    assert result.output.count("failed; why: ") == 2
+    assert "0/2" in result.output.splitlines()[-1]
+    logs = list((tmp_path / "out").rglob("log"))
+    assert len(logs) == 2
+    assert all("missing.jsonl" in log.read_text() for log in logs)

@@ -1,0 +1,1 @@
+"""Ablations: many runs of one configuration, compared."""

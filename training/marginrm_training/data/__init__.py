@@ -1,0 +1,1 @@
+"""Files to encoded pairs to batches."""

@@ -1,0 +1,227 @@
+"""Preference files -> encoded pairs: checked before a step is taken, and every pair left out is counted by its reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
+from marginrm.errors import DataError, EncodingError, SequenceTooLongError
+from marginrm.manifest import DataFile
+from marginrm.preferences import PreferencePair
+from marginrm_training.config import DataConfig, expand
+from marginrm_training.data.excluded import Drops
+from marginrm_training.data.sources import Stream, read_source
+from marginrm_training.method.margins import MarginMethod
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A pair ready for the forward pass.
+
+    Attributes:
+        chosen: Encoding of the preferred response.
+        rejected: Encoding of the other.
+        given: The row's margin or strength where the method reads one, else None.
+        pair: The row itself, for evaluation by strength, length and the like.
+    """
+
+    chosen: EncodedResponse
+    rejected: EncodedResponse
+    given: float | None
+    pair: PreferencePair
+
+
+@dataclass(slots=True)
+class Split:
+    """The usable pairs of one split.
+
+    Attributes:
+        name: `train`, `calibration` or `test`.
+        pairs: The pairs.
+        dropped: The rows that were left out.
+        truncated: How many pairs had their prompt cut.
+    """
+
+    name: str
+    pairs: list[EncodedPair]
+    dropped: Drops = field(default_factory=Drops)
+    truncated: int = 0
+
+    def summary(self) -> str:
+        """Returns one line for people."""
+        left_out = f"; left out: {self.dropped}" if self.dropped.places else ""
+        cut = f"; {self.truncated:,} prompts cut" if self.truncated else ""
+        return f"{self.name}: {len(self.pairs):,} pairs{left_out}{cut}"
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """What a run trains, calibrates and reports on, and the files it came from."""
+
+    train: Split
+    calibration: Split
+    test: Split
+    files: tuple[DataFile, ...]
+
+
+def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed: int) -> Splits:
+    """Reads and encodes the data of a run; splits by prompt what has no file of its own.
+
+    Raises:
+        DataError: A file cannot be read, a row is malformed, a margin is missing in any row or comes from two sources,
+            or nothing is left.
+    """
+    places = {"train": config.train, "calibration": config.calibration, "test": config.test}
+    stream = Stream(config.stream, seed) if config.stream else None
+    sources = {
+        name: read_source(place, expand(place), config.format, stream if name == "train" else None)
+        for name, place in places.items()
+        if place
+    }
+    check_margins(sources["train"].pairs, method, ignore=config.ignore_margins)
+    parts = {name: source.pairs for name, source in sources.items()}
+    for name, share in (("calibration", config.calibration_share), ("test", config.test_share)):
+        if name not in parts:
+            parts[name], parts["train"] = split_by_prompt(parts["train"], share, seed=f"{seed}:{name}")
+    splits: dict[str, Split] = {}
+    held_out: set[str] = set()
+    for name in ("test", "calibration", "train"):
+        kept, leaked = without_prompts(parts[name], held_out)
+        if name == "train":
+            random.Random(f"{seed}:order").shuffle(kept)
+        used = method if name == "train" else MarginMethod()
+        limit = config.limit if name == "train" else None
+        splits[name] = encode_pairs(name, kept, encoder, used, config.too_long, limit)
+        splits[name].dropped.update(leaked)
+        if name in sources:
+            splits[name].dropped.update(sources[name].dropped)
+        if not splits[name].pairs:
+            raise DataError(f"{places[name] or config.train}: nothing is left of it. {splits[name].summary()}")
+        held_out |= {prompt_key(pair.prompt) for pair in kept}
+    files = tuple(
+        DataFile(path=source.name, sha256=source.sha256, rows=source.rows, pairs_used=len(splits[name].pairs))
+        for name, source in sources.items()
+    )
+    return Splits(splits["train"], splits["calibration"], splits["test"], files)
+
+
+def read(path: str) -> list[PreferencePair]:
+    """Reads all pairs of a file, folder or data set; a malformed row stops with its path:line."""
+    return read_source(path, expand(path)).pairs
+
+
+def check_margins(pairs: Sequence[PreferencePair], method: MarginMethod, *, ignore: bool = False) -> None:
+    """Checks that every target margin has exactly one source, in every row.
+
+    Raises:
+        DataError: The method reads margins or strengths and a row has none, or rows bring margins although the method
+            takes its own, which `ignore` allows.
+    """
+    for pair in pairs:
+        _given(pair, method)
+    own = method.estimator not in ("column", "none")
+    conflicting = next((pair for pair in pairs if pair.margin is not None), None)
+    if own and conflicting and not ignore:
+        raise DataError(
+            f"{conflicting.source}: this row has a 'margin', and the method takes its margins from {method.estimator!r}: "
+            'one source, please. Choose the preset "column", or set data.ignore_margins = true.'
+        )
+
+
+def without_prompts(pairs: Sequence[PreferencePair], held_out: AbstractSet[str]) -> tuple[list[PreferencePair], Drops]:
+    """Returns the pairs whose prompts are not held out for another split, and the others as drops."""
+    leaked = Drops()
+    kept = []
+    for pair in pairs:
+        if prompt_key(pair.prompt) in held_out:
+            leaked.add("with a held-out prompt", pair.source)
+        else:
+            kept.append(pair)
+    return kept, leaked
+
+
+def encode_pairs(
+    name: str,
+    pairs: Iterable[PreferencePair],
+    encoder: Encoder,
+    method: MarginMethod,
+    too_long: str = "drop",
+    limit: int | None = None,
+) -> Split:
+    """Encodes pairs, up to `limit` usable ones, and leaves out, counted, those that teach nothing.
+
+    Raises:
+        DataError: The method reads margins or strengths, and a row (any row, named) has none.
+    """
+    split = Split(name, [])
+    truncation: Truncation = "prompt_left" if too_long == "prompt_left" else "error"
+    seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    for pair in pairs:
+        if limit is not None and len(split.pairs) >= limit:
+            break
+        given = _given(pair, method)
+        outcomes = encoder.encode_group(pair.prompt, [pair.chosen, pair.rejected], truncation)
+        reason = _unusable(pair, outcomes, seen)
+        if reason:
+            split.dropped.add(reason, pair.source)
+            continue
+        chosen, rejected = (outcome for outcome in outcomes if isinstance(outcome, EncodedResponse))
+        seen.add((chosen.ids, rejected.ids))
+        split.truncated += chosen.truncated or rejected.truncated
+        split.pairs.append(EncodedPair(chosen, rejected, given, pair))
+    return split
+
+
+def split_by_prompt(
+    pairs: Sequence[PreferencePair], share: float, *, seed: str
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Splits off about this share of the prompts, with all their pairs; returns what was split off and the rest."""
+    keys = sorted({prompt_key(pair.prompt) for pair in pairs})
+    random.Random(seed).shuffle(keys)
+    taken = set(keys[: max(1, math.ceil(share * len(keys)))])
+    off = [pair for pair in pairs if prompt_key(pair.prompt) in taken]
+    rest = [pair for pair in pairs if prompt_key(pair.prompt) not in taken]
+    return off, rest
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Returns a text that is equal for equal prompts, strings or messages."""
+    return prompt if isinstance(prompt, str) else json.dumps([dict(message) for message in prompt], sort_keys=True)
+
+
+def _given(pair: PreferencePair, method: MarginMethod) -> float | None:
+    if method.estimator not in ("column", "strength"):
+        return None
+    name = "margin" if method.estimator == "column" else "strength"
+    value: float | None = getattr(pair, name)
+    if value is None:
+        raise DataError(
+            f"{pair.source}: this row has no {name!r}, which the method reads from every row. Add it, or choose a "
+            "preset that estimates its margins (`margin`, `paper`) or uses none (`bt`)."
+        )
+    return value
+
+
+def _unusable(
+    pair: PreferencePair,
+    outcomes: Sequence[EncodedResponse | EncodingError],
+    seen: set[tuple[tuple[int, ...], tuple[int, ...]]],
+) -> str | None:
+    for outcome in outcomes:
+        if isinstance(outcome, SequenceTooLongError):
+            return "too long"
+        if isinstance(outcome, EncodingError):
+            return outcome.code.replace("_", " ")
+    chosen, rejected = (outcome for outcome in outcomes if isinstance(outcome, EncodedResponse))
+    if pair.chosen == pair.rejected:
+        return "with equal responses"
+    if chosen.ids == rejected.ids:
+        return "equal after encoding"
+    if (chosen.ids, rejected.ids) in seen:
+        return "duplicates"
+    return None

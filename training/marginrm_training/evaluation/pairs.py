@@ -1,0 +1,125 @@
+"""What a reward model is worth on pairs that it never saw; margins of the training loss have no part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from marginrm.arrays import Floats
+from marginrm.calibration import calibrate
+from marginrm.reward_model import RewardModel
+from marginrm_training.data.splits import EncodedPair
+
+_STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PairRewards:
+    """Rewards of a split's pairs, each [pairs], in order."""
+
+    chosen: Floats
+    rejected: Floats
+
+    @property
+    def d(self) -> Floats:
+        """Margins reward(chosen) - reward(rejected), [pairs]."""
+        return self.chosen - self.rejected
+
+
+def score_pairs(model: RewardModel, pairs: Sequence[EncodedPair], *, progress: bool = False) -> PairRewards:
+    """Scores pairs with the same call that serving uses."""
+    with tqdm(total=2 * len(pairs), desc="scoring", unit="response", disable=not progress) as bar:
+        rewards = model.score_encoded([[pair.chosen, pair.rejected] for pair in pairs], progress=bar.update)
+    table = np.array(rewards, dtype=np.float64).reshape(-1, 2)
+    return PairRewards(table[:, 0], table[:, 1])
+
+
+def evaluate(rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: float) -> dict[str, float]:
+    """Measures a model on scored pairs.
+
+    Args:
+        rewards: What the model gave.
+        pairs: The pairs, for strengths and lengths.
+        temperature: T of the confidence; ECE and Brier are given with T = 1 and with this one.
+
+    Returns:
+        Metrics by name; shares and probabilities lie in [0, 1], `*_nll` are in nats.
+    """
+    d = rewards.d
+    calibration = calibrate(d.tolist(), temperature=temperature)
+    metrics = {
+        "pairs": float(len(d)),
+        "accuracy": float(correctness(d).mean()),
+        "accuracy_strict": float((d > 0).mean()),
+        "ties": float((d == 0).mean()),
+        "bt_nll": float(np.logaddexp(0, -d).mean()),
+        "nll": float(np.logaddexp(0, -d / temperature).mean()),
+        "ece_before": calibration.ece_before,
+        "ece": calibration.ece_after,
+        "brier_before": calibration.brier_before,
+        "brier": calibration.brier_after,
+        "margin_mean": float(d.mean()),
+        "margin_std": float(d.std()),
+        "margin_skew": skew(d),
+        "reward_mean": float(np.concatenate([rewards.chosen, rewards.rejected]).mean()),
+        "reward_std": float(np.concatenate([rewards.chosen, rewards.rejected]).std()),
+    }
+    return metrics | length_diagnostics(d, pairs) | by_strength(d, pairs)
+
+
+def correctness(d: Floats) -> Floats:
+    """Returns 1 for a pair that is ranked right, 0 for wrong, a half for a tie."""
+    right: Floats = (d > 0) + (d == 0) / 2
+    return right
+
+
+def length_diagnostics(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+    """Tells how far length explains the margins: its correlation with them, and a scorer that just picks the longer."""
+    longer = np.array([len(pair.pair.chosen) - len(pair.pair.rejected) for pair in pairs], dtype=np.float64)
+    correct = correctness(d)
+    found = {"pick_longest_accuracy": float(correctness(longer).mean())}
+    if longer.std() > 0 and d.std() > 0:
+        found["length_correlation"] = float(np.corrcoef(d, longer)[0, 1])
+    if (longer > 0).any():
+        found["accuracy_longer_chosen"] = float(correct[longer > 0].mean())
+    if (longer < 0).any():
+        found["accuracy_shorter_chosen"] = float(correct[longer < 0].mean())
+    return found
+
+
+def by_strength(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+    """Returns the accuracy in each range of preference strength, and its pairs; none unless every pair has one."""
+    if any(pair.pair.strength is None for pair in pairs):
+        return {}
+    strength = np.array([pair.pair.strength for pair in pairs], dtype=np.float64)
+    correct = correctness(d)
+    found = {}
+    for low, high in pairwise(_STRENGTHS):
+        inside = (strength >= low) & ((strength < high) | (high == _STRENGTHS[-1]))
+        if inside.any():
+            found[f"accuracy_strength_{low:g}_{high:g}"] = float(correct[inside].mean())
+            found[f"pairs_strength_{low:g}_{high:g}"] = float(inside.sum())
+    return found
+
+
+def skew(values: Floats) -> float:
+    """Returns the third standardised moment, 0 for a constant."""
+    deviation = values.std()
+    return float((((values - values.mean()) / deviation) ** 3).mean()) if deviation > 0 else 0.0
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Returns the rank correlation, ties at their mean rank."""
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    means: Floats = ends - (counts - 1) / 2
+    return means[inverse]

@@ -1,0 +1,91 @@
+"""The frame of every report: one HTML file that needs nothing outside it and lets no text of the data run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from marginrm_training.data.splits import EncodedPair
+from marginrm_training.report.text import lines
+
+_SHOWN = 4_000  # characters of one text
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, a sentence, and drawings as SVG text."""
+
+    title: str
+    note: str
+    drawings: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Texts of pairs, folded until a reader opens one.
+
+    Attributes:
+        title: What they have in common.
+        note: How many there are of how many, and what to keep in mind.
+        pairs: Each with its headline.
+    """
+
+    title: str
+    note: str
+    pairs: Sequence[tuple[str, EncodedPair]]
+
+
+def write_page(
+    path: Path,
+    title: str,
+    subtitle: str,
+    metrics: Mapping[str, float],
+    sections: Sequence[Section],
+    examples: Sequence[Examples],
+) -> None:
+    """Writes a page. The same arguments give the same bytes.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("marginrm_training.report", "."), autoescape=True, undefined=StrictUndefined
+    )
+    html = environment.get_template("report.html.j2").render(
+        title=title,
+        subtitle=subtitle,
+        metrics=lines(metrics),
+        sections=sections,
+        examples=[
+            {
+                "title": group.title,
+                "note": group.note,
+                "pairs": [
+                    {
+                        "headline": headline,
+                        "source": one.pair.source,
+                        "texts": [
+                            (name, _text(value))
+                            for name, value in (
+                                ("Prompt", one.pair.prompt),
+                                ("Chosen", one.pair.chosen),
+                                ("Rejected", one.pair.rejected),
+                            )
+                        ],
+                    }
+                    for headline, one in group.pairs
+                ],
+            }
+            for group in examples
+        ],
+    )
+    path.write_text(html, encoding="utf-8")
+
+
+def _text(value: str | Sequence[Mapping[str, str]]) -> str:
+    """Returns a text or a dialogue to be read, with what is left out counted."""
+    text = value if isinstance(value, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}\n[{len(text) - _SHOWN:,} more characters]"

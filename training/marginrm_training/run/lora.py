@@ -1,0 +1,41 @@
+"""LoRA: small trained matrices beside frozen weights. The head is trained whole and saved, and all is merged on export."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import PreTrainedModel
+
+from marginrm.errors import ConfigError
+from marginrm.forward.module import RewardModule
+from marginrm_training.config import LoraSection
+
+
+def with_lora(module: RewardModule, section: LoraSection, max_length: int) -> RewardModule:
+    """Freezes a module's backbone, and puts LoRA matrices (arXiv 2106.09685) beside its linear layers.
+
+    Dropout stays off. The head is among `modules_to_save`, so it is trained whole; forgetting that loses it.
+
+    Raises:
+        ConfigError: A target is no layer of this model.
+    """
+    settings = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=0.0,
+        target_modules=list(section.targets) if section.targets else "all-linear",
+    )
+    try:
+        wrapped = get_peft_model(module.base, settings)
+    except ValueError as error:
+        raise ConfigError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from error
+    return RewardModule(cast("PreTrainedModel", wrapped), max_length=max_length)
+
+
+def merge_lora(module: RewardModule) -> None:
+    """Adds the LoRA matrices to the weights that they belong to, in place; without LoRA there is nothing to do."""
+    merge = getattr(module.classifier, "merge_and_unload", None)
+    if merge is not None:
+        module.classifier = merge()
