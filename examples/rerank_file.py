@@ -1,7 +1,7 @@
 """Reranks a Best-of-N file through a running server, and says what the picks are worth.
 
     marginrm serve --model checkpoints/alpaca_eval --max-length 512
-    python examples/rerank_file.py ../shared/data/alpaca_eval_best_of_n_test.jsonl.gz
+    python examples/rerank_file.py $MARGINRM_DATA/alpaca_eval_best_of_n_test.jsonl.gz
 
 Rows are `{"prompt", "candidates": [{"text", "win_prob"}, ...]}` (`gold` and `quality` are read, too). A candidate that the
 model cannot read is never picked; it stays in the comparison with the longest text and with chance.

@@ -59,8 +59,8 @@ def tracked_files() -> list[Path]:
 
 
 def test_every_promised_command_is_installed_and_loads():
-    found = {point.name: point for point in entry_points(group="marginrm.cli.score") if point.dist is not None}
-    assert set(found) == COMMANDS == set(PROJECT["entry-points"]["marginrm.cli.score"])
+    found = {point.name: point for point in entry_points(group="marginrm.commands") if point.dist is not None}
+    assert set(found) == COMMANDS == set(PROJECT["entry-points"]["marginrm.commands"])
     for point in found.values():
         assert callable(point.load()), point
 

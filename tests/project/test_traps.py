@@ -4,7 +4,7 @@ Traps of the method:
 
 | trap | test |
 |---|---|
-| a reference batch of one: mu_B = d, the filter never fires | test_margins::test_trap_a_reference_batch_of_one_never_fires_and_is_refused, test_training_run::test_trap_a_reference_batch_too_small_stops_before_the_first_step |
+| a reference batch of one: mu_B = d, the filter never fires | test_margins::test_trap_a_reference_batch_of_one_never_fires_and_is_refused, test_train::test_trap_a_reference_batch_too_small_stops_before_the_first_step |
 | a filter that lets nobody through, without a word | test_traps::test_trap_a_filter_that_never_fires_is_told |
 | [pairs, 1] - [pairs] is [pairs, pairs] | test_losses::test_trap_shapes_that_would_broadcast_are_refused, test_losses::test_the_losses_are_those_of_a_loop |
 | the loss divided by how many fired: another learning rate in every step | test_traps::test_trap_the_loss_divides_by_all_pairs_of_the_batch |
@@ -44,8 +44,8 @@ What users of other trainers ran into:
 | the reward depends on its batch | test_reward_model::test_a_reward_does_not_depend_on_its_neighbours_or_on_the_budget |
 | rewards far from 0 with no spread; whose scale is it? | test_traps::test_trap_the_checkpoint_says_where_its_rewards_lie_and_what_they_mean |
 | LoRA and activation checkpointing: no gradients | test_traps::test_trap_lora_under_activation_checkpointing_trains_every_matrix |
-| a trained model that nothing can serve | test_training_run::test_a_run_writes_a_checkpoint_that_serves_what_it_measured |
-| accuracy stuck at 0.5 | test_training_run::test_every_preset_overfits_64_pairs |
+| a trained model that nothing can serve | test_train::test_a_run_writes_a_checkpoint_that_serves_what_it_measured |
+| accuracy stuck at 0.5 | test_train::test_every_preset_overfits_64_pairs |
 | the trained margin option itself, asked for and missing | test_margins::test_presets_by_hand |
 
 No test, since there is nothing to go wrong: `metric_for_best_model` (no step is chosen by a metric: the last one is
@@ -90,11 +90,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_table_names_tests_that_exist() -> None:
     named = re.findall(r"(test_\w+)::(test_\w+)", __doc__ or "")
-    missing = [
-        f"{file}::{test}"
-        for file, test in named
-        if f"def {test}(" not in (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
-    ]
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*/test_*.py")}
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in texts.get(file, "")]
     assert len(named) > 40
     assert missing == []
 

@@ -1,4 +1,4 @@
-"""The command `marginrm`. Its subcommands come from the entry-point group `marginrm.cli.score`.
+"""The command `marginrm`. Its subcommands come from the entry-point group `marginrm.commands`.
 
 So the library knows neither the service nor the training package, and what is not installed still shows in the help,
 with the extra that it needs.
@@ -19,7 +19,7 @@ import typer
 from marginrm.allocator import keep_memory
 from marginrm.errors import MarginRMError
 
-GROUP = "marginrm.cli.score"
+GROUP = "marginrm.commands"
 # The extra that installs what a package of ours imports. The library's own commands need a model, as the service does.
 _EXTRAS = {"marginrm": "service", "marginrm_service": "service", "marginrm_training": "training"}
 
@@ -30,7 +30,7 @@ def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
     """Builds the command with one subcommand per entry point.
 
     Args:
-        commands: Entry points to offer; by default those of the group `marginrm.cli.score`.
+        commands: Entry points to offer; by default those of the group `marginrm.commands`.
     """
     app = typer.Typer(
         name="marginrm",
