@@ -12,7 +12,7 @@ Everything here is pure Python on integers; `rows` turns a plan into tensors.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 TokenIds = tuple[int, ...]
@@ -157,59 +157,3 @@ def _common(first: TokenIds, second: TokenIds) -> int:
     """Returns how many leading tokens two sequences share."""
     limit = min(len(first), len(second))
     return next((index for index in range(limit) if first[index] != second[index]), limit)
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """A part of one group: members `start` to `stop` (exclusive) of group number `group`."""
-
-    group: int
-    start: int
-    stop: int
-
-
-def part_room(budget: int, shared: int) -> int:
-    """Returns the most tokens of a step that begins with a part of a group no step can hold whole.
-
-    The prefix comes on top of the budget, so it is computed once for every `budget` tokens of the rest, or once for as
-    many as it has itself if those are more. Up to an eighth more is let in where that is no more than the prefix, so that
-    a few members too many do not make a part that computes it once more.
-    """
-    return shared + max(budget + min(budget // 8, shared), shared)
-
-
-def plan_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[Slice]]:
-    """Cuts groups into steps of at most `budget` tokens, one forward pass each, in the order given.
-
-    A group is split only where it does not fit into a step of its own. Each part computes the prefix again, so that
-    there are few: a part holds as many other tokens as `part_room` says.
-
-    Args:
-        groups: For each group the token ids of its members.
-        budget: The most tokens a step may compute.
-        share_prefix: As for `plan_row`.
-
-    Yields:
-        The slices of one step.
-    """
-    step: list[Slice] = []
-    used = 0
-    for number, group in enumerate(groups):
-        shared = shared_prefix(group) if share_prefix else 0
-        whole = sum(len(member) for member in group) - shared * max(len(group) - 1, 0)
-        if step and used + whole > budget:
-            yield step
-            step, used = [], 0
-        room = budget if whole <= budget else part_room(budget, shared)
-        start, size = 0, shared
-        for index, member in enumerate(group):
-            own = len(member) - shared
-            if index > start and used + size + own > room:
-                yield [*step, Slice(number, start, index)]
-                step, used = [], 0
-                start, size = index, shared
-            size += own
-        step.append(Slice(number, start, len(group)))
-        used += size
-    if step:
-        yield step

@@ -13,12 +13,13 @@ from marginrm import ranking
 from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
 from marginrm.errors import ConfigError, EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.forward.batch import EncodedGroup
-from marginrm.forward.module import RewardModule
+from marginrm.forward.module import RewardModule, evaluating
 from marginrm.loading import DtypeName, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
-from marginrm.packing import plan_row, plan_steps
+from marginrm.packing import plan_row
 from marginrm.ranking import Comparison, Ranking
 from marginrm.schemas import ModelInfo
+from marginrm.steps import ForwardPath, plan_steps
 from marginrm.tuning.deterministic import make_deterministic
 
 _ROW_MULTIPLE = 64  # tokens
@@ -56,7 +57,7 @@ class RewardModel:
         base_model: str,
         token_budget: int | None = None,
     ) -> None:
-        self.module = module.eval()
+        self.module = module
         self.encoder = encoder
         self.manifest = manifest
         self.token_budget = token_budget or usual_token_budget(module.device)
@@ -145,7 +146,7 @@ class RewardModel:
         return self.info.temperature
 
     @property
-    def forward_path(self) -> str:
+    def forward_path(self) -> ForwardPath:
         """`packed` or `padded`."""
         return self.module.forward_path
 
@@ -201,26 +202,16 @@ class RewardModel:
         Returns:
             Rewards in the groups' shape; NaN and infinity are returned as the model gave them.
         """
-        order = [(number, index) for number, group in enumerate(groups) for index in range(len(group))]
-        if self.forward_path == "padded":
-            # Nothing is shared here, so what counts is that neighbours are of one length.
-            order.sort(key=lambda place: len(groups[place[0]][place[1]].ids))
-            work: Sequence[EncodedGroup] = [[groups[number][index]] for number, index in order]
-        else:
-            work = groups
-        flat: list[float] = []
-        for step in plan_steps(
-            [[response.ids for response in group] for group in work],
-            self.token_budget,
-            share_prefix=self.shares_prefixes,
-        ):
-            rewards = self.forward([work[part.group][part.start : part.stop] for part in step])
-            flat.extend(rewards)
+        result = [[math.nan] * len(group) for group in groups]
+        ids = [[response.ids for response in group] for group in groups]
+        for step in plan_steps(ids, self.token_budget, path=self.forward_path, share_prefix=self.shares_prefixes):
+            rewards = self.forward([groups[part.group][part.start : part.stop] for part in step])
+            found = iter(rewards)
+            for part in step:
+                for index in range(part.start, part.stop):
+                    result[part.group][index] = next(found)
             if progress:
                 progress(len(rewards))
-        result = [[math.nan] * len(group) for group in groups]
-        for (number, index), reward in zip(order, flat, strict=True):
-            result[number][index] = reward
         return result
 
     def forward(self, groups: Sequence[Sequence[EncodedResponse]]) -> list[float]:
@@ -230,7 +221,7 @@ class RewardModel:
             One reward per response, groups and responses in order; NaN is returned as it is.
         """
         responses = sum(len(group) for group in groups)
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(self.module):
             rewards = self.module(self.module.collate(self._filled(groups)).to(self.module.device))
         return cast("list[float]", rewards[:responses].tolist())
 

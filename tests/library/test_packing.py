@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marginrm.packing import ROOT, SHARE_FROM, PackingPlan, cost, plan_row, plan_steps, shared_prefix
+from marginrm.packing import ROOT, SHARE_FROM, PackingPlan, cost, plan_row, shared_prefix
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7)
 groups = st.lists(st.lists(tokens, min_size=1, max_size=5), min_size=1, max_size=5)
@@ -77,43 +76,6 @@ def test_equal_responses_keep_one_token_each() -> None:
     plan = plan_row([[[1, 2, 3], [1, 2, 3]]], share_prefix=True)
     assert plan.ids == [1, 2, 3, 3]
     assert plan.last == [2, 3]
-
-
-@given(groups, st.integers(1, 30), st.booleans())
-def test_steps_cover_everything_in_order_within_the_budget(
-    batch: list[list[list[int]]], budget: int, share: bool
-) -> None:
-    steps = list(plan_steps(batch, budget, share_prefix=share))
-    parts = [part for step in steps for part in step]
-    covered = [(part.group, index) for part in parts for index in range(part.start, part.stop)]
-    assert covered == [(number, index) for number, group in enumerate(batch) for index in range(len(group))]
-    for step in steps:
-        assert all(part.start < part.stop for part in step)
-        spent = sum(cost(batch[part.group][part.start : part.stop], share_prefix=share) for part in step)
-        alone = len(step) == 1 and step[0].stop - step[0].start == 1
-        first = batch[step[0].group]
-        cut = cost(first, share_prefix=share) > budget
-        shared = shared_prefix(first) if share and cut else 0
-        assert spent <= shared + max(budget + min(budget // 8, shared), shared) or alone
-
-
-def test_a_group_over_the_budget_is_split_and_its_prefix_computed_once_for_a_budget_of_the_rest() -> None:
-    group = [[9] * 10 + [index] for index in range(30)]
-    steps = list(plan_steps([group], 13, share_prefix=True))
-    assert [(part.start, part.stop) for step in steps for part in step] == [(0, 14), (14, 28), (28, 30)]
-
-
-@pytest.mark.parametrize("tokens", [128, 129, 140])  # 129: 32 of them are just over a budget
-def test_64_candidates_on_a_long_prompt_cost_one_prompt_and_their_own_tokens_within_a_tenth(tokens: int) -> None:
-    group = [tuple(range(800)) + (1_000 + index,) * tokens for index in range(64)]
-    steps = list(plan_steps([group], 4096, share_prefix=True))
-    spent = sum(cost(group[part.start : part.stop], share_prefix=True) for step in steps for part in step)
-    assert spent <= 1.1 * (800 + 64 * tokens)
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_no_groups_make_no_steps(share: bool) -> None:
-    assert list(plan_steps([], 10, share_prefix=share)) == []
 
 
 @given(groups, st.integers(1, 3))

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from marginrm.packing import part_room
+from marginrm.steps import part_room
 from marginrm_service.engine.job import Job
 
 QUANTA_PER_STEP = 4

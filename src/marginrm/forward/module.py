@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,7 @@ from marginrm.attention.layout import LayoutFn
 from marginrm.encoding import Architecture, EncodedResponse
 from marginrm.errors import HeadError
 from marginrm.forward.batch import EncodedGroup, PackedRow, PaddedRows, pack, pad
-
-ForwardPath = Literal["packed", "padded"]
+from marginrm.steps import ForwardPath
 
 # How far packed and padded rewards of the load-time probe may lie apart, relative to the larger of 1 and the reward.
 # Packing errors (a token that sees too much or too little) are orders of magnitude above rounding in float32.
@@ -269,6 +269,21 @@ class RewardModule(nn.Module):
             return probe_difference(self._forward_packed(row), padded) <= probe_tolerance(self)
         except UnsupportedAttentionError:
             return False
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode for a while; each of its parts then goes back to its own mode."""
+    if not module.training:
+        yield
+        return
+    parts = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
 
 
 class _Ends(NamedTuple):

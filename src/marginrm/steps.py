@@ -1,0 +1,97 @@
+"""Groups -> steps within a token budget, each one forward pass: one planner for packed and for padded batches.
+
+A packed step costs the tokens of its row, in which a shared prefix is computed once. A padded step costs its longest
+response times the number of responses, since padding is computed too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from marginrm.packing import Group, shared_prefix
+
+ForwardPath = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of one group: members `start` to `stop` (exclusive) of group number `group`."""
+
+    group: int
+    start: int
+    stop: int
+
+
+def part_room(budget: int, shared: int) -> int:
+    """Returns the token limit of a step that starts with a slice of a group larger than the budget.
+
+    The limit is the shared prefix, plus the budget for the members. Up to an eighth more (never more than the prefix) is
+    allowed, because one extra slice would compute the prefix again. A prefix longer than the budget is computed once
+    for as many tokens of members as it has itself.
+
+    Args:
+        budget: Tokens that a step may compute.
+        shared: Tokens of the prefix that the group shares.
+    """
+    return shared + max(budget + min(budget // 8, shared), shared)
+
+
+def plan_steps(groups: Sequence[Group], budget: int, *, path: ForwardPath, share_prefix: bool) -> Iterator[list[Slice]]:
+    """Cuts groups into steps of at most `budget` tokens, one forward pass each.
+
+    Args:
+        groups: For each group the token ids of its members.
+        budget: Tokens that a step may compute. One response that is longer gets a step of its own.
+        path: `packed` keeps the order, and splits a group only if it exceeds a step of its own; each slice then
+            computes the prefix again, so a slice may hold as many other tokens as `part_room` says. `padded` sorts all
+            responses by length, longest first.
+        share_prefix: Whether a packed row computes the prefix of a group once, as for `plan_row`.
+
+    Yields:
+        The slices of one step.
+    """
+    if path == "packed":
+        return _packed_steps(groups, budget, share_prefix=share_prefix)
+    return _padded_steps([[len(member) for member in group] for group in groups], budget)
+
+
+def _packed_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[Slice]]:
+    step: list[Slice] = []
+    used = 0
+    for number, group in enumerate(groups):
+        shared = shared_prefix(group) if share_prefix else 0
+        whole = sum(len(member) for member in group) - shared * max(len(group) - 1, 0)
+        if step and used + whole > budget:
+            yield step
+            step, used = [], 0
+        room = budget if whole <= budget else part_room(budget, shared)
+        start, size = 0, shared
+        for index, member in enumerate(group):
+            suffix = len(member) - shared
+            if index > start and used + size + suffix > room:
+                yield [*step, Slice(number, start, index)]
+                step, used = [], 0
+                start, size = index, shared
+            size += suffix
+        step.append(Slice(number, start, len(group)))
+        used += size
+    if step:
+        yield step
+
+
+def _padded_steps(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[list[Slice]]:
+    places = [(number, index) for number, group in enumerate(lengths) for index in range(len(group))]
+    places.sort(key=lambda place: -lengths[place[0]][place[1]])
+    step: list[Slice] = []
+    longest = 0
+    for number, index in places:
+        if step and longest * (len(step) + 1) > budget:
+            yield step
+            step = []
+        if not step:
+            longest = lengths[number][index]
+        step.append(Slice(number, index, index + 1))
+    if step:
+        yield step
