@@ -12,12 +12,12 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.command import app_of
-from benchmarks.contenders.in_process import InProcess
+from benchmarks.harness.command import app_of
+from benchmarks.harness.rates import gemm_share
+from benchmarks.harness.texts import ALPACA, load_texts
+from benchmarks.harness.workloads import WORKLOADS, Portions
 from benchmarks.models import NAMES, build
-from benchmarks.ratios import gemm_share
-from benchmarks.texts import ALPACA, load_texts
-from benchmarks.workloads import WORKLOADS, Portions
+from benchmarks.throughput.scorers.in_process import InProcess
 
 # Names of operators by the kind of work; what is in none is elementwise work: norms, rotary embedding, gates, sums.
 _KINDS = {

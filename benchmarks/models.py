@@ -17,8 +17,8 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.command import app_of, known
-from benchmarks.texts import load_texts
+from benchmarks.harness.command import app_of, known
+from benchmarks.harness.texts import load_texts
 
 MINILM = "minilm"
 _VOCABULARY = 16_384  # of the tokenizer; the embedding has the real model's number of rows

@@ -11,15 +11,15 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import figure, report
-from benchmarks.command import app_of, known
-from benchmarks.lineup import lineup, pythons
-from benchmarks.measure import Clock, Setting, compare
+from benchmarks.harness.command import app_of, known
+from benchmarks.harness.texts import ALPACA, Texts, load_texts
+from benchmarks.harness.workloads import WORKLOADS, Portions
 from benchmarks.models import MINILM, NAMES, build
-from benchmarks.results import Results
-from benchmarks.studies import STUDIES, Subject
-from benchmarks.texts import ALPACA, Texts, load_texts
-from benchmarks.workloads import WORKLOADS, Portions
+from benchmarks.throughput import figure, report
+from benchmarks.throughput.compare import Clock, Setting, compare
+from benchmarks.throughput.contenders import lineup, pythons
+from benchmarks.throughput.results import Results
+from benchmarks.throughput.studies import STUDIES, Subject
 
 _STUDY_MINUTES = 4.0
 

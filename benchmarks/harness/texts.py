@@ -10,9 +10,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from benchmarks.groups import TextGroup
+from benchmarks.harness.groups import TextGroup
 
-ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ALPACA = Path(__file__).resolve().parents[3] / "shared" / "data"
 _Item = TypeVar("_Item")
 _FILES = ("alpaca_eval_pairs_train", "alpaca_eval_best_of_n_test", "alpaca_eval_responses_train")
 _TOKENIZER_TEXTS = 4000

@@ -1,4 +1,4 @@
-"""The process that a contender runs in: `python -m benchmarks.worker KIND`, JSON lines on stdin and stdout.
+"""The process that a contender runs in: `python -m benchmarks.harness.worker KIND`, JSON lines on stdin and stdout.
 
 It is loaded once and then called as often as the parent wants, so contenders of different environments can take turns.
 Only the work itself is timed: not the transport, nor what `prepare` does. It leads a process group of its own, which ends
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 
 
 class Contender(Protocol):
@@ -59,7 +59,7 @@ def main() -> None:
 
 class _Server:
     def __init__(self, kind: str) -> None:
-        self._module = importlib.import_module(f"benchmarks.contenders.{kind}")
+        self._module = importlib.import_module(f"benchmarks.{kind}")
         self._contender: Contender | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:

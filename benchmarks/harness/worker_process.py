@@ -16,9 +16,9 @@ from typing import IO, Any, Self
 
 import psutil
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE = 900  # seconds; some peers hang where they fail
 
 
@@ -53,7 +53,7 @@ class ContenderProcess:
     """A contender in a process of its own.
 
     Args:
-        kind: Module under `benchmarks.contenders`.
+        kind: Module under `benchmarks.throughput.scorers`.
         python: The interpreter of the environment that it needs.
         environment: Variables on top of this process's own.
         patience: Seconds to wait for an answer.
@@ -62,10 +62,10 @@ class ContenderProcess:
     def __init__(self, kind: str, python: Path, environment: Mapping[str, str], *, patience: float = _PATIENCE) -> None:
         self._kind = kind
         self._patience = patience
-        self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix=f"bench-{kind}-", suffix=".log")  # noqa: SIM115
+        self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix=f"bench-{kind.rsplit('.', 1)[-1]}-", suffix=".log")  # noqa: SIM115
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "DO_NOT_TRACK": "1"}
         self._process = subprocess.Popen(
-            [str(python), "-m", "benchmarks.worker", kind],
+            [str(python), "-m", "benchmarks.harness.worker", kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

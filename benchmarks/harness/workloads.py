@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.groups import Group, TextGroup
-from benchmarks.texts import Texts
+from benchmarks.harness.groups import Group, TextGroup
+from benchmarks.harness.texts import Texts
 from marginrm.encoding import Architecture, Encoder
 from marginrm.errors import EncodingError
 

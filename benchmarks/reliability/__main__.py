@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.command import command_group
+from benchmarks.harness.command import command_group
 from benchmarks.reliability import page, setup
 from benchmarks.reliability.checks import Report
 
@@ -56,7 +56,7 @@ def lengths(passes: Annotated[int, typer.Option(min=20, help="Forward passes of 
 @app.command()
 def sigterm(times: Annotated[int, typer.Option(min=1, help="How often.")] = 20) -> None:
     """End the server under load."""
-    from benchmarks.reliability.departure import sigterm as run
+    from benchmarks.reliability.sigterm import sigterm as run
 
     _finish(run(times), "sigterm")
 

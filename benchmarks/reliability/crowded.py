@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import httpx
 
+from benchmarks.harness.server import WatchedServer
 from benchmarks.reliability import checks, setup, traffic
 from benchmarks.reliability.checks import Check, Report
-from benchmarks.reliability.server import WatchedServer
+from benchmarks.reliability.light_client import Wire
 from benchmarks.reliability.traffic import Question
-from benchmarks.reliability.wire import Wire
 
 _PAUSE = 0.02  # seconds between pairs: they come one by one, as from a person's tool
 

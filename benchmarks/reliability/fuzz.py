@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis.core.result import Ok
 
+from benchmarks.harness.server import WatchedServer
 from benchmarks.reliability import checks, raw_http, setup, traffic
 from benchmarks.reliability.checks import Check, Outcome, Report
-from benchmarks.reliability.server import WatchedServer
 
 _TIMEOUT = 30.0  # seconds; what takes longer hangs
 _TOP_KEYS = ("model", "truncation", "tie_below", "top_k", "return_text", "pairs", "items", "prompts", "id", "prompt")

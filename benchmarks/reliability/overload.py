@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.harness.server import WatchedServer
 from benchmarks.reliability import checks, setup, traffic
 from benchmarks.reliability.checks import Check, Outcome, Report
-from benchmarks.reliability.server import WatchedServer
+from benchmarks.reliability.light_client import Wire
 from benchmarks.reliability.traffic import Question
-from benchmarks.reliability.wire import Wire
 
 _CAPACITY_SECONDS = 20.0
 _TURNS = 6

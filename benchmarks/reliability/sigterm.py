@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from benchmarks.harness.server import WatchedServer
 from benchmarks.reliability import setup, traffic
 from benchmarks.reliability.checks import Check, Outcome, Report
-from benchmarks.reliability.server import WatchedServer
+from benchmarks.reliability.light_client import Wire
 from benchmarks.reliability.traffic import Question
-from benchmarks.reliability.wire import Wire
 
 _LOAD = 0.8
 _SECONDS = 3.0  # of load; the signal comes in the middle

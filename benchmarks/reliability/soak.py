@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from benchmarks.harness.server import WatchedServer
 from benchmarks.reliability import checks, setup, traffic
 from benchmarks.reliability.admin import Admin
 from benchmarks.reliability.checks import Check, Outcome, Report
-from benchmarks.reliability.server import WatchedServer
+from benchmarks.reliability.light_client import Wire
 from benchmarks.reliability.traffic import Question
-from benchmarks.reliability.wire import Wire
 
 _LOAD = 0.8
 _SWAP_SECONDS = 20.0

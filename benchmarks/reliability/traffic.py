@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from benchmarks.reliability.checks import Outcome
-from benchmarks.reliability.wire import Wire
+from benchmarks.reliability.light_client import Wire
 from marginrm import RewardModel
 from marginrm_training.demo.preferences import generate_groups
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import pstdev
 
-from benchmarks.contender_process import ContenderError, ContenderProcess, Scored
-from benchmarks.groups import Group, sample
-from benchmarks.lineup import OURS, REFERENCE, Entrant, variables
-from benchmarks.ratios import largest_difference
-from benchmarks.results import Measurement, Results
-from benchmarks.workloads import Portions, Workload
+from benchmarks.harness.groups import Group, sample
+from benchmarks.harness.rates import largest_difference
+from benchmarks.harness.worker_process import ContenderError, ContenderProcess, Scored
+from benchmarks.harness.workloads import Portions, Workload
+from benchmarks.throughput.contenders import OURS, REFERENCE, Entrant, variables
+from benchmarks.throughput.results import Measurement, Results
 
 _WARM_UP = 0  # the portion that no round takes
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.workloads import Workload
+from benchmarks.harness.workloads import Workload
 
 OURS = "marginrm"
 COMPILED = "marginrm, compiled"
@@ -30,7 +30,7 @@ class Entrant:
 
     Attributes:
         name: What the report calls it.
-        kind: Its module under `benchmarks.contenders`.
+        kind: Its module under `benchmarks.throughput.scorers`.
         options: What it is loaded with.
         environment: Which Python it needs: ours, or the one that an option of the command names.
         limit: The most responses that it scores in a portion; the slow ones would take all the time.
@@ -62,25 +62,34 @@ def lineup(device: str = "cpu") -> list[Entrant]:
     own = {"device": device}
     served = {"batched_tokens": 4096, "block": 32, "cache_gib": 2}
     return [
-        Entrant(REFERENCE, "hugging_face", looped, limit=4),
-        Entrant(ARRIVAL, "hugging_face", padded | {"order": "arrival"}, limit=16),
-        Entrant(SORTED, "hugging_face", padded | {"order": "length"}),
-        Entrant(VLLM, "vllm_pooling", {"dtype": "bfloat16"} | served, "vllm", scales=True, architecture="decoder"),
+        Entrant(REFERENCE, "throughput.scorers.hugging_face", looped, limit=4),
+        Entrant(ARRIVAL, "throughput.scorers.hugging_face", padded | {"order": "arrival"}, limit=16),
+        Entrant(SORTED, "throughput.scorers.hugging_face", padded | {"order": "length"}),
+        Entrant(
+            VLLM,
+            "throughput.scorers.vllm_pooling",
+            {"dtype": "bfloat16"} | served,
+            "vllm",
+            scales=True,
+            architecture="decoder",
+        ),
         *(
             Entrant(f"{name}, {dtype}", kind, {"dtype": dtype}, environment, architecture="encoder")
             for name, kind, environment in _TEXT_PEERS
             for dtype in ("float32", "bfloat16")
         ),
-        Entrant(OURS, "in_process", own, scales=True),
-        Entrant(COMPILED, "in_process", own | {"compiled": True}, scales=True, architecture="decoder"),
-        Entrant(DETERMINISTIC, "in_process", own | {"deterministic": True}),
-        Entrant(OVER_HTTP, "over_http", own | {"clients": CLIENTS}),
+        Entrant(OURS, "throughput.scorers.in_process", own, scales=True),
+        Entrant(
+            COMPILED, "throughput.scorers.in_process", own | {"compiled": True}, scales=True, architecture="decoder"
+        ),
+        Entrant(DETERMINISTIC, "throughput.scorers.in_process", own | {"deterministic": True}),
+        Entrant(OVER_HTTP, "throughput.scorers.over_http", own | {"clients": CLIENTS}),
     ]
 
 
 _TEXT_PEERS: tuple[tuple[str, str, Literal["infinity", "sentence_transformers"]], ...] = (
-    (SENTENCE_TRANSFORMERS, "cross_encoder", "sentence_transformers"),
-    (INFINITY, "infinity", "infinity"),
+    (SENTENCE_TRANSFORMERS, "throughput.scorers.cross_encoder", "sentence_transformers"),
+    (INFINITY, "throughput.scorers.infinity", "infinity"),
 )
 
 

@@ -12,7 +12,7 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from benchmarks.lineup import OURS, OVER_HTTP
+from benchmarks.throughput.contenders import OURS, OVER_HTTP
 
 _OURS_COLOUR, _OTHERS_COLOUR = "#1f5fa8", "#9aa5b1"
 

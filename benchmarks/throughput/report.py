@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.lineup import OURS
-from benchmarks.ratios import Spread
-from benchmarks.results import Results
-from benchmarks.targets import findings, gemm_shares, speed_ratio
+from benchmarks.harness.rates import Spread
+from benchmarks.throughput.contenders import OURS
+from benchmarks.throughput.results import Results
+from benchmarks.throughput.targets import findings, gemm_shares, speed_ratio
 
 BEGIN = "<!-- results: begin; written by python -m benchmarks.run -->"
 END = "<!-- results: end -->"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.ratios import reward_rate
+from benchmarks.harness.rates import reward_rate
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import median, pstdev
 from typing import Any
 
-from benchmarks.contender_process import ContenderProcess
-from benchmarks.groups import Group
-from benchmarks.lineup import CLIENTS, Entrant
-from benchmarks.measure import Clock, Setting
-from benchmarks.ratios import ratios
-from benchmarks.workloads import LONG_PROMPT, LONG_RESPONSE, Portions, Workload
+from benchmarks.harness.groups import Group
+from benchmarks.harness.rates import ratios
+from benchmarks.harness.worker_process import ContenderProcess
+from benchmarks.harness.workloads import LONG_PROMPT, LONG_RESPONSE, Portions, Workload
+from benchmarks.throughput.compare import Clock, Setting
+from benchmarks.throughput.contenders import CLIENTS, Entrant
 
 _MIB = 2**20
 _MANY = 64
@@ -88,7 +88,7 @@ def http(subject: Subject) -> dict[str, Any]:
         those in process.
     """
     lone, crowd = Workload("lone", 2, 1), Workload("crowd", 2, 4 * CLIENTS)
-    served = Entrant("over HTTP", "over_http", {"clients": CLIENTS})
+    served = Entrant("over HTTP", "throughput.scorers.over_http", {"clients": CLIENTS})
     with subject.setting.start(_ours()) as ours, subject.setting.start(served) as server:
         ours.load(subject.folder, {})
         server.load(subject.folder, served.options)
@@ -180,4 +180,4 @@ STUDIES: dict[str, Study] = {"cost of N": cost_of_n, "http": http, "memory": mem
 
 
 def _ours() -> Entrant:
-    return Entrant("in process", "in_process")
+    return Entrant("in process", "throughput.scorers.in_process")

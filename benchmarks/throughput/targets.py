@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.lineup import ARRIVAL, DETERMINISTIC, INFINITY, OURS, SENTENCE_TRANSFORMERS, SORTED, VLLM
+from benchmarks.harness.rates import Spread, gemm_share, ratios
 from benchmarks.models import MINILM
-from benchmarks.ratios import Spread, gemm_share, ratios
-from benchmarks.results import Measurement, Results
+from benchmarks.throughput.contenders import ARRIVAL, DETERMINISTIC, INFINITY, OURS, SENTENCE_TRANSFORMERS, SORTED, VLLM
+from benchmarks.throughput.results import Measurement, Results
 
 _QWEN3 = "qwen3-0.6b"
 

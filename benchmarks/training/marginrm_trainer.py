@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
 from marginrm.loading import load_for_training

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training_quality`: what TRL's `RewardTrainer` makes of an ablation's pairs, beside its variants.
+"""`python -m benchmarks.training.quality`: what TRL's `RewardTrainer` makes of an ablation's pairs, beside its variants.
 
 For each seed the ablation's own loader draws and encodes the training pairs, TRL trains on those token ids in an
 environment of its own, and what it saves is measured as every run of the ablation is. Finished seeds are kept; the table
@@ -18,9 +18,9 @@ import numpy as np
 import typer
 from transformers import PreTrainedModel
 
-from benchmarks.command import app_of
-from benchmarks.contender_process import ContenderProcess
-from benchmarks.groups import Group
+from benchmarks.harness.command import app_of
+from benchmarks.harness.groups import Group
+from benchmarks.harness.worker_process import ContenderProcess
 from marginrm.arrays import Floats
 from marginrm_training.ablation.cli import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
 from marginrm_training.ablation.results import Results, item_scores
@@ -74,7 +74,7 @@ def _train(ablation: Ablation, run: Run, max_length: int, python: Path, folder: 
     changed = run.config | {"output": str(folder), "model": run.config["model"] | {"max_length": max_length}}
     config = parse_config(changed, str(kept))
     groups = _prepare(config, folder / "start")
-    with ContenderProcess("trl_trainer", python, {}, patience=_PATIENCE) as trl:
+    with ContenderProcess("training.trl_trainer", python, {}, patience=_PATIENCE) as trl:
         detail = trl.load(
             folder / "start",
             {

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training_speed`: pairs per second in training, by preset and beside TRL's `RewardTrainer`.
+"""`python -m benchmarks.training.speed`: pairs per second in training, by preset and beside TRL's `RewardTrainer`.
 
 All contenders take turns in one run, start from the same weights and are given the same token ids, batches, order and
 optimiser settings; so in float32 the loss curves of `bt` and TRL must agree, and the report says by how much they do not.
@@ -21,14 +21,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.command import app_of
-from benchmarks.contender_process import ContenderProcess
-from benchmarks.groups import Group
+from benchmarks.harness.command import app_of
+from benchmarks.harness.groups import Group
+from benchmarks.harness.rates import Spread, ratios
+from benchmarks.harness.texts import ALPACA, load_texts
+from benchmarks.harness.worker_process import ContenderProcess
+from benchmarks.harness.workloads import WORKLOADS, Portions
 from benchmarks.models import MINILM, NAMES, build
-from benchmarks.ratios import Spread, ratios
-from benchmarks.studies import shared_prefix
-from benchmarks.texts import ALPACA, load_texts
-from benchmarks.workloads import WORKLOADS, Portions
+from benchmarks.throughput.studies import shared_prefix
 from marginrm_training.method.margins import Reference, named, target_margins
 from marginrm_training.run.trainer import preference_losses
 
@@ -110,10 +110,10 @@ def _entrants(presets: Iterable[str], dtype: str, batch: int, trl_python: Path |
     common = {"dtype": dtype, "batch": batch}
     own = Path(sys.executable)
     found: dict[str, Trainer] = {
-        _ours(preset, dtype): ("marginrm_trainer", own, common | {"preset": preset}) for preset in presets
+        _ours(preset, dtype): ("training.marginrm_trainer", own, common | {"preset": preset}) for preset in presets
     }
     if trl_python is not None:
-        found[f"{_TRL}, {dtype}"] = ("trl_trainer", trl_python, common)
+        found[f"{_TRL}, {dtype}"] = ("training.trl_trainer", trl_python, common)
     return found
 
 

@@ -13,7 +13,7 @@ from datasets.arrow_dataset import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 
 
 class TrlTrainer:

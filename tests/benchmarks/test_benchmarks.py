@@ -13,21 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks import models, report, run, training_quality, training_speed
+from benchmarks import models, run
 from benchmarks.breakdown import by_kind
-from benchmarks.command import app_of
-from benchmarks.contender_process import ContenderError, ContenderProcess
-from benchmarks.contenders.hugging_face import HuggingFace
-from benchmarks.contenders.in_process import InProcess
-from benchmarks.groups import Group, sample
-from benchmarks.lineup import COMPILED, DETERMINISTIC, OURS, OVER_HTTP, SORTED, VLLM
+from benchmarks.harness.command import app_of
+from benchmarks.harness.groups import Group, sample
+from benchmarks.harness.rates import Spread, gemm_share, largest_difference, ratios, reward_rate
+from benchmarks.harness.texts import load_texts
+from benchmarks.harness.worker_process import ContenderError, ContenderProcess
+from benchmarks.harness.workloads import LONG_PROMPT, LONG_RESPONSE, WORKLOADS, Portions
 from benchmarks.models import build
-from benchmarks.ratios import Spread, gemm_share, largest_difference, ratios, reward_rate
-from benchmarks.results import Measurement, Results
-from benchmarks.studies import shared_prefix
-from benchmarks.targets import Finding, findings
-from benchmarks.texts import load_texts
-from benchmarks.workloads import LONG_PROMPT, LONG_RESPONSE, WORKLOADS, Portions
+from benchmarks.throughput import report
+from benchmarks.throughput.contenders import COMPILED, DETERMINISTIC, OURS, OVER_HTTP, SORTED, VLLM
+from benchmarks.throughput.results import Measurement, Results
+from benchmarks.throughput.scorers.hugging_face import HuggingFace
+from benchmarks.throughput.scorers.in_process import InProcess
+from benchmarks.throughput.studies import shared_prefix
+from benchmarks.throughput.targets import Finding, findings
+from benchmarks.training import quality, speed
 from marginrm_training.ablation.cli import load_ablation
 
 NOWHERE = Path("/no/such/folder")
@@ -175,7 +177,7 @@ def test_ours_refuses_other_token_ids_than_the_others_get(tiny, portions):
 
 def test_a_contender_that_cannot_be_loaded_says_why():
     with (
-        ContenderProcess("vllm_pooling", Path(sys.executable), {}) as process,
+        ContenderProcess("throughput.scorers.vllm_pooling", Path(sys.executable), {}) as process,
         pytest.raises(ContenderError, match=r"No module named 'vllm'"),
     ):
         process.load(NOWHERE, {})
@@ -235,7 +237,7 @@ def test_a_page_gets_its_results_between_the_markers(tmp_path):
 
 
 def test_the_page_in_the_documentation_has_the_markers():
-    text = Path(report.__file__).parents[1].joinpath("docs", "benchmarks.md").read_text(encoding="utf-8")
+    text = ROOT.joinpath("docs", "benchmarks.md").read_text(encoding="utf-8")
     assert text.index(report.BEGIN) < text.index(report.END)
 
 
@@ -273,7 +275,7 @@ def test_a_small_run_and_its_continuation(tmp_path):
 
 
 def test_a_small_run_of_training_without_a_peer(tmp_path, capsys):
-    training_speed.main(
+    speed.main(
         trl_python=None,
         presets="margin",
         models="tiny",
@@ -301,7 +303,7 @@ def test_a_peer_is_compared_with_the_runs_of_the_same_seeds(monkeypatch):
     monkeypatch.chdir(ROOT)
     ablation = load_ablation(RECIPE)
     kept = ROOT / "docs" / "results"
-    heads, _, peer, first, *_ = training_quality.table(ablation, kept / "trl_alpaca", 256).splitlines()
+    heads, _, peer, first, *_ = quality.table(ablation, kept / "trl_alpaca", 256).splitlines()
     assert heads.count("difference to TRL") == 5  # accuracy and loss of two files of pairs, and the pick
     assert peer.startswith("| TRL, 256 tokens | 3 | ")
 
@@ -321,7 +323,7 @@ def test_a_seed_that_the_ablation_has_not_is_refused_in_one_line_however_long_th
     ablation = tmp_path / ("a long name " * 15) / RECIPE.name
     ablation.parent.mkdir()
     ablation.write_text(RECIPE.read_text())
-    result = CliRunner().invoke(app_of(training_quality.main), [str(ablation), "--seeds", "0,99"])
+    result = CliRunner().invoke(app_of(quality.main), [str(ablation), "--seeds", "0,99"])
     assert result.exit_code == 2
     assert f"{ablation} has no seed 99: it has 0, 1, 2." in result.output
 

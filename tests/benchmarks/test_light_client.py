@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from benchmarks.reliability import traffic
-from benchmarks.reliability.wire import NoReplyError, Wire
+from benchmarks.reliability.light_client import NoReplyError, Wire
 from support.server import serving
 from support.service import FakeRewardModel
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sentence_transformers import CrossEncoder
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 
 
 class SentenceTransformers:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 
 
 class _Sequence(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 from marginrm import RewardModel
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse

@@ -10,7 +10,7 @@ from typing import Any
 
 from infinity_emb import AsyncEmbeddingEngine, EngineArgs
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 
 
 class Infinity:

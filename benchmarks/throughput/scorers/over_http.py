@@ -11,9 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.groups import Group
-from benchmarks.reliability.server import WatchedServer
-from benchmarks.reliability.wire import Wire
+from benchmarks.harness.groups import Group
+from benchmarks.harness.server import WatchedServer
+from benchmarks.reliability.light_client import Wire
 
 _REPLY_SECONDS = 600
 

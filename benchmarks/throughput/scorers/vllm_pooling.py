@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm import LLM, PoolingParams, TokensPrompt
 
-from benchmarks.groups import Group
+from benchmarks.harness.groups import Group
 
 
 class Vllm:
