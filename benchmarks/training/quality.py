@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness.command import app_of
 from benchmarks.harness.groups import Group
 from benchmarks.harness.worker_process import ContenderProcess
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm_training.ablation.cli import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
 from marginrm_training.ablation.results import Results, item_scores
 from marginrm_training.ablation.worker import measure_all

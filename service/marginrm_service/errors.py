@@ -24,74 +24,61 @@ None of them knows of HTTP; `http_errors` keeps the one table.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from marginrm.errors import MarginRMError
 
 
 class ServiceError(MarginRMError):
     """Base of the service's own errors."""
 
-    code: ClassVar[str] = "service_error"
-    param: ClassVar[str | None] = None
+    default_code = "service_error"
 
 
 class UnknownModelError(ServiceError):
     """No model of that name is served."""
 
-    code = "unknown_model"
-    param = "model"
+    default_code = "unknown_model"
 
 
 class RequestTooLargeError(ServiceError):
     """A single request holds more tokens than the queue may ever hold."""
 
-    code = "request_too_large"
+    default_code = "request_too_large"
 
 
 class ForwardFailedError(ServiceError):
     """The forward pass raised for this response alone; others of its step were scored."""
 
-    code = "forward_failed"
+    default_code = "forward_failed"
 
 
 class TokenizerFailedError(ServiceError):
     """The tokenizer raised on this text alone, which is no fault of the text's; others of its request were scored."""
 
-    code = "tokenizer_failed"
+    default_code = "tokenizer_failed"
 
 
 class ClientGoneError(ServiceError):
     """The client closed its connection; nobody will read the answer."""
 
-    code = "client_gone"
+    default_code = "client_gone"
 
 
 class DeadlineExceededError(ServiceError):
     """The request's time was up; what was not computed yet has left the queue."""
 
-    code = "deadline_exceeded"
+    default_code = "deadline_exceeded"
 
 
 class InvalidHeaderError(ServiceError):
-    """A header that the server reads cannot be understood.
+    """A header that the server reads cannot be understood. `param` is its name."""
 
-    Args:
-        message: What is wrong.
-        param: The header's name.
-    """
-
-    code = "invalid_header"
-
-    def __init__(self, message: str, *, param: str) -> None:
-        super().__init__(message)
-        self.param = param  # type: ignore[misc]  # more exact than the class's
+    default_code = "invalid_header"
 
 
 class LastModelError(ServiceError):
     """The only model that is served cannot be unloaded."""
 
-    code = "last_model"
+    default_code = "last_model"
 
 
 class UnavailableError(ServiceError):
@@ -102,7 +89,7 @@ class UnavailableError(ServiceError):
         retry_after: Seconds after which a new try makes sense, at least 1.
     """
 
-    code = "unavailable"
+    default_code = "unavailable"
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
@@ -112,28 +99,28 @@ class UnavailableError(ServiceError):
 class NotReadyError(UnavailableError):
     """The model is loading, or could not be loaded."""
 
-    code = "not_ready"
+    default_code = "not_ready"
 
 
 class DrainingError(UnavailableError):
     """The server finishes what it has accepted and takes nothing more."""
 
-    code = "draining"
+    default_code = "draining"
 
 
 class OverloadedError(UnavailableError):
     """The queue is full."""
 
-    code = "overloaded"
+    default_code = "overloaded"
 
 
 class WouldBeLateError(OverloadedError):
     """By the measured rate the answer would come after the request's deadline."""
 
-    code = "would_be_late"
+    default_code = "would_be_late"
 
 
 class EngineStoppedError(UnavailableError):
     """A model's worker has ended, by a fault or because the model was unloaded."""
 
-    code = "engine_stopped"
+    default_code = "engine_stopped"

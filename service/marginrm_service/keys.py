@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marginrm.errors import ConfigError
+from marginrm.text import NAME_PATTERN
 
 _log = logging.getLogger(__name__)
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})\s+sha256:(?P<digest>[0-9a-f]{64})")
+_LINE = re.compile(rf"(?P<name>{NAME_PATTERN})\s+sha256:(?P<digest>[0-9a-f]{{64}})")
 _PREFIX = "mrm_"  # so that secret scanners and people know what it is
 
 

@@ -11,9 +11,10 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from marginrm.errors import ConfigError
+from marginrm.text import NAME_PATTERN, Dtype
 
 DEFAULT_MODEL = "default"
-_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})=(.+)", re.DOTALL)
+_NAMED = re.compile(rf"({NAME_PATTERN})=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Of the backbone.")
+    dtype: Dtype = Field(default="auto", description="Of the backbone.")
     deterministic: bool = Field(default=False, description="Rewards the same to the bit in any batch.")
     compile: bool = Field(default=False, description="Compile what lies between the matrix products.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")

@@ -15,17 +15,33 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from marginrm.arrays import Floats
-from marginrm.errors import DataError, NonFiniteRewardError
+from marginrm.errors import CalibrationError, NonFiniteRewardError
 from marginrm.manifest import Calibration, ReliabilityBin, RiskCoveragePoint
+
+Floats = NDArray[np.float64]  # shapes are given where it is used
 
 T_MIN, T_MAX = 1 / 64, 64.0
 _NORMAL_975 = 1.96  # the normal distribution's 97.5% point
 _VAGUE = 2.0  # an upper end this many times the lower one is told to the user
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _COVERAGES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+def correctness(margins: ArrayLike) -> Floats:
+    """Returns 1 where a margin is positive, 0 where it is negative and 0.5 at a tie, in the shape of `margins`."""
+    d = np.asarray(margins, dtype=np.float64)
+    right: Floats = (d > 0) + (d == 0) / 2
+    return right
+
+
+def sigmoid(x: ArrayLike) -> Floats:
+    """Returns 1 / (1 + exp(-x)) without overflow, in the shape of `x`: exp is taken of numbers that are not positive."""
+    x = np.asarray(x, dtype=np.float64)
+    odds: Any = np.exp(-np.abs(x))
+    result: Floats = np.where(x >= 0, 1.0, odds) / (1.0 + odds)
+    return result
 
 
 def fit_temperature(margins: ArrayLike, targets: ArrayLike | None = None) -> float:
@@ -43,7 +59,7 @@ def fit_temperature(margins: ArrayLike, targets: ArrayLike | None = None) -> flo
         sign, T -> infinity if the margins tell nothing. 1 if all margins are 0, since any T fits then.
 
     Raises:
-        DataError: There are no margins, or the targets do not fit them.
+        CalibrationError: There are no margins, or the targets do not fit them.
         NonFiniteRewardError: A margin is NaN or infinite.
     """
     d, p = _checked(margins, targets)
@@ -53,7 +69,7 @@ def fit_temperature(margins: ArrayLike, targets: ArrayLike | None = None) -> flo
 
     def slope(log_t: float) -> float:
         """dNLL/dx at x = 1/T: mean of d (sigmoid(d x) - p). It falls as T grows."""
-        return float(np.mean(d * (_sigmoid(d * math.exp(-log_t)) - p)))
+        return float(np.mean(d * (sigmoid(d * math.exp(-log_t)) - p)))
 
     low, high = math.log(T_MIN), math.log(T_MAX)
     if slope(low) <= 0:  # even the sharpest T wants a larger x
@@ -78,7 +94,7 @@ def temperature_interval(margins: ArrayLike, temperature: float) -> tuple[float,
     """
     d, _ = _checked(margins, None)
     z = d / _positive(temperature)
-    curvature = float(np.sum(z**2 * _sigmoid(z) * _sigmoid(-z)))
+    curvature = float(np.sum(z**2 * sigmoid(z) * sigmoid(-z)))
     if curvature == 0 or not T_MIN < temperature < T_MAX:
         return None
     factor = math.exp(min(_NORMAL_975 / math.sqrt(curvature), math.log(T_MAX / T_MIN)))
@@ -97,7 +113,7 @@ def calibrate(
         targets: As for `fit_temperature`.
 
     Raises:
-        DataError: As for `fit_temperature`.
+        CalibrationError: As for `fit_temperature`.
         NonFiniteRewardError: A margin is NaN or infinite.
         ValueError: The temperature is not positive.
     """
@@ -131,7 +147,7 @@ def nll(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | None 
 def brier(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | None = None) -> float:
     """Mean squared difference of P(chosen) and the label, in [0, 1] (Brier 1950); 0.25 for a coin."""
     d, p = _checked(margins, targets)
-    return float(np.mean((_sigmoid(d / _positive(temperature)) - p) ** 2))
+    return float(np.mean((sigmoid(d / _positive(temperature)) - p) ** 2))
 
 
 def expected_calibration_error(margins: ArrayLike, temperature: float = 1.0, bins: int = 15) -> float:
@@ -157,7 +173,7 @@ def reliability_bins(margins: ArrayLike, temperature: float = 1.0, bins: int = 1
     d, _ = _checked(margins, None)
     if bins < 1:
         raise ValueError(f"bins = {bins}: it must be at least 1.")
-    sure, right = _confidence(d, temperature), _right(d)
+    sure, right = _confidence(d, temperature), correctness(d)
     place = np.minimum((sure * bins).astype(np.int64), bins - 1)
     table = []
     for index in range(bins):
@@ -181,7 +197,7 @@ def risk_coverage(margins: ArrayLike, temperature: float = 1.0) -> list[RiskCove
     Pairs of equal confidence at the edge of a share count by their mean, so that the order of the input does not matter.
     """
     d, _ = _checked(margins, None)
-    magnitude, wrong = np.abs(d), 1.0 - _right(d)
+    magnitude, wrong = np.abs(d), 1.0 - correctness(d)
     order = np.argsort(-magnitude, kind="stable")
     magnitude, wrong = magnitude[order], wrong[order]
     levels, first, counts = np.unique(-magnitude, return_index=True, return_counts=True)
@@ -219,12 +235,12 @@ def _note(d: Floats, temperature: float, interval: tuple[float, float] | None) -
 def _checked(margins: ArrayLike, targets: ArrayLike | None) -> tuple[Floats, Floats]:
     d: Floats = np.asarray(margins, dtype=np.float64)
     if d.ndim != 1 or d.size == 0:
-        raise DataError(f"Calibration needs a list of at least one margin, got shape {d.shape}.")
+        raise CalibrationError(f"Calibration needs a list of at least one margin, got shape {d.shape}.")
     if not np.all(np.isfinite(d)):
         raise NonFiniteRewardError(f"{int(np.sum(~np.isfinite(d)))} of {d.size} margins are NaN or infinite.")
     p: Floats = np.ones_like(d) if targets is None else np.asarray(targets, dtype=np.float64)
     if p.shape != d.shape or not np.all((p >= 0) & (p <= 1)):
-        raise DataError(f"Targets must be one probability per margin, got shape {p.shape} for {d.shape}.")
+        raise CalibrationError(f"Targets must be one probability per margin, got shape {p.shape} for {d.shape}.")
     return d, p
 
 
@@ -234,15 +250,8 @@ def _positive(temperature: float) -> float:
     return temperature
 
 
-def _sigmoid(x: Floats) -> Floats:
-    """Without overflow: exp is taken of negative numbers only."""
-    e: Any = np.exp(-np.abs(x))
-    result: Floats = np.where(x >= 0, 1.0, e) / (1.0 + e)
-    return result
-
-
 def _confidence(d: Floats, temperature: float) -> Floats:
-    return _sigmoid(np.abs(d) / _positive(temperature))
+    return sigmoid(np.abs(d) / _positive(temperature))
 
 
 def _right(d: Floats) -> Floats:

@@ -17,13 +17,11 @@ from tokenizers import Encoding, Tokenizer
 
 from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, ModelError, SequenceTooLongError
 from marginrm.manifest import EncodingInfo, template_hash
+from marginrm.text import Prompt, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message]
-Truncation = Literal["error", "prompt_left"]
 Architecture = Literal["decoder", "encoder"]
 
 _SENTINEL = "\ue000"  # a private-use character, which no response starts with
@@ -134,7 +132,7 @@ class Encoder:
         try:
             messages = _checked_messages(prompt)
         except EncodingError as error:
-            return [error] * len(responses)
+            return [error.about(error.param or "prompt") for _ in responses]
         outcomes: list[EncodedResponse | EncodingError | None] = [None] * len(responses)
         good = []
         for index, response in enumerate(responses):
@@ -146,7 +144,7 @@ class Encoder:
         try:
             drafts = self._drafts(messages, [responses[index] for index in good])
         except EncodingError as error:
-            drafts = [error] * len(good)
+            drafts = [error.about(error.param or "prompt") for _ in good]
         for index, draft in zip(good, drafts, strict=True):
             outcomes[index] = draft if isinstance(draft, EncodingError) else self._fitted(draft, truncation)
         return [outcome for outcome in outcomes if outcome is not None]
@@ -307,16 +305,16 @@ def _checked_messages(prompt: Any) -> list[dict[str, str]]:
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise InvalidTextError(
-            f'The prompt must be a string or a list of {{"role", "content"}} messages, not {type(prompt).__name__}.',
+            f'{{param}} must be a string or a list of {{"role", "content"}} messages, not {type(prompt).__name__}.',
             param="prompt",
         )
     if not prompt:
-        raise EmptyTextError("The prompt has no messages.", param="prompt")
+        raise EmptyTextError("{param} has no messages.", param="prompt")
     messages = []
     for index, message in enumerate(prompt):
         where = f"prompt[{index}]"
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise InvalidTextError(f'{where} must be an object with "role" and "content" only.', param=where)
+            raise InvalidTextError('{param} must be an object with "role" and "content" only.', param=where)
         _check_text(message["role"], f"{where}.role")
         _check_text(message["content"], f"{where}.content")
         messages.append({"role": message["role"], "content": message["content"]})
@@ -330,12 +328,12 @@ def _checked_messages(prompt: Any) -> list[dict[str, str]]:
 
 def _check_text(value: Any, param: str) -> None:
     if not isinstance(value, str):
-        raise InvalidTextError(f"{param} must be a string, not {type(value).__name__}.", param=param)
+        raise InvalidTextError(f"{{param}} must be a string, not {type(value).__name__}.", param=param)
     if not value.strip():
-        raise EmptyTextError(f"{param} is empty.", param=param)
+        raise EmptyTextError("{param} is empty.", param=param)
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise InvalidTextError(
-            f"{param} has a lone surrogate at character {error.start}: it is no valid Unicode text.", param=param
+            f"{{param}} has a lone surrogate at character {error.start}, which is not valid Unicode.", param=param
         ) from error

@@ -1,9 +1,10 @@
-"""Every error the library raises on purpose, as one tree.
+"""Every error that the library raises on purpose, as one tree.
 
 ```
 MarginRMError
 ├── DataError             a file row is unusable; names path:line and field
 ├── ConfigError           a training or service setting is unusable; names the key
+├── CalibrationError      no temperature can be fitted to these margins and targets
 ├── EncodingError         one (prompt, response) cannot become token ids
 │   ├── InvalidTextError      not text: wrong type, lone surrogates, bad roles
 │   ├── EmptyTextError        the prompt or the response is empty
@@ -15,59 +16,100 @@ MarginRMError
 └── NonFiniteRewardError  a forward pass gave NaN or infinity; no reward is invented
 ```
 
-Each error has a `code`, stable and in snake case, that clients may match on; the message says what is wrong, where,
-and what to do. Messages never contain a prompt or a response. None of them knows of HTTP: the service keeps the one
-table that maps them to statuses.
+Each error has a `code`, stable and in snake case, that clients may match on. The message says what is wrong, where, and
+what to do; it never contains a prompt or a response. An error is a value: it is not changed after it is made, and
+`about` returns a copy for another field. Errors know nothing of HTTP: the service keeps the one table that maps them to
+statuses.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 
 class MarginRMError(Exception):
-    """Base of every error that marginrm raises on purpose."""
+    """Base of every error that marginrm raises on purpose.
 
-    code: ClassVar[str] = "marginrm_error"
+    Args:
+        message: What is wrong, where, and what to do. A message may name its field as `{param}`.
+        code: Replaces the code of the class where a more exact one is known, such as that of a server's reply.
+        param: The field that is wrong, such as `prompt` or `candidates[3]`, if there is one.
+
+    Attributes:
+        code: Stable identifier in snake case.
+        param: The field that is wrong, or None.
+    """
+
+    default_code: ClassVar[str] = "marginrm_error"
+
+    def __init__(self, message: str = "", *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code or self.default_code
+        self.param = param
+
+    def __str__(self) -> str:
+        """Returns the message with its field's name filled in."""
+        return super().__str__().replace("{param}", self.param or "the text")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Supports pickling and copying by attributes, because the constructors of subclasses differ."""
+        return _restored, (type(self), self.args), self.__dict__
+
+    def about(self, param: str) -> Self:
+        """Returns a copy of this error that is about the field `param`."""
+        twin: Self = _restored(type(self), self.args)
+        twin.__dict__.update(self.__dict__)
+        twin.__cause__ = self.__cause__
+        twin.param = param
+        return twin
 
 
 class DataError(MarginRMError):
     """A row of a data file cannot be used. The message starts with `path:line:`."""
 
-    code = "invalid_data"
+    default_code = "invalid_data"
 
 
 class ConfigError(MarginRMError):
     """A setting cannot be used. The message names the key and the accepted values."""
 
-    code = "invalid_config"
+    default_code = "invalid_config"
+
+
+class CalibrationError(MarginRMError):
+    """Margins or targets from which nothing can be fitted: there are none, or their shapes differ."""
+
+    default_code = "invalid_calibration"
 
 
 class EncodingError(MarginRMError):
-    """One (prompt, response) cannot be turned into token ids.
+    """One (prompt, response) cannot be turned into token ids."""
 
-    Args:
-        message: What is wrong and what to do, without the text itself.
-        param: The field that is wrong, such as `prompt` or `response`.
-    """
+    default_code = "invalid_input"
 
-    code = "invalid_input"
+    def __str__(self) -> str:
+        """Returns the message, which names its field; a message that does not is led by the field's name."""
+        text = super().__str__()
+        return f"{self.param}: {text}" if self.param and self.param not in text else text
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+    def for_response(self, param: str) -> Self:
+        """Returns this error about the response that the caller knows as `param`.
+
+        An error about the prompt is returned as it is.
+        """
+        return self.about(param) if self.param in {None, "response"} else self
 
 
 class InvalidTextError(EncodingError):
-    """The value is no text that a tokenizer can take."""
+    """The value is not a text that a tokenizer can take."""
 
-    code = "invalid_text"
+    default_code = "invalid_text"
 
 
 class EmptyTextError(EncodingError):
     """The prompt or the response is empty or only white space."""
 
-    code = "empty_text"
+    default_code = "empty_text"
 
 
 class SequenceTooLongError(EncodingError):
@@ -80,7 +122,7 @@ class SequenceTooLongError(EncodingError):
         param: The field that is too long.
     """
 
-    code = "sequence_too_long"
+    default_code = "sequence_too_long"
 
     def __init__(self, tokens: int, limit: int, message: str | None = None, *, param: str | None = None) -> None:
         super().__init__(
@@ -95,28 +137,33 @@ class SequenceTooLongError(EncodingError):
 class ModelError(MarginRMError):
     """A checkpoint cannot be used as a reward model."""
 
-    code = "invalid_model"
+    default_code = "invalid_model"
 
 
 class HeadError(ModelError):
     """The checkpoint's head is missing, randomly initialised, or does not give one reward per sequence."""
 
-    code = "invalid_head"
+    default_code = "invalid_head"
 
 
 class ManifestError(ModelError):
     """`reward_manifest.json` cannot be read, or its schema version is not known."""
 
-    code = "invalid_manifest"
+    default_code = "invalid_manifest"
 
 
 class GoldenMismatchError(ModelError):
     """The loaded model does not reproduce the rewards that its manifest recorded."""
 
-    code = "golden_mismatch"
+    default_code = "golden_mismatch"
 
 
 class NonFiniteRewardError(MarginRMError):
     """The forward pass gave NaN or infinity for a response."""
 
-    code = "non_finite_reward"
+    default_code = "non_finite_reward"
+
+
+def _restored(kind: type[MarginRMError], args: tuple[Any, ...]) -> Any:
+    """Makes an error without calling its constructor; its attributes are set afterwards."""
+    return kind.__new__(kind, *args)

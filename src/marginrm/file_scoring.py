@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from marginrm import ranking
+from marginrm.calibration import correctness
 from marginrm.errors import ConfigError, DataError, EncodingError, MarginRMError, NonFiniteRewardError
-from marginrm.preferences import Prompt, parse_group, parse_pair, read_rows
+from marginrm.preferences import parse_group, parse_pair, read_rows
+from marginrm.text import Prompt, Truncation
 
 if TYPE_CHECKING:
     from marginrm.encoding import EncodedResponse
@@ -37,6 +39,12 @@ class Job:
     fingerprint: str
     id: Any = None
     error: MarginRMError | None = None
+
+    def field(self, index: int) -> str:
+        """Returns the name of a response's field in the input row."""
+        return {"item": "response", "pair": ("chosen", "rejected")[index % 2], "group": f"responses[{index}]"}[
+            self.kind
+        ]
 
 
 @dataclass(slots=True)
@@ -138,7 +146,7 @@ def resume_point(jobs: Iterable[Job], output: Path, revision: str) -> int:
 def score_jobs(
     model: RewardModel,
     jobs: Iterable[Job],
-    truncation: Literal["error", "prompt_left"],
+    truncation: Truncation,
     tie_below: float,
     summary: Summary,
 ) -> Iterator[dict[str, Any]]:
@@ -156,7 +164,7 @@ def score_jobs(
 
 
 def _score_chunk(
-    model: RewardModel, jobs: list[Job], truncation: Literal["error", "prompt_left"], tie_below: float, summary: Summary
+    model: RewardModel, jobs: list[Job], truncation: Truncation, tie_below: float, summary: Summary
 ) -> Iterator[dict[str, Any]]:
     encoded = [_encoded(model, job, truncation) for job in jobs]
     rewards = iter(model.score_encoded([group for group in encoded if not isinstance(group, MarginRMError)]))
@@ -170,25 +178,19 @@ def _score_chunk(
             row |= _result(job, group, next(rewards), model.temperature, tie_below)
         except MarginRMError as error:
             row["error"] = {"code": error.code, "message": str(error)}
-            if getattr(error, "param", None):
-                row["error"]["param"] = getattr(error, "param", None)
+            if error.param:
+                row["error"]["param"] = error.param
         _count(summary, row, [] if isinstance(group, MarginRMError) else group)
         yield row
 
 
-def _encoded(
-    model: RewardModel, job: Job, truncation: Literal["error", "prompt_left"]
-) -> list[EncodedResponse] | MarginRMError:
+def _encoded(model: RewardModel, job: Job, truncation: Truncation) -> list[EncodedResponse] | MarginRMError:
     if job.error is not None:
         return job.error
     group = []
     for index, outcome in enumerate(model.encoder.encode_group(job.prompt, job.responses, truncation)):
         if isinstance(outcome, EncodingError):
-            if job.kind == "pair" and outcome.param in {None, "response"}:
-                outcome.param = ("chosen", "rejected")[index]
-            elif job.kind == "group" and outcome.param in {None, "response"}:
-                outcome.param = f"responses[{index}]"
-            return outcome
+            return outcome.for_response(job.field(index))
         group.append(outcome)
     return group
 
@@ -223,7 +225,7 @@ def _count(summary: Summary, row: dict[str, Any], group: list[EncodedResponse]) 
     summary.tokens += sum(len(response.ids) for response in group)
     if "chosen" in row:
         summary.pairs += 1
-        summary.right += 0.5 if row["margin"] == 0 else float(row["margin"] > 0)
+        summary.right += float(correctness(row["margin"]))
         summary.margin_sum += row["margin"]
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,13 +24,12 @@ from transformers import (
 from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
 from marginrm.forward.module import RewardModule
+from marginrm.text import Dtype
 from marginrm.tuning.attention import choose_attention
 from marginrm.tuning.compiled import compile_parts
 from marginrm.tuning.last_layer import shorten_last_layer
 from marginrm.tuning.packed_weights import pack_weights
 from marginrm.tuning.timing import best_seconds
-
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _log = logging.getLogger(__name__)
 _UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
@@ -51,7 +50,7 @@ _DROPOUTS = (
 def load_for_scoring(
     path: str | Path,
     *,
-    dtype: DtypeName = "auto",
+    dtype: Dtype = "auto",
     device: str = "auto",
     max_length: int | None = None,
     trust_remote_code: bool = False,
@@ -232,7 +231,7 @@ def length_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, r
     return min(limits) if limits else 4096
 
 
-def resolve_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """Returns the torch dtype; `auto` is bfloat16 where a matrix product of it is measurably faster, else float32."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -126,7 +126,7 @@ class Calibration(_Strict):
 class GoldenSample(_Strict):
     """A text whose token ids and reward a server must reproduce before it reports ready."""
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     response: str
     ids: list[int]
     reward: float
@@ -175,7 +175,9 @@ class Manifest(_Strict):
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read: {error.strerror}.") from error
         except ValueError as error:
-            raise ManifestError(f"{path}: is no JSON ({error}). Write it again with `marginrm calibrate`.") from error
+            raise ManifestError(
+                f"{path}: is not valid JSON ({error}). Write it again with `marginrm calibrate`."
+            ) from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA_VERSION:
             raise ManifestError(

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from marginrm.errors import DataError
+from marginrm.text import Message, Prompt
 
-Message = dict[str, str]
-Prompt = str | list[Message]
 OnError = Callable[[DataError], None]
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -248,7 +247,7 @@ def _response(value: Any, prompt: Prompt, source: str, name: str) -> str:
         raise DataError(
             f"{source}: field '{name}' must be the assistant's answer alone, or the prompt's messages and then it."
         )
-    return messages[-1]["content"]
+    return str(messages[-1]["content"])
 
 
 def _split(value: Any, source: str, name: str) -> tuple[Prompt, str]:

@@ -76,6 +76,15 @@ class Ranking:
     std: float
 
 
+def sigmoid(x: float) -> float:
+    """Returns 1 / (1 + exp(-x)) without overflow: exp is taken of a number that is not positive.
+
+    `calibration.sigmoid` is the same for arrays; this module does without numpy, as the client does.
+    """
+    odds = math.exp(-abs(x))
+    return 1.0 / (1.0 + odds) if x >= 0 else odds / (1.0 + odds)
+
+
 def confidence(margin: float, temperature: float = 1.0) -> float:
     """Returns P(chosen is better) = sigmoid(margin / T), without overflow.
 
@@ -86,11 +95,7 @@ def confidence(margin: float, temperature: float = 1.0) -> float:
     if not math.isfinite(margin):
         raise NonFiniteRewardError(f"A margin of {margin} has no confidence.")
     _check_temperature(temperature)
-    logit = margin / temperature
-    if logit >= 0:
-        return 1.0 / (1.0 + math.exp(-logit))
-    odds = math.exp(logit)
-    return odds / (1.0 + odds)
+    return sigmoid(margin / temperature)
 
 
 def verdict(margin: float, temperature: float = 1.0, tie_below: float = 0.5) -> Verdict:

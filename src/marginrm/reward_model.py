@@ -10,16 +10,17 @@ from typing import cast
 import torch
 
 from marginrm import ranking
-from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
+from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import ConfigError, EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.forward.batch import EncodedGroup
 from marginrm.forward.module import RewardModule, evaluating
-from marginrm.loading import DtypeName, load_for_scoring
+from marginrm.loading import load_for_scoring
 from marginrm.manifest import Manifest, revision_of
 from marginrm.packing import plan_row
 from marginrm.ranking import Comparison, Ranking
 from marginrm.schemas import ModelInfo
 from marginrm.steps import ForwardPath, plan_steps
+from marginrm.text import Dtype, Prompt, Truncation
 from marginrm.tuning.deterministic import make_deterministic
 
 _ROW_MULTIPLE = 64  # tokens
@@ -77,7 +78,7 @@ class RewardModel:
         path: str | Path,
         *,
         name: str = "default",
-        dtype: DtypeName = "auto",
+        dtype: Dtype = "auto",
         device: str = "auto",
         max_length: int | None = None,
         trust_remote_code: bool = False,
@@ -85,6 +86,7 @@ class RewardModel:
         revision: str | None = None,
         compiled: bool = False,
         deterministic: bool = False,
+        ignore_manifest: bool = False,
     ) -> RewardModel:
         """Loads a checkpoint that `marginrm train` wrote, or any sequence-classification reward model.
 
@@ -99,6 +101,7 @@ class RewardModel:
                 (`measure_token_budget` finds what is best here, as the server does).
             revision: Branch, tag or commit on the Hub.
             compiled: Run what lies between the matrix products through `torch.compile`: faster, half a minute to load.
+            ignore_manifest: Load as a checkpoint without a manifest, so that a broken one can be written again.
             deterministic: Give rewards that are the same to the bit in any company, slower (`make_deterministic`).
 
         Raises:
@@ -107,7 +110,7 @@ class RewardModel:
         """
         if compiled and deterministic:
             raise ConfigError("compiled and deterministic exclude each other: compiled kernels cut rows their own way.")
-        manifest = Manifest.load(path) if Path(path).is_dir() else None
+        manifest = Manifest.load(path) if Path(path).is_dir() and not ignore_manifest else None
         if manifest and max_length is None:
             max_length = manifest.encoding.max_length
         module, encoder = load_for_scoring(
@@ -170,8 +173,7 @@ class RewardModel:
         encoded = []
         for index, outcome in enumerate(self.encoder.encode_group(prompt, responses, truncation)):
             if isinstance(outcome, EncodingError):
-                outcome.add_note(f"in responses[{index}]")
-                raise outcome
+                raise outcome.for_response(f"responses[{index}]")
             encoded.append(outcome)
         rewards = self.score_encoded([encoded])[0]
         for index, reward in enumerate(rewards):

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from marginrm import schema_examples as examples
+from marginrm.text import Truncation
 
 Text = Annotated[Any, WithJsonSchema({"type": "string"})]
 Prompt = Annotated[
@@ -42,7 +43,6 @@ Prompt = Annotated[
         }
     ),
 ]
-TruncationPolicy = Literal["error", "prompt_left"]
 
 
 def _well_formed(text: str) -> str:
@@ -98,7 +98,7 @@ class ScoreRequest(_Request):
     model_config = ConfigDict(json_schema_extra={"examples": [examples.SCORE_REQUEST]})
 
     model: str = Field(default="default", description=_MODEL)
-    truncation: TruncationPolicy = Field(default="error", description=_TRUNCATION)
+    truncation: Truncation = Field(default="error", description=_TRUNCATION)
     tie_below: float = Field(default=0.5, ge=0.5, lt=1.0, description=_TIE_BELOW)
     pairs: list[PairIn] = Field(default_factory=list, description="May be left out if there are items.")
     items: list[ItemIn] = Field(default_factory=list, description="May be left out if there are pairs.")
@@ -127,7 +127,7 @@ class BestOfNRequest(_Request):
     model_config = ConfigDict(json_schema_extra={"examples": [examples.BEST_OF_N_REQUEST]})
 
     model: str = Field(default="default", description=_MODEL)
-    truncation: TruncationPolicy = Field(default="error", description=_TRUNCATION)
+    truncation: Truncation = Field(default="error", description=_TRUNCATION)
     tie_below: float = Field(default=0.5, ge=0.5, lt=1.0, description=_TIE_BELOW)
     top_k: int | None = Field(default=None, ge=1, description="Places to return per prompt; all by default.")
     return_text: bool = Field(default=False, description="Whether to repeat the candidates' texts in the ranking.")

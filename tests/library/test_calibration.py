@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marginrm.calibration import T_MAX, T_MIN, calibrate, fit_temperature, temperature_interval
-from marginrm.errors import DataError, NonFiniteRewardError
+from marginrm.errors import CalibrationError, NonFiniteRewardError
 
 
 def nll(margins: Sequence[float], temperature: float) -> float:
@@ -84,7 +84,7 @@ def test_the_measures_by_hand() -> None:
 
 
 def test_no_margins_or_no_numbers_are_refused() -> None:
-    with pytest.raises(DataError):
+    with pytest.raises(CalibrationError):
         fit_temperature([])
     with pytest.raises(NonFiniteRewardError):
         fit_temperature([1.0, math.nan])

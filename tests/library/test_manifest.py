@@ -69,7 +69,7 @@ def test_a_manifest_of_another_time_is_refused_by_field(
 def test_half_a_file_is_refused(tmp_path: Path) -> None:
     path = manifest().save(tmp_path)
     path.write_text(path.read_text()[:100])
-    with pytest.raises(ManifestError, match="is no JSON"):
+    with pytest.raises(ManifestError, match="is not valid JSON"):
         Manifest.load(tmp_path)
 
 

@@ -17,12 +17,13 @@ from marginrm.errors import (
     EmptyTextError,
     GoldenMismatchError,
     HeadError,
+    ManifestError,
     MarginRMError,
     ModelError,
     NonFiniteRewardError,
 )
 from marginrm.loading import load_for_training
-from marginrm.manifest import GoldenSample, Manifest
+from marginrm.manifest import MANIFEST_NAME, GoldenSample, Manifest
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
 
 PROMPT = "Name three primary colours."
@@ -128,9 +129,9 @@ def test_compare_and_best_of_n_say_what_the_rewards_say(checkpoint: Path) -> Non
 
 
 def test_a_bad_response_is_named_by_its_index(checkpoint: Path) -> None:
-    with pytest.raises(EmptyTextError) as caught:
+    with pytest.raises(EmptyTextError, match=r"^responses\[1\] is empty") as caught:
         load(checkpoint).score(PROMPT, ["fine", ""])
-    assert caught.value.__notes__ == ["in responses[1]"]
+    assert caught.value.param == "responses[1]"
 
 
 def test_a_plain_checkpoint_is_uncalibrated(checkpoint: Path) -> None:
@@ -257,3 +258,12 @@ def test_training_needs_a_padding_token_that_is_not_eos(tmp_path: Path) -> None:
     assert pad is not None
     assert pad != encoder.tokenizer.eos_token_id
     assert module.base.config.pad_token_id == pad
+
+
+def test_a_checkpoint_with_a_broken_manifest_loads_without_it(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST_NAME).write_text("{")
+    with pytest.raises(ManifestError, match="is not valid JSON"):
+        load(checkpoint)
+    model = load(checkpoint, ignore_manifest=True)
+    assert model.manifest is None
+    assert not model.info.calibrated

@@ -15,13 +15,13 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from marginrm.calibration import correctness
 from marginrm.cli.main import app
 from marginrm.errors import ConfigError
 from marginrm_training.ablation import worker
 from marginrm_training.ablation.cli import finished, load_ablation, plan, run_all, write_spec
 from marginrm_training.ablation.worker import flip_labels, measure_pairs
 from marginrm_training.evaluation.bootstrap import seeds_estimate
-from marginrm_training.evaluation.pairs import correctness
 from support.models import tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -17,7 +17,7 @@ from marginrm.encoding import EncodedResponse
 from marginrm.errors import EncodingError
 from marginrm.forward.batch import PackedRow, PaddedRows
 from marginrm.forward.module import RewardModule
-from marginrm.loading import DtypeName
+from marginrm.text import Dtype
 from marginrm.tuning.last_layer import last_layer
 from marginrm.tuning.token_budget import measure_token_budget
 
@@ -44,7 +44,7 @@ class InProcess:
         self,
         folder: Path,
         *,
-        dtype: DtypeName = "auto",
+        dtype: Dtype = "auto",
         device: str = "cpu",
         token_budget: int | None = None,
         compiled: bool = False,

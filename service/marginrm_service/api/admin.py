@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from marginrm.errors import ModelError
 from marginrm.schemas import ErrorReply, ModelCard
+from marginrm.text import NAME_PATTERN
 from marginrm_service.api.errors import error_response
 from marginrm_service.settings import ModelSpec
 from marginrm_service.state import ServiceOf
@@ -28,7 +29,7 @@ class LoadRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=rf"^{NAME_PATTERN}$")
     path: str = Field(min_length=1, max_length=4096, description="Folder on the server, or Hugging Face Hub name.")
 
 

@@ -53,7 +53,7 @@ def status_of(error: MarginRMError) -> int:
 
 def error_body(error: MarginRMError) -> ErrorBody:
     """Returns an error as it appears in place of a reward."""
-    return ErrorBody(code=error.code, message=str(error), param=getattr(error, "param", None))
+    return ErrorBody(code=error.code, message=str(error), param=error.param)
 
 
 def error_response(
@@ -83,7 +83,7 @@ async def _on_marginrm_error(request: Request, error: Exception) -> JSONResponse
     if status == HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, errors.ServiceError):
         _log.error("A request failed: %s", error.code, exc_info=error)
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.UnavailableError) else {}
-    return error_response(status, error.code, str(error), param=getattr(error, "param", None), headers=headers)
+    return error_response(status, error.code, str(error), param=error.param, headers=headers)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from marginrm.encoding import Truncation
 from marginrm.errors import MarginRMError
 from marginrm.schemas import (
     BestOfNRequest,
@@ -23,6 +22,7 @@ from marginrm.schemas import (
     ScoreResponse,
     StreamEnd,
 )
+from marginrm.text import Truncation
 from marginrm_service.api import streaming
 from marginrm_service.api.deadlines import deadline, seconds_allowed
 from marginrm_service.api.disconnects import while_connected

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from marginrm import ranking
-from marginrm.errors import MarginRMError
+from marginrm.errors import EncodingError, MarginRMError
 from marginrm.schemas import (
     BestOfNRequest,
     BestOfNResponse,
@@ -97,11 +97,7 @@ def _pair(
 
 def _error_of_side(error: MarginRMError, side: str) -> ErrorBody:
     """Says `chosen` or `rejected` where an error speaks of the response."""
-    body = error_body(error)
-    if body.param not in {None, "response"}:
-        return body
-    message = side + body.message.removeprefix("response") if body.message.startswith("response ") else body.message
-    return ErrorBody(code=body.code, message=message, param=side)
+    return error_body(error.for_response(side) if isinstance(error, EncodingError) else error.about(side))
 
 
 def prompt_reply(

@@ -178,7 +178,9 @@ class ModelRegistry:
             name = next(iter(self._names))
         if name not in self._names:
             known = ", ".join(self._names)
-            raise UnknownModelError(f"No model is called {name[:_NAME_SHOWN]!r}; this server has: {known}.")
+            raise UnknownModelError(
+                f"No model is called {name[:_NAME_SHOWN]!r}; this server has: {known}.", param="model"
+            )
         served = self._served.get(name)
         if served is None:
             raise NotReadyError(f"Model {name!r} is still loading.", retry_after=_RETRY_WHILE_LOADING)

@@ -12,9 +12,10 @@ from concurrent.futures import Executor
 from time import perf_counter
 from typing import Any, TypeVar
 
-from marginrm.encoding import EncodedResponse, Encoder, Truncation
+from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import MarginRMError, SequenceTooLongError
 from marginrm.schemas import Usage
+from marginrm.text import Truncation
 from marginrm_service.engine.job import Job, Outcome
 from marginrm_service.engine.request import Answer, Ask, Result, Scored, Stages
 from marginrm_service.engine.reward_cache import places_of

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from marginrm.encoding import EncodedResponse, Encoder, Truncation
+from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import EncodingError
+from marginrm.text import Truncation
 from marginrm_service.errors import TokenizerFailedError
 
 _log = logging.getLogger(__name__)

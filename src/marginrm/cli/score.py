@@ -6,11 +6,12 @@ import json
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from marginrm.errors import ConfigError
+from marginrm.text import Dtype, Truncation
 
 
 def score(
@@ -18,12 +19,10 @@ def score(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="One row per input row.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder or Hub name.")],
     truncation: Annotated[
-        Literal["error", "prompt_left"], typer.Option(help="For sequences over the limit: error, or cut the prompt.")
+        Truncation, typer.Option(help="For sequences over the limit: error, or cut the prompt.")
     ] = "error",
     tie_below: Annotated[float, typer.Option(min=0.5, max=0.999999, help="Less confidence than this is a tie.")] = 0.5,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the backbone; the head is float32.")
-    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the backbone; the head is float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Most tokens a sequence may have.")] = None,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens in one forward pass.")] = None,

@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 import httpx
 
-from marginrm.client.calls import Call, Calls, Group, Pair, Parallel, Prompt, Send, Wait
+from marginrm.client.calls import Call, Calls, Group, Pair, Parallel, Send, Wait
 from marginrm.client.errors import (
     ItemScoreError,
 )
@@ -19,7 +19,8 @@ from marginrm.client.options import UNLIMITED, at_least_one, check_deadline, che
 from marginrm.client.replies import Outcome, Reply
 from marginrm.client.stream import Found, Receive, best_of_n_stream
 from marginrm.ranking import Comparison, Ranking
-from marginrm.schemas import ModelCard, TruncationPolicy
+from marginrm.schemas import ModelCard
+from marginrm.text import Prompt, Truncation
 
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
@@ -51,7 +52,7 @@ class RewardClient:
         *,
         model: str = "default",
         api_key: str | None = None,
-        truncation: TruncationPolicy = "error",
+        truncation: Truncation = "error",
         timeout: float = 60.0,
         deadline: float | None = None,
         max_retries: int = 4,

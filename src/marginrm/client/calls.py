@@ -39,9 +39,9 @@ from marginrm.client.replies import (
 )
 from marginrm.preferences import CandidateGroup, PreferencePair
 from marginrm.ranking import Comparison, Ranking, rank
-from marginrm.schemas import BestOfNResponse, ModelCard, ModelInfo, ModelList, ScoreResponse, TruncationPolicy
+from marginrm.schemas import BestOfNResponse, ModelCard, ModelInfo, ModelList, ScoreResponse
+from marginrm.text import Prompt, Truncation
 
-Prompt = str | Sequence[Mapping[str, str]]
 Pair = PreferencePair | Mapping[str, Any]
 Group = CandidateGroup | Mapping[str, Any]
 
@@ -125,7 +125,7 @@ class Calls:
     """
 
     model: str = "default"
-    truncation: TruncationPolicy = "error"
+    truncation: Truncation = "error"
     timeout: float = 60.0
     deadline: float | None = None
     max_retries: int = 4

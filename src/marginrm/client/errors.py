@@ -25,25 +25,25 @@ from marginrm.errors import MarginRMError
 class RewardClientError(MarginRMError):
     """Base of everything that a client call raises."""
 
-    code = "client_error"
+    default_code = "client_error"
 
 
 class TransportError(RewardClientError):
     """No answer came: the connection was refused, cut or timed out."""
 
-    code = "no_answer"
+    default_code = "no_answer"
 
 
 class DeadlineError(TransportError):
     """The call's overall deadline passed before an answer came."""
 
-    code = "deadline_exceeded"
+    default_code = "deadline_exceeded"
 
 
 class UnexpectedReplyError(RewardClientError):
     """The answer is none that a marginrm server gives."""
 
-    code = "unexpected_reply"
+    default_code = "unexpected_reply"
 
 
 class ResponseError(RewardClientError):
@@ -58,7 +58,7 @@ class ResponseError(RewardClientError):
         param: The field that is wrong, if there is one.
     """
 
-    code = "refused"
+    default_code = "refused"
 
     def __init__(
         self,
@@ -69,13 +69,12 @@ class ResponseError(RewardClientError):
         retry_after: float | None = None,
         param: str | None = None,
     ) -> None:
-        super().__init__(f"HTTP {status} {code}: {message}" + (f" (request {request_id})" if request_id else ""))
+        request = f" (request {request_id})" if request_id else ""
+        super().__init__(f"HTTP {status} {code}: {message}{request}", code=code, param=param)
         self.status = status
-        self.code = code  # type: ignore[misc]  # the server's code, more exact than the class's
         self.message = message
         self.request_id = request_id
         self.retry_after = retry_after
-        self.param = param
 
 
 class InvalidRequestError(ResponseError):
@@ -109,7 +108,7 @@ class ItemScoreError(RewardClientError):
         param: The field that is wrong, such as `candidates[3]`, if there is one.
     """
 
-    code = "item_error"
+    default_code = "item_error"
 
     def __init__(
         self,
@@ -119,12 +118,11 @@ class ItemScoreError(RewardClientError):
         id: str | None = None,  # noqa: A002 - the wire's word
         param: str | None = None,
     ) -> None:
-        super().__init__(f"item {index}: {code}: {message}" + (f" ({param})" if param else ""))
+        field = f" ({param})" if param and param not in message else ""
+        super().__init__(f"item {index}: {code}: {message}{field}", code=code, param=param)
         self.index = index
-        self.code = code  # type: ignore[misc]  # as above
         self.message = message
         self.id = id
-        self.param = param
 
 
 _BY_STATUS: dict[int, type[ResponseError]] = {

@@ -26,7 +26,7 @@ from marginrm.schemas import ErrorBody, ErrorReply, ItemError, PairOut, PromptOu
 
 # Of errors that are an item's own: a request with one item is answered with its status.
 _ITEM_ERRORS: tuple[type[MarginRMError], ...] = (*EncodingError.__subclasses__(), NonFiniteRewardError)
-_ITEM_CODES = frozenset(kind.code for kind in _ITEM_ERRORS)
+_ITEM_CODES = frozenset(kind.default_code for kind in _ITEM_ERRORS)
 _RETRIED = frozenset({429, 502, 503, 504})
 
 Result = TypeVar("Result")

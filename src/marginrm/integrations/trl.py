@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from marginrm.client import AsyncRewardClient, ItemScoreError
-from marginrm.schemas import TruncationPolicy
+from marginrm.text import Truncation
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def reward_function(
     name: str = "marginrm",
     model: str = "default",
     api_key: str | None = None,
-    truncation: TruncationPolicy = "error",
+    truncation: Truncation = "error",
     deadline: float | None = None,
 ) -> RewardFunction:
     """Makes a reward function in TRL's shape that asks a marginrm server.

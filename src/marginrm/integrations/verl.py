@@ -16,7 +16,7 @@ from typing import Any
 
 from marginrm.client import ItemScoreError, RewardClient
 from marginrm.errors import ConfigError
-from marginrm.schemas import TruncationPolicy
+from marginrm.text import Truncation
 
 _making = threading.Lock()
 
@@ -30,7 +30,7 @@ def compute_score(
     base_url: str = "http://127.0.0.1:8000",
     model: str = "default",
     api_key: str | None = None,
-    truncation: TruncationPolicy = "error",
+    truncation: Truncation = "error",
     prompt_key: str = "prompt",
     unscorable: float | None = None,
     **others: Any,
@@ -78,5 +78,5 @@ def compute_score(
 
 
 @cache
-def _client(base_url: str, model: str, api_key: str | None, truncation: TruncationPolicy) -> RewardClient:
+def _client(base_url: str, model: str, api_key: str | None, truncation: Truncation) -> RewardClient:
     return RewardClient(base_url, model=model, api_key=api_key, truncation=truncation)

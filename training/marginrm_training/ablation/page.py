@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm_training.ablation.cli import Evaluation
 from marginrm_training.ablation.results import Result, Results
 from marginrm_training.ablation.table import facts, introduction

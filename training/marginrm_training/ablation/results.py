@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats, correctness
 from marginrm_training.ablation.cli import ARRAYS, Ablation, Evaluation, plan
 from marginrm_training.evaluation.bootstrap import Estimate, seeds_estimate
-from marginrm_training.evaluation.pairs import correctness
 
 Result = Mapping[str, Any]
 Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes

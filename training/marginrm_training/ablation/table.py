@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm_training.ablation.cli import Evaluation
 from marginrm_training.ablation.results import Cell, Result, Results
 from marginrm_training.evaluation.bootstrap import Estimate

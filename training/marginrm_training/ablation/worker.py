@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm.errors import ConfigError
 from marginrm.manifest import Manifest
 from marginrm.preferences import read_groups

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from marginrm.arrays import Floats
-from marginrm.calibration import calibrate
+from marginrm.calibration import Floats, calibrate
 from marginrm.encoding import Encoder
 from marginrm.forward.module import RewardModule
 from marginrm.manifest import Calibration, DataFile, GoldenSample, Manifest, MethodInfo

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from marginrm.encoding import EncodedResponse, Encoder, Prompt, Truncation
+from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import DataError, EncodingError, SequenceTooLongError
 from marginrm.manifest import DataFile
 from marginrm.preferences import PreferencePair
+from marginrm.text import Prompt, Truncation
 from marginrm_training.config import DataConfig, expand
 from marginrm_training.data.excluded import Drops
 from marginrm_training.data.sources import Stream, read_source

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from random import Random
 
+from marginrm.ranking import sigmoid
 from marginrm_training.demo.degradations import CHANGING, CUTTING, REPLACING, Degradation
 from marginrm_training.demo.texts import Text, texts
 
@@ -55,7 +55,7 @@ class DemoPair:
     @property
     def strength(self) -> float:
         """P(chosen is better) of a Bradley-Terry judge who sees the qualities: sigmoid(true margin)."""
-        return 1 / (1 + math.exp(-self.true_margin))
+        return sigmoid(self.true_margin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm.errors import DataError
 from marginrm_training.evaluation.bootstrap import mean_interval
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from marginrm.arrays import Floats
-from marginrm.calibration import brier, nll
+from marginrm.calibration import Floats, brier, correctness, nll
 
 Estimate = tuple[float, float, float]  # a figure, and from where to where it may lie
 RESAMPLES = 2000
@@ -54,7 +53,7 @@ def evaluation_intervals(
     for _ in range(resamples):
         drawn = d[generator.integers(0, len(d), len(d))]
         for name, value in {
-            "accuracy": ((drawn > 0) + (drawn == 0) / 2).mean(),
+            "accuracy": correctness(drawn).mean(),
             "accuracy_strict": (drawn > 0).mean(),
             "bt_nll": nll(drawn),
             "nll": nll(drawn, temperature),

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats, correctness
 from marginrm.errors import DataError
 from marginrm_training.evaluation.bootstrap import mean_interval
-from marginrm_training.evaluation.pairs import correctness
 
 
 def common(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[Floats, Floats]:

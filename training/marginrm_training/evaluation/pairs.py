@@ -9,8 +9,7 @@ from itertools import pairwise
 import numpy as np
 from tqdm.auto import tqdm
 
-from marginrm.arrays import Floats
-from marginrm.calibration import calibrate
+from marginrm.calibration import Floats, calibrate, correctness
 from marginrm.reward_model import RewardModel
 from marginrm_training.data.splits import EncodedPair
 
@@ -69,12 +68,6 @@ def evaluate(rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: fl
         "reward_std": float(np.concatenate([rewards.chosen, rewards.rejected]).std()),
     }
     return metrics | length_diagnostics(d, pairs) | by_strength(d, pairs)
-
-
-def correctness(d: Floats) -> Floats:
-    """Returns 1 for a pair that is ranked right, 0 for wrong, a half for a tie."""
-    right: Floats = (d > 0) + (d == 0) / 2
-    return right
 
 
 def length_diagnostics(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:

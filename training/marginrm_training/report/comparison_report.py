@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.best_of_n import BestOfNPoint
 from marginrm_training.report import plots

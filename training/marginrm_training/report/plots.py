@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm.manifest import ReliabilityBin
 from marginrm_training.evaluation.best_of_n import BestOfNPoint
 from marginrm_training.evaluation.bootstrap import Estimate

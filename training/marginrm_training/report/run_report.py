@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from marginrm.arrays import Floats
-from marginrm.calibration import calibrate
+from marginrm.calibration import Floats, calibrate
+from marginrm.ranking import confidence
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.best_of_n import BestOfNPoint
 from marginrm_training.evaluation.pairs import PairRewards
@@ -89,7 +88,7 @@ class Report:
 
     def _headline(self, index: int) -> str:
         chosen, rejected = float(self.rewards.chosen[index]), float(self.rewards.rejected[index])
-        wrong = 1 / (1 + math.exp(max(-700.0, (chosen - rejected) / self.temperature)))
+        wrong = confidence(rejected - chosen, self.temperature)
         strength = self.pairs[index].pair.strength
         label = "" if strength is None else f", strength {strength:.2f}"
         return f"margin {chosen - rejected:.2f} = {chosen:.2f} - {rejected:.2f}, confidence in the other {wrong:.2f}{label}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from marginrm.calibration import correctness
 from marginrm.errors import ConfigError, NonFiniteRewardError
 from marginrm.forward.module import RewardModule
 from marginrm.tuning.attention import choose_attention
@@ -26,7 +27,6 @@ from marginrm.tuning.last_layer import shorten_last_layer
 from marginrm_training.config import TrainConfig
 from marginrm_training.data.collate import PairBatch, PairCollator
 from marginrm_training.data.splits import EncodedPair
-from marginrm_training.evaluation.pairs import correctness
 from marginrm_training.method import losses
 from marginrm_training.method.margins import (
     ESTIMATED,

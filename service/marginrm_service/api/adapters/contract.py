@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,8 +11,8 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from marginrm.encoding import Truncation
 from marginrm.errors import EncodingError, MarginRMError
+from marginrm.text import Truncation
 from marginrm_service.api.native import ask, json_reply, shape
 from marginrm_service.engine.request import Answer, Ask, Scored
 from marginrm_service.models.served_model import ServedModel
@@ -107,7 +106,7 @@ async def score(
     for index, result in enumerate(result for row in answer.results for result in row):
         if isinstance(result, EncodingError):
             field = prompt_at(index) if (result.param or "").startswith("prompt") else response_at(index)
-            raise _FieldError(field, result)
+            raise result.about(field)
         if isinstance(result, MarginRMError):
             raise result
         scored.append(result)
@@ -118,14 +117,6 @@ async def reply(service: Service, rewarded: Rewarded, make: Callable[[], BaseMod
     """Sends an answer; a large one is made off the event loop."""
     _, content = await shape(service, rewarded.answer.usage.responses, make)
     return json_reply(content, rewarded.answer.stages)
-
-
-class _FieldError(EncodingError):
-    """An encoding error in the words of the contract's own fields."""
-
-    def __init__(self, field: str, error: EncodingError) -> None:
-        super().__init__(f"{field}: {error}", param=field)
-        self.code = error.code  # type: ignore[misc]  # the code of what went wrong
 
 
 def templated(texts: Sequence[Any]) -> list[Ask]:
@@ -167,12 +158,6 @@ def conversation(messages: Sequence[Any]) -> Ask:
             param=f"messages[{len(messages) - 1}]",
         )
     return Ask(list(messages[:-1]), [last.get("content")])
-
-
-def sigmoid(reward: float) -> float:
-    """Returns 1 / (1 + exp(-reward)), the activation that other servers put on a single label."""
-    odds = math.exp(-abs(reward))
-    return 1 / (1 + odds) if reward >= 0 else odds / (1 + odds)
 
 
 def new_id(kind: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Field, Tag
 
+from marginrm.ranking import sigmoid
 from marginrm.schemas import Prompt, Text
 from marginrm_service.api.adapters import tei
 from marginrm_service.api.adapters.contract import (
@@ -20,7 +21,6 @@ from marginrm_service.api.adapters.contract import (
     new_id,
     reply,
     score,
-    sigmoid,
 )
 from marginrm_service.api.native import ERRORS
 from marginrm_service.engine.request import Ask

@@ -7,10 +7,11 @@ from typing import Any, Literal, Self
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, RootModel, model_validator
 
-from marginrm.encoding import Truncation
 from marginrm.errors import InvalidTextError
+from marginrm.ranking import sigmoid
 from marginrm.schemas import Text
-from marginrm_service.api.adapters.contract import ContractReply, ContractRequest, reply, score, sigmoid
+from marginrm.text import Truncation
+from marginrm_service.api.adapters.contract import ContractReply, ContractRequest, reply, score
 from marginrm_service.api.native import ERRORS
 from marginrm_service.engine.request import Ask
 from marginrm_service.state import Service, ServiceOf

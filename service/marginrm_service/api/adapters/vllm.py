@@ -10,8 +10,9 @@ from typing import Any, Self
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
-from marginrm.encoding import Truncation
+from marginrm.ranking import sigmoid
 from marginrm.schemas import Prompt, Text
+from marginrm.text import Truncation
 from marginrm_service.api.adapters.contract import (
     ContractReply,
     ContractRequest,
@@ -22,7 +23,6 @@ from marginrm_service.api.adapters.contract import (
     paired,
     reply,
     score,
-    sigmoid,
     templated,
 )
 from marginrm_service.api.native import ERRORS

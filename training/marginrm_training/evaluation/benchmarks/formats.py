@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from marginrm.encoding import Prompt
 from marginrm.errors import DataError
+from marginrm.text import Prompt
 from marginrm_training.evaluation.benchmarks.sections import SECTIONS, Benchmark
 
 STYLES = 3  # RM-Bench writes every response three times: concise, detailed, detailed in Markdown

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from marginrm.arrays import Floats
+from marginrm.calibration import Floats
 from marginrm.errors import DataError
 from marginrm_training.evaluation.benchmarks.formats import STYLES, Case
 from marginrm_training.evaluation.benchmarks.sections import SECTIONS, Benchmark
