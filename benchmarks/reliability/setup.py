@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from marginrm import RewardModel
-from marginrm_training.ablation.worker import write_demo
+from marginrm_training.demo.build import write_demo
 from marginrm_training.demo.model import build_model
 from marginrm_training.demo.recipe import RECIPE
 

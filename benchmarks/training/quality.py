@@ -22,8 +22,8 @@ from benchmarks.harness.command import app_of
 from benchmarks.harness.groups import Group
 from benchmarks.harness.worker_process import ContenderProcess
 from marginrm.calibration import Floats
-from marginrm_training.ablation.cli import ARRAYS, RESULT, Ablation, Run, finished, load_ablation, plan
-from marginrm_training.ablation.results import Results, item_scores
+from marginrm_training.ablation.plan import Ablation, Run, load_ablation, plan
+from marginrm_training.ablation.results import Results, finished, item_scores
 from marginrm_training.ablation.worker import measure_all
 from marginrm_training.config import TrainConfig, parse_config
 from marginrm_training.data.splits import load_splits
@@ -38,6 +38,7 @@ SETTINGS = {
     "warmup_steps": 0,
     "adam_beta2": 0.999,
 }
+ARRAYS, RESULT = "arrays.npz", "result.json"  # of a finished seed, in its folder
 _PATIENCE = 4 * 3600  # seconds; an epoch takes over an hour on one core
 Scores = dict[str, Floats]
 
@@ -117,13 +118,13 @@ def table(ablation: Ablation, results: Path, max_length: int) -> str:
         if ((folder := results / f"tokens{max_length}-seed{seed}") / RESULT).is_file()
     }
     rows = [(f"TRL, {max_length} tokens", peer)] if peer else []
-    if found := finished(ablation.kept, plan(ablation)):
+    if found := finished(ablation.results_file, plan(ablation)):
         loaded = Results.load(ablation, found)
         for cell, runs in loaded.cells.items():
             ours = {run["seed"]: _values(ablation, loaded.arrays[run["digest"]]) for run in runs}
             rows.append((loaded.label(cell), ours))
     if not rows:
-        return f"Nothing to compare: neither {results} nor {ablation.kept} holds a finished run."
+        return f"Nothing to compare: neither {results} nor {ablation.results_file} holds a finished run."
     names = list(next(iter(rows[0][1].values())))
     lines = ["| | seeds | " + " | ".join(f"{name} | difference to TRL" for name in names) + " |"]
     lines.append("|---|---:|" + "---:|---:|" * len(names))

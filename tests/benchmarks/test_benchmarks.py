@@ -30,7 +30,7 @@ from benchmarks.throughput.scorers.in_process import InProcess
 from benchmarks.throughput.studies import shared_prefix
 from benchmarks.throughput.targets import Finding, findings
 from benchmarks.training import quality, speed
-from marginrm_training.ablation.cli import load_ablation
+from marginrm_training.ablation.plan import load_ablation
 
 NOWHERE = Path("/no/such/folder")
 ROOT = Path(__file__).parents[2]

@@ -17,10 +17,13 @@ from typer.testing import CliRunner
 
 from marginrm.calibration import correctness
 from marginrm.cli.main import app
-from marginrm.errors import ConfigError
+from marginrm.errors import ConfigError, DataError
 from marginrm_training.ablation import worker
-from marginrm_training.ablation.cli import finished, load_ablation, plan, run_all, write_spec
-from marginrm_training.ablation.worker import flip_labels, measure_pairs
+from marginrm_training.ablation.plan import load_ablation, plan
+from marginrm_training.ablation.results import finished, keep_result, read_results
+from marginrm_training.ablation.runner import run_all, run_folder, write_spec
+from marginrm_training.ablation.worker import measure_pairs
+from marginrm_training.data.label_noise import flip_labels
 from marginrm_training.evaluation.bootstrap import seeds_estimate
 from support.models import tiny_checkpoint
 
@@ -32,10 +35,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 )
 def test_the_examples_are_valid_and_find_all_results_that_are_kept(name, runs):
     ablation = load_ablation(EXAMPLES / f"ablation_{name}.toml")
-    kept = EXAMPLES.parent / ablation.kept
+    kept = EXAMPLES.parent / ablation.results_file
     found = plan(ablation)
-    assert {run.label for run in found} >= {path.name for path in kept.iterdir() if path.is_dir()} != set()
-    assert len(finished(kept, found)) == sum(path.is_dir() for path in kept.iterdir())
+    assert {run.label for run in found} >= {row["run"] for row in read_results(kept)} != set()
+    assert len(finished(kept, found)) == len(read_results(kept))
     assert len(found) == runs
     assert len({run.digest for run in found}) == runs
     assert len({run.label for run in found}) == runs
@@ -72,7 +75,7 @@ def test_a_wrong_setting_is_told_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"variant paper.*presett"):
         plan(load_ablation(path))
     path.write_text(text.replace('baseline = "bt"', 'baseline = "no"'))
-    with pytest.raises(ConfigError, match="none of the variants"):
+    with pytest.raises(ConfigError, match=r"is not a variant\. Choose one of: bt, margin_unfiltered"):
         load_ablation(path)
 
 
@@ -144,7 +147,7 @@ def test_an_ablation_measures_compares_and_keeps_what_is_finished(small, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
     assert run_all(ablation) == []
     assert {path: path.stat().st_mtime_ns for path in output.rglob("result.json")} == before
-    assert len(finished(ablation.kept, plan(ablation))) == 2
+    assert len(finished(ablation.results_file, plan(ablation))) == 2
 
 
 def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path):
@@ -153,8 +156,7 @@ def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path)
     assert run_all(ablation, jobs=2) == []
     table = (tmp_path / "out" / "table.md").read_text()
     assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {
-        "result.json",
-        "arrays.npz",
+        "results.jsonl.gz",
         "differences.svg",
     }
 
@@ -162,6 +164,33 @@ def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path)
     assert run_all(ablation) == []
     assert (tmp_path / "out" / "table.md").read_text() == table
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_run_that_outlived_the_command_is_collected(small, tmp_path):
+    ablation = load_ablation(small)
+    runs = plan(ablation)
+    for run in runs:
+        write_spec(ablation, run, run_folder(ablation, run))
+    worker.main(run_folder(ablation, runs[0]))
+    assert run_all(ablation, limit_minutes=0) == []
+    (row,) = read_results(ablation.results_file)
+    assert row["run"] == runs[0].label
+    assert "1 of 2 runs" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_results_files_hold_every_float_and_the_rows_of_other_ablations(small, tmp_path):
+    path = tmp_path / "kept" / "results.jsonl.gz"
+    margins = [1 / 3, -(2.0**-40), 0.0, 123456.789]
+    keep_result(path, {"digest": "other", "arrays": {"pairs": margins}})
+    keep_result(path, {"digest": "mine", "arrays": {}, "seed": 0})
+    keep_result(path, {"digest": "mine", "arrays": {}, "seed": 1})
+    assert [row["digest"] for row in read_results(path)] == ["other", "mine"]
+    assert read_results(path)[0]["arrays"]["pairs"] == margins
+    assert read_results(path)[1]["seed"] == 1
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"results\.jsonl\.gz: cannot be read"):
+        read_results(path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -197,6 +197,21 @@ def expand(path: str) -> str:
     return str(Path(expanded).expanduser()) if expanded.startswith("~") else expanded
 
 
+def assign(raw: dict[str, Any], key: str, value: object) -> None:
+    """Sets a `section.key` of nested tables in place; tables that are missing on the way are made.
+
+    Raises:
+        ConfigError: A name on the way is a value and not a table.
+    """
+    *sections, name = key.split(".")
+    table = raw
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a table of settings.")
+    table[name] = value
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
@@ -205,11 +220,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *sections, name = key.strip().split(".")
-    table = raw
-    for section in sections:
-        table = table.setdefault(section, {})
-    table[name] = value
+    assign(raw, key.strip(), value)
 
 
 def _explained(detail: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from marginrm.calibration import Floats
-from marginrm_training.ablation.cli import Evaluation
+from marginrm_training.ablation.plan import Evaluation
 from marginrm_training.ablation.results import Result, Results
 from marginrm_training.ablation.table import facts, introduction
 from marginrm_training.evaluation.bootstrap import Estimate

@@ -1,20 +1,66 @@
-"""Finished runs of an ablation, by variant and place on the axes: what table and page are made from."""
+"""Finished runs of an ablation: the file that keeps them, and their grouping by variant for table and page.
+
+`results.jsonl.gz` has one JSON row for each finished run: `run` (its label), `digest`, `variant`, `axes`, `seed`,
+`config`, `train` and `evaluations` (metrics by name), and `arrays`: by evaluation, the margins of all pairs or the gold
+quality of each prompt's pick. JSON holds every float64 exactly, so tables and figures made from the file stay the same.
+"""
 
 from __future__ import annotations
 
+import gzip
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from marginrm.calibration import Floats, correctness
-from marginrm_training.ablation.cli import ARRAYS, Ablation, Evaluation, plan
+from marginrm.errors import DataError
+from marginrm_training.ablation.plan import Ablation, Evaluation, Run, plan
 from marginrm_training.evaluation.bootstrap import Estimate, seeds_estimate
 
 Result = Mapping[str, Any]
 Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes
+
+
+def read_results(path: Path) -> list[Result]:
+    """Returns the rows of a results file in their order; none if there is no such file.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        text = gzip.decompress(path.read_bytes()).decode()
+        return [json.loads(line) for line in text.splitlines()]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}). Restore it, or move it away to run everything again."
+        ) from error
+
+
+def keep_result(path: Path, result: Result) -> None:
+    """Adds the row of a finished run to a results file, in place of an earlier row of the same digest.
+
+    The file is replaced as a whole, so a reader or a kill never meets half of one. Rows of other ablations stay.
+    """
+    rows = {row["digest"]: row for row in read_results(path)} | {result["digest"]: result}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_bytes(gzip.compress(text.encode(), mtime=0))
+    fresh.replace(path)
+
+
+def finished(path: Path, runs: Sequence[Run]) -> list[Result]:
+    """Returns the rows of a results file that belong to these runs, in the order of the runs."""
+    rows = {row["digest"]: row for row in read_results(path)}
+    return [rows[run.digest] for run in runs if run.digest in rows]
 
 
 @dataclass(frozen=True)
@@ -22,9 +68,9 @@ class Results:
     """Finished runs.
 
     Attributes:
-        ablation: What is run.
-        planned: How many runs there are in all.
-        cells: The runs of each cell, one a seed.
+        ablation: The ablation.
+        planned: Number of runs in all.
+        cells: The runs of each cell, one for each seed.
         arrays: By run and evaluation: margins d, [pairs], or each prompt's quality of the pick, [prompts].
     """
 
@@ -35,19 +81,19 @@ class Results:
 
     @classmethod
     def load(cls, ablation: Ablation, results: Sequence[Result]) -> Results:
-        """Groups results and reads their arrays."""
-        runs = plan(ablation)
-        labels = {run.digest: run.label for run in runs}
+        """Groups the rows of finished runs."""
         cells: dict[Cell, list[Result]] = {}
         for result in results:
             cells.setdefault((result["variant"], tuple(result["axes"].values())), []).append(result)
-        kept = ablation.kept
-        arrays = {result["digest"]: dict(np.load(kept / labels[result["digest"]] / ARRAYS)) for result in results}
-        return cls(ablation, len(runs), cells, arrays)
+        arrays = {
+            result["digest"]: {name: np.array(values, dtype=np.float64) for name, values in result["arrays"].items()}
+            for result in results
+        }
+        return cls(ablation, len(plan(ablation)), cells, arrays)
 
     @property
     def finished(self) -> int:
-        """How many runs there are."""
+        """Number of finished runs."""
         return len(self.arrays)
 
     @property
@@ -70,7 +116,7 @@ class Results:
 
     @cached_property
     def differences(self) -> dict[str, dict[Cell, Estimate]]:
-        """How much better than the baseline that is with the same seeds, where there is something to compare."""
+        """Difference of `measured` to the baseline's with the same seeds, by evaluation and comparable cell."""
         return {
             evaluation.name: {
                 cell: seeds_estimate(self._beyond_baseline(cell, evaluation))
@@ -81,7 +127,7 @@ class Results:
         }
 
     def metrics(self, cell: Cell, evaluation: Evaluation) -> list[Mapping[str, float]]:
-        """Returns what each seed measured."""
+        """Returns the metrics of each seed's run."""
         return [result["evaluations"][evaluation.name] for result in self.cells[cell]]
 
     def values(self, cell: Cell, evaluation: Evaluation) -> Floats:
@@ -93,7 +139,7 @@ class Results:
         return np.stack([self.arrays[result["digest"]][evaluation.name] for result in self.cells[cell]])
 
     def beside_baseline(self, cell: Cell) -> list[tuple[Result, Result]]:
-        """Returns the baseline's run and this cell's for each seed that both have; nothing for the baseline itself."""
+        """Returns the baseline's run and this cell's for each seed that both have; an empty list for the baseline."""
         variant, place = cell
         if variant == self.ablation.baseline:
             return []
@@ -109,6 +155,6 @@ class Results:
 
 
 def item_scores(evaluation: Evaluation, arrays: Mapping[str, Floats]) -> Floats:
-    """Returns how right a run is on each item: 1, 0 or .5 for a pair, the quality of the pick for a prompt."""
+    """Returns a run's score on each item: 1, 0 or .5 for a pair, the quality of the pick for a prompt."""
     values = arrays[evaluation.name]
     return correctness(values) if evaluation.kind == "pairs" else values

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from marginrm.calibration import Floats
-from marginrm_training.ablation.cli import Evaluation
+from marginrm_training.ablation.plan import Evaluation
 from marginrm_training.ablation.results import Cell, Result, Results
 from marginrm_training.evaluation.bootstrap import Estimate
 from marginrm_training.evaluation.comparison import discordant, mcnemar

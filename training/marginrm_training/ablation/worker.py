@@ -1,13 +1,11 @@
 """One run of an ablation, as a process: train, measure on every file, keep the numbers.
 
-python -m marginrm_training.ablation.worker FOLDER     # FOLDER/spec.json -> FOLDER/result.json and arrays.npz
+python -m marginrm_training.ablation.worker FOLDER     # FOLDER/spec.json -> FOLDER/result.json
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import random
 import resource
 import shutil
 import sys
@@ -24,14 +22,11 @@ from marginrm.errors import ConfigError
 from marginrm.manifest import Manifest
 from marginrm.preferences import read_groups
 from marginrm.reward_model import RewardModel
-from marginrm_training.ablation.cli import ARRAYS, FLIP, RESULT, Evaluation
+from marginrm_training.ablation.plan import FLIP, RESULT, SPEC, Evaluation
 from marginrm_training.config import TrainConfig, expand, parse_config
+from marginrm_training.data.label_noise import flip_labels
 from marginrm_training.data.sources import read_source
 from marginrm_training.data.splits import encode_pairs
-from marginrm_training.demo.build import write_data
-from marginrm_training.demo.model import build_model, build_tokenizer
-from marginrm_training.demo.preferences import generate_pairs
-from marginrm_training.demo.recipe import RECIPE
 from marginrm_training.evaluation.groups import score_groups
 from marginrm_training.evaluation.pairs import evaluate, score_pairs, spearman
 from marginrm_training.method.margins import MarginMethod
@@ -39,21 +34,23 @@ from marginrm_training.run.train import train
 
 
 def main(folder: Path) -> None:
-    """Makes the run that `spec.json` in a folder describes; `result.json` comes last, so a run with one is whole."""
-    spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    """Makes the run that `spec.json` in a folder describes; `result.json` comes last, so a run with one is complete."""
+    spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     config = _configured(folder, spec)
     checkpoint = Path(config.output)
     manifest, seconds = _trained(folder, config)
     evaluations = [Evaluation.model_validate(item) for item in spec["evaluations"]]
     metrics, arrays = measure_all(checkpoint, config, evaluations)
-    np.savez_compressed(folder / ARRAYS, **arrays)  # type: ignore[arg-type]  # numpy's stubs miss the keywords
-    result = {name: spec[name] for name in ("digest", "variant", "axes", "seed", "config")} | {
+    result = {name: spec[name] for name in ("run", "digest", "variant", "axes", "seed", "config")} | {
         "train": training_figures(manifest) | {"seconds": seconds, "peak_memory_gib": peak_memory_gib()},
         "evaluations": metrics,
+        "arrays": {name: values.tolist() for name, values in arrays.items()},
     }
     if not spec["keep_checkpoints"]:
         shutil.rmtree(checkpoint)
-    (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    fresh = folder / f".{RESULT}.new"
+    fresh.write_text(json.dumps(result), encoding="utf-8")
+    fresh.replace(folder / RESULT)
 
 
 def measure_all(
@@ -120,31 +117,6 @@ def training_figures(manifest: Manifest) -> dict[str, float]:
     if manifest.calibration:
         figures["temperature"] = manifest.calibration.temperature
     return figures
-
-
-def flip_labels(source: Path, target: Path, share: float, seed: int) -> None:
-    """Writes pairs with chosen and rejected swapped in exactly this share of the rows, drawn by the seed.
-
-    A `strength` stays as it is: the judge is as sure as ever, and wrong. A `true_margin` changes its sign.
-    """
-    text = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    for index in random.Random(f"{seed}:flip").sample(range(len(rows)), round(share * len(rows))):
-        row = rows[index]
-        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-        if "true_margin" in row:
-            row["true_margin"] = -row["true_margin"]
-    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_demo(folder: Path) -> None:
-    """Writes the demo's data to `data` and its untrained model to `start`."""
-    data = generate_pairs(0)
-    write_data(data, folder / "data")
-    texts = [text for pair in data.train for text in (pair.prompt, pair.chosen, pair.rejected)]
-    tokenizer = build_tokenizer(texts, RECIPE)
-    build_model(tokenizer, RECIPE, 0).save_pretrained(folder / "start")
-    tokenizer.save_pretrained(folder / "start")
 
 
 def peak_memory_gib() -> float:

@@ -6,6 +6,8 @@ import shutil
 import time
 from pathlib import Path
 
+from transformers import GPTNeoXForSequenceClassification
+
 from marginrm.reward_model import RewardModel
 from marginrm_training.config import TrainConfig, parse_config
 from marginrm_training.data.splits import encode_pairs, read
@@ -31,10 +33,7 @@ def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:
     data = generate_pairs(seed)
     paths = write_data(data, output / "data")
     start = output / "untrained-gpt-neox"
-    tokenizer = build_tokenizer(_texts(data), recipe)
-    model = build_model(tokenizer, recipe, seed)
-    model.save_pretrained(start)
-    tokenizer.save_pretrained(start)
+    model = write_untrained(data, start, seed, recipe)
     print(  # noqa: T201 - what a command tells its user
         f"Training the demo reward model ({model.num_parameters() / 1e6:.1f} M parameters, {len(data.train):,} pairs). "
         "It takes about two minutes on two cores."
@@ -52,6 +51,23 @@ def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:
         f"{manifest.metrics['ece']:.3f} after calibration (T = {manifest.calibration.temperature:.2f}). "
         f"Took {seconds:.0f} s; written to {output}."
     )
+
+
+def write_demo(folder: Path) -> None:
+    """Writes the demo's data to `folder`/data and its untrained model to `folder`/start."""
+    data = generate_pairs(0)
+    write_data(data, folder / "data")
+    write_untrained(data, folder / "start", 0, RECIPE)
+
+
+def write_untrained(data: DemoData, folder: Path, seed: int, recipe: DemoRecipe) -> GPTNeoXForSequenceClassification:
+    """Writes a tokenizer made from the training texts and a model drawn at random, and returns the model."""
+    texts = [text for pair in data.train for text in (pair.prompt, pair.chosen, pair.rejected)]
+    tokenizer = build_tokenizer(texts, recipe)
+    model = build_model(tokenizer, recipe, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
 
 
 def write_data(data: DemoData, folder: Path) -> dict[str, Path]:
@@ -89,7 +105,3 @@ def margin_correlation(model: RewardModel, path: Path) -> float:
     pairs = encode_pairs("test", read(str(path)), model.encoder, MarginMethod()).pairs
     margins = score_pairs(model, pairs).d
     return spearman(margins.tolist(), [float(pair.pair.extra["true_margin"]) for pair in pairs])
-
-
-def _texts(data: DemoData) -> list[str]:
-    return [text for pair in data.train for text in (pair.prompt, pair.chosen, pair.rejected)]
