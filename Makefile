@@ -1,6 +1,6 @@
-# Everything a contributor types. Each target sets up what it needs, and finds it in place the second time.
+# Every command of a contributor. Each target installs what it needs the first time.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench clean
+.PHONY: help setup serve test check docs bench clean
 SHELL := /bin/bash
 
 HOST  ?= 127.0.0.1
@@ -10,9 +10,9 @@ MODEL ?= checkpoints/demo
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# The first interpreter that both exists and starts: a version manager's stand-in may exist and not start.
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
-	"$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
+# The first interpreter that starts. A file alone proves nothing: the stand-in of a version manager may not start.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$name"; break; }; done)
 
 help: ## Show this list
@@ -23,14 +23,14 @@ setup: $(READY) ## Create .venv with the pinned versions
 
 $(READY): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then \
-		echo "marginrm needs Python 3.11, 3.12 or 3.13, and none is on PATH." >&2; \
-		echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; fi
+		echo "marginrm needs Python 3.11 or newer, and none is on PATH." >&2; \
+		echo "Install one, or give its path: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; fi
 	@test -x $(BIN)/python || { echo "Creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "Installing the pinned versions (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[service,training,dev]'
 	@touch $@
 
-serve: $(READY) ## Serve MODEL on HOST:PORT, training the demo model first when it is missing
+serve: $(READY) ## Serve MODEL on HOST:PORT; train the demo model first if it is missing
 ifeq ($(MODEL),checkpoints/demo)
 	$(BIN)/marginrm demo --if-missing --output $(MODEL)
 endif
@@ -39,16 +39,20 @@ endif
 test: $(READY) ## Run every test
 	$(BIN)/python -m pytest
 
-check: $(READY) ## Lint, types, import rules and the deployment files
+check: $(READY) ## Check style, types, import rules, deployment files and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python deploy/check.py
+	$(MAKE) --no-print-directory docs
 
-bench: $(READY) ## Compare with its peers, given by BENCH (docs/benchmarks.md); results in runs/bench
+docs: $(READY) ## Build the documentation site into build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(READY) ## Run benchmarks.run with the options in BENCH (docs/benchmarks.md); results go to runs/bench
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-clean: ## Remove what was built and cached; checkpoints and runs stay
+clean: ## Remove builds and caches; checkpoints and runs stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src service training tests benchmarks deploy -name __pycache__ -type d -prune -exec rm -rf {} +
