@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -180,6 +180,42 @@ def test_only_what_may_pass_is_sent_again(answer: Answer, error: type[Exception]
         with pytest.raises(error):
             client.score(PROMPT, RESPONSES)
         assert len(arrivals) == sent
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_reply_that_is_still_arriving_at_the_deadline_is_given_up(blocking: bool) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def trickle() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):  # the client closes the connection
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(100):
+                    connection.sendall(b" ")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        started = time.monotonic()
+        with pytest.raises(DeadlineError):
+            scored(url, blocking=blocking, deadline=0.5)
+        assert time.monotonic() - started < 3
+        thread.join()
+
+
+def scored(url: str, *, blocking: bool, **options: Any) -> list[float]:
+    async def ask() -> list[float]:
+        async with AsyncRewardClient(url, **options) as client:
+            return await client.score(PROMPT, RESPONSES)
+
+    if not blocking:
+        return asyncio.run(ask())
+    with RewardClient(url, **options) as client:
+        return client.score(PROMPT, RESPONSES)
 
 
 def test_nobody_there_and_nobody_answering() -> None:

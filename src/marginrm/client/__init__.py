@@ -7,9 +7,9 @@ with RewardClient("http://127.0.0.1:8000") as client:
     best = candidates[client.best_of_n(prompt, candidates).best]
 ```
 
-Connections are kept and reused. What may pass (429, 502, 503, 504, a connection that breaks) is tried again with
-growing, jittered waits, and not before the server's `Retry-After`. Errors are drawn in `marginrm.client.errors`. What is
-sent and when is decided in `calls` and `stream`; `blocking` and `awaiting` are the two loops that do it.
+Connections are kept and reused. Temporary failures (429, 502, 503, 504, a broken connection) are retried with growing,
+jittered waits, and not before the server's `Retry-After`. The errors are drawn in `marginrm.client.errors`. `calls` and
+`stream` decide what is sent and when; `blocking` and `awaiting` carry it out.
 """
 
 from marginrm.client.awaiting import AsyncRewardClient

@@ -1,20 +1,21 @@
-"""The awaiting client."""
+"""`AsyncRewardClient`: carries out the steps of `calls` and `stream` with `httpx.AsyncClient`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
 
-from marginrm.client.calls import Call, Calls, Group, Pair, Parallel, Send, Wait
+from marginrm.client.calls import Calls, GroupInput, PairInput
 from marginrm.client.errors import ItemScoreError
-from marginrm.client.options import UNLIMITED, at_least_one, check_deadline, checked_url, default_headers
-from marginrm.client.replies import Outcome, Reply
-from marginrm.client.stream import Found, Receive, best_of_n_stream
+from marginrm.client.options import UNLIMITED, at_least_one, checked_url, default_headers
+from marginrm.client.protocol import Call, Found, Outcome, Parallel, Receive, Send, Wait
+from marginrm.client.replies import Reply
+from marginrm.client.stream import best_of_n_stream
 from marginrm.ranking import Comparison, Ranking
 from marginrm.schemas import ModelCard
 from marginrm.text import Prompt, Truncation
@@ -24,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 class AsyncRewardClient:
-    """Asks a marginrm server from asyncio. Verbs, arguments and errors are those of `RewardClient`, awaited."""
+    """A client of a marginrm server for asyncio. Verbs, arguments and errors are those of `RewardClient`."""
 
     def __init__(
         self,
@@ -69,42 +70,23 @@ class AsyncRewardClient:
         """As `RewardClient.best_of_n`."""
         return await self._run_all(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
 
-    async def score_pairs(self, pairs: Sequence[Pair], *, tie_below: float = 0.5) -> list[Comparison | ItemScoreError]:
+    async def score_pairs(
+        self, pairs: Sequence[PairInput], *, tie_below: float = 0.5
+    ) -> list[Comparison | ItemScoreError]:
         """As `RewardClient.score_pairs`."""
         return await self._run_all(self._calls.score_pairs(pairs, tie_below))
 
     async def best_of_n_many(
-        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+        self, groups: Sequence[GroupInput], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> list[Ranking | ItemScoreError]:
         """As `RewardClient.best_of_n_many`."""
         return await self._run_all(self._calls.best_of_n_many(groups, top_k, tie_below))
 
-    async def best_of_n_stream(
-        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+    def best_of_n_stream(
+        self, groups: Sequence[GroupInput], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> AsyncIterator[tuple[int, Ranking | ItemScoreError]]:
         """As `RewardClient.best_of_n_stream`."""
-        call = best_of_n_stream(self._calls, groups, top_k, tie_below)
-        outcome: Outcome | bytes = None
-        parts: AsyncIterator[bytes] = _no_parts()
-        async with AsyncExitStack() as answer:
-            while True:
-                try:
-                    step = call.send(outcome)
-                except StopIteration:
-                    return
-                outcome = None
-                if isinstance(step, Found):
-                    yield step.index, step.outcome
-                elif isinstance(step, Wait):
-                    await asyncio.sleep(step.seconds)
-                elif isinstance(step, Receive):
-                    try:
-                        outcome = await anext(parts, b"")
-                    except httpx.HTTPError as error:
-                        outcome = error
-                else:
-                    await answer.aclose()
-                    outcome, parts = await self._open(step, answer)
+        return self._results(best_of_n_stream(self._calls, groups, top_k, tie_below))
 
     async def models(self) -> list[ModelCard]:
         """As `RewardClient.models`."""
@@ -127,18 +109,8 @@ class AsyncRewardClient:
         await self.close()
 
     async def _run(self, call: Call[_Result]) -> _Result:
-        outcome: Outcome = None
-        try:
-            while True:
-                step = call.send(outcome)
-                if isinstance(step, Wait):
-                    await asyncio.sleep(step.seconds)
-                    outcome = None
-                else:
-                    outcome = await self._send(step)
-        except StopIteration as stop:
-            result: _Result = stop.value
-            return result
+        (result,) = [result async for result in self._results(call)]
+        return result
 
     async def _run_all(self, parallel: Parallel[_Part, _Result]) -> _Result:
         room = asyncio.Semaphore(self._concurrency)
@@ -154,34 +126,35 @@ class AsyncRewardClient:
             for task in tasks:
                 task.cancel()
 
-    async def _open(self, step: Send, answer: AsyncExitStack) -> tuple[Reply | httpx.HTTPError, AsyncIterator[bytes]]:
-        try:
-            response = await answer.enter_async_context(
-                self._http.stream(
-                    step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
-                )
-            )
-            if response.status_code == 200:
-                return Reply(200, response.headers, b""), response.aiter_bytes()
-            return Reply(response.status_code, response.headers, await response.aread()), _no_parts()
-        except httpx.HTTPError as error:
-            return error, _no_parts()
+    async def _results(self, call: Call[_Result]) -> AsyncIterator[_Result]:
+        """Carries out the steps of a call and yields its results."""
+        outcome: Outcome = None
+        content: AsyncIterator[bytes] | None = None
+        async with AsyncExitStack() as reply:  # closes the reply that is being received
+            while True:
+                try:
+                    step = call.send(outcome)
+                except StopIteration:
+                    return
+                outcome = None
+                if isinstance(step, Found):
+                    yield step.value
+                    continue
+                try:
+                    if isinstance(step, Receive):
+                        assert content is not None
+                        outcome = await anext(content, b"")
+                        continue
+                    await reply.aclose()
+                    if isinstance(step, Wait):
+                        await asyncio.sleep(step.seconds)
+                        continue
+                    response = await reply.enter_async_context(self._stream(step))
+                    outcome, content = Reply(response.status_code, response.headers, b""), response.aiter_bytes()
+                except httpx.HTTPError as error:
+                    outcome = error
 
-    async def _send(self, step: Send) -> Reply | httpx.HTTPError:
-        try:
-            async with self._http.stream(
-                step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
-            ) as response:
-                parts = []
-                async for part in response.aiter_bytes():
-                    parts.append(part)
-                    check_deadline(step)
-                return Reply(response.status_code, response.headers, b"".join(parts))
-        except httpx.HTTPError as error:
-            return error
-
-
-async def _no_parts() -> AsyncIterator[bytes]:
-    nothing: tuple[bytes, ...] = ()
-    for part in nothing:
-        yield part
+    def _stream(self, step: Send) -> AbstractAsyncContextManager[httpx.Response]:
+        return self._http.stream(
+            step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
+        )

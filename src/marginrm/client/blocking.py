@@ -1,23 +1,22 @@
-"""`RewardClient`: sends what `calls` and `stream` ask for, over `httpx.Client`, and waits for the answers."""
+"""`RewardClient`: carries out the steps of `calls` and `stream` with `httpx.Client`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Self, TypeVar
 
 import httpx
 
-from marginrm.client.calls import Call, Calls, Group, Pair, Parallel, Send, Wait
-from marginrm.client.errors import (
-    ItemScoreError,
-)
-from marginrm.client.options import UNLIMITED, at_least_one, check_deadline, checked_url, default_headers
-from marginrm.client.replies import Outcome, Reply
-from marginrm.client.stream import Found, Receive, best_of_n_stream
+from marginrm.client.calls import Calls, GroupInput, PairInput
+from marginrm.client.errors import ItemScoreError
+from marginrm.client.options import UNLIMITED, at_least_one, checked_url, default_headers
+from marginrm.client.protocol import Call, Found, Outcome, Parallel, Receive, Send, Wait
+from marginrm.client.replies import Reply
+from marginrm.client.stream import best_of_n_stream
 from marginrm.ranking import Comparison, Ranking
 from marginrm.schemas import ModelCard
 from marginrm.text import Prompt, Truncation
@@ -27,23 +26,23 @@ _Result = TypeVar("_Result")
 
 
 class RewardClient:
-    """Asks a marginrm server, blocking. Threads may share one client.
+    """A blocking client of a marginrm server. Threads may share one client.
 
     Args:
-        base_url: Where the server is, such as `http://127.0.0.1:8000`.
+        base_url: Address of the server, such as `http://127.0.0.1:8000`.
         model: Name of the served model.
-        api_key: Sent as a bearer token.
+        api_key: API key, sent as a bearer token.
         truncation: What the server does with a sequence that is too long: `error`, or cut the prompt (`prompt_left`).
         timeout: Seconds for each connect, read and write.
         deadline: Seconds for one call with all its requests and retries; no limit by default.
-        max_retries: How often a request that may pass is sent again.
+        max_retries: Most retries of a request that failed for the moment (429, 502, 503, 504 or a broken connection).
         backoff: Seconds before the first retry; doubles with each, up to 8.
-        batch_size: Responses in one request, at most: larger calls are cut, and a larger group is ranked here.
-        concurrency: Requests of one call at a time, at most.
-        transport: An httpx transport of your own: proxies, certificates, an application in the same process.
+        batch_size: Most responses in one request. Larger calls are split, and a larger group is ranked by the client.
+        concurrency: Most requests of one call in flight.
+        transport: An httpx transport, for proxies, certificates or an application in the same process.
 
     Raises:
-        ConfigError: The URL or the key cannot be used.
+        ConfigError: The URL, the key or a number is not valid.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class RewardClient:
 
         Raises:
             ItemScoreError: The prompt or a response could not be scored.
-            RewardClientError: No answer, or a refusal.
+            RewardClientError: The server refused the call or did not answer.
         """
         return self._run_all(self._calls.score(prompt, responses))
 
@@ -94,68 +93,47 @@ class RewardClient:
         """Ranks candidates, best first. Raises as `score` does."""
         return self._run_all(self._calls.best_of_n(prompt, candidates, top_k, tie_below))
 
-    def score_pairs(self, pairs: Sequence[Pair], *, tie_below: float = 0.5) -> list[Comparison | ItemScoreError]:
+    def score_pairs(self, pairs: Sequence[PairInput], *, tie_below: float = 0.5) -> list[Comparison | ItemScoreError]:
         """Compares many pairs.
 
         Args:
-            pairs: `PreferencePair`s, or mappings with `prompt`, `chosen`, `rejected` and perhaps `id`.
-            tie_below: Below this confidence both ways a comparison is a tie.
+            pairs: `PreferencePair`s, or mappings with `prompt`, `chosen`, `rejected` and optionally `id`.
+            tie_below: A comparison is a tie if its confidence is below this in both directions.
 
         Returns:
-            One outcome per pair, in order; an unusable pair's is its error.
+            One outcome per pair, in order; that of an unusable pair is its error.
 
         Raises:
-            RewardClientError: No answer, or a refusal.
+            RewardClientError: The server refused the call or did not answer.
         """
         return self._run_all(self._calls.score_pairs(pairs, tie_below))
 
     def best_of_n_many(
-        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+        self, groups: Sequence[GroupInput], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> list[Ranking | ItemScoreError]:
-        """Ranks the candidates of many prompts (`CandidateGroup`s, or mappings). Else as `score_pairs`."""
+        """Ranks the candidates of many prompts (`CandidateGroup`s, or mappings). Otherwise as `score_pairs`."""
         return self._run_all(self._calls.best_of_n_many(groups, top_k, tie_below))
 
     def best_of_n_stream(
-        self, groups: Sequence[Group], *, top_k: int | None = None, tie_below: float = 0.5
+        self, groups: Sequence[GroupInput], *, top_k: int | None = None, tie_below: float = 0.5
     ) -> Iterator[tuple[int, Ranking | ItemScoreError]]:
-        """Ranks the candidates of many prompts, and yields each outcome as soon as it is there.
+        """Ranks the candidates of many prompts and returns each outcome as soon as it arrives.
 
-        Yields:
-            The group's place among those asked, and its ranking or its error. If the connection breaks, what has not
-            come is asked for again.
+        Returns:
+            An iterator over each group's position in `groups` and its ranking or error. After a broken connection the
+            missing groups are sent again.
 
         Raises:
-            RewardClientError: No answer, or a refusal.
+            RewardClientError: The server refused the call or did not answer.
         """
-        call = best_of_n_stream(self._calls, groups, top_k, tie_below)
-        outcome: Outcome | bytes = None
-        parts: Iterator[bytes] = iter(())
-        with ExitStack() as answer:
-            while True:
-                try:
-                    step = call.send(outcome)
-                except StopIteration:
-                    return
-                outcome = None
-                if isinstance(step, Found):
-                    yield step.index, step.outcome
-                elif isinstance(step, Wait):
-                    time.sleep(step.seconds)
-                elif isinstance(step, Receive):
-                    try:
-                        outcome = next(parts, b"")
-                    except httpx.HTTPError as error:
-                        outcome = error
-                else:
-                    answer.close()
-                    outcome, parts = self._open(step, answer)
+        return self._results(best_of_n_stream(self._calls, groups, top_k, tie_below))
 
     def models(self) -> list[ModelCard]:
         """Returns the served models. Raises as `score_pairs` does."""
         return self._run(self._calls.models())
 
     def ready(self) -> bool:
-        """Returns whether a server answers and is ready; never raises for one that is not."""
+        """Returns whether the server answers and is ready. It never raises `RewardClientError`."""
         return self._run(self._calls.ready())
 
     def close(self) -> None:
@@ -171,18 +149,8 @@ class RewardClient:
         self.close()
 
     def _run(self, call: Call[_Result]) -> _Result:
-        outcome: Outcome = None
-        try:
-            while True:
-                step = call.send(outcome)
-                if isinstance(step, Wait):
-                    time.sleep(step.seconds)
-                    outcome = None
-                else:
-                    outcome = self._send(step)
-        except StopIteration as stop:
-            result: _Result = stop.value
-            return result
+        (result,) = self._results(call)
+        return result
 
     def _run_all(self, parallel: Parallel[_Part, _Result]) -> _Result:
         if len(parallel.calls) < 2:
@@ -191,31 +159,37 @@ class RewardClient:
         try:
             return parallel.join(list(pool.map(self._run, parallel.calls)))
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error the requests that have not begun are not sent
+            pool.shutdown(cancel_futures=True)  # after an error, requests that have not started are not sent
 
-    def _open(self, step: Send, answer: ExitStack) -> tuple[Reply | httpx.HTTPError, Iterator[bytes]]:
-        """Sends a request and leaves a good answer open, for its parts to be taken one by one."""
-        try:
-            response = answer.enter_context(
-                self._http.stream(
-                    step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
-                )
-            )
-            if response.status_code == 200:
-                return Reply(200, response.headers, b""), response.iter_bytes()
-            return Reply(response.status_code, response.headers, response.read()), iter(())
-        except httpx.HTTPError as error:
-            return error, iter(())
+    def _results(self, call: Call[_Result]) -> Iterator[_Result]:
+        """Carries out the steps of a call and yields its results."""
+        outcome: Outcome = None
+        content: Iterator[bytes] | None = None
+        with ExitStack() as reply:  # closes the reply that is being received
+            while True:
+                try:
+                    step = call.send(outcome)
+                except StopIteration:
+                    return
+                outcome = None
+                if isinstance(step, Found):
+                    yield step.value
+                    continue
+                try:
+                    if isinstance(step, Receive):
+                        assert content is not None
+                        outcome = next(content, b"")
+                        continue
+                    reply.close()
+                    if isinstance(step, Wait):
+                        time.sleep(step.seconds)
+                        continue
+                    response = reply.enter_context(self._stream(step))
+                    outcome, content = Reply(response.status_code, response.headers, b""), response.iter_bytes()
+                except httpx.HTTPError as error:
+                    outcome = error
 
-    def _send(self, step: Send) -> Reply | httpx.HTTPError:
-        try:
-            with self._http.stream(
-                step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
-            ) as response:
-                parts = []
-                for part in response.iter_bytes():
-                    parts.append(part)
-                    check_deadline(step)
-                return Reply(response.status_code, response.headers, b"".join(parts))
-        except httpx.HTTPError as error:
-            return error
+    def _stream(self, step: Send) -> AbstractContextManager[httpx.Response]:
+        return self._http.stream(
+            step.method, step.path, content=step.content, headers=step.headers, timeout=step.timeout
+        )

@@ -1,8 +1,8 @@
-"""The client's logic without any I/O: each request is a generator that says what to send and how long to wait.
+"""The client's protocol without I/O: each call is a generator of steps that a driver carries out.
 
-A call yields `Send` or `Wait` steps, is given back what came of each, and returns its result. A verb is one call, or
-several that may run side by side (`Parallel`). `RewardClient` and `AsyncRewardClient` drive the same calls with a blocking
-and an awaiting loop. Scoring changes nothing on the server, so that every request may be sent again.
+A call yields a step, is given what came of it, and yields its results as `Found` steps. A verb is one call, or several
+that may run in parallel (`Parallel`). `RewardClient` and `AsyncRewardClient` drive the same calls with a blocking and
+an awaiting loop. Scoring changes nothing on the server, so every request may be sent again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
+import httpx
 from pydantic import BaseModel
 
 from marginrm.client.errors import (
@@ -24,10 +25,9 @@ from marginrm.client.errors import (
     TransportError,
     UnexpectedReplyError,
 )
+from marginrm.client.protocol import Call, Exchange, Found, Parallel, Receive, Send, Wait, finding
 from marginrm.client.replies import (
-    Outcome,
     Reply,
-    Result,
     check_order,
     comparison,
     lone_item_error,
@@ -42,56 +42,17 @@ from marginrm.ranking import Comparison, Ranking, rank
 from marginrm.schemas import BestOfNResponse, ModelCard, ModelInfo, ModelList, ScoreResponse
 from marginrm.text import Prompt, Truncation
 
-Pair = PreferencePair | Mapping[str, Any]
-Group = CandidateGroup | Mapping[str, Any]
+PairInput = PreferencePair | Mapping[str, Any]
+GroupInput = CandidateGroup | Mapping[str, Any]
 
-_LONGEST_WAIT = 60.0  # a server that asks for more is given up on: its caller knows better what to do meanwhile
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a request. `timeout` is for each connect, read and write; `until` (monotonic seconds) is for it all.
-
-    `headers` tell the server how long the answer is worth something, so that it drops what is too late.
-    """
-
-    method: str
-    path: str
-    content: bytes | None
-    timeout: float
-    until: float
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Wait so many seconds."""
-
-    seconds: float
-
-
-Call = Generator[Send | Wait, Outcome, Result]
 _Model = TypeVar("_Model", bound=BaseModel)
-_Part = TypeVar("_Part")
-_Whole = TypeVar("_Whole")
-_Other = TypeVar("_Other")
+
+_LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is left to the caller, who can do other work meanwhile
 
 
 @dataclass(frozen=True, slots=True)
-class Parallel(Generic[_Part, _Whole]):
-    """Calls that may run side by side, and how their results, in order, become one."""
-
-    calls: list[Call[_Part]]
-    join: Callable[[list[_Part]], _Whole]
-
-    def then(self, function: Callable[[_Whole], _Other]) -> Parallel[_Part, _Other]:
-        """Returns the same calls with a function applied to their joint result."""
-        return Parallel(self.calls, lambda parts: function(self.join(parts)))
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Some candidates of one group: from `first` up to `stop` of group `group`."""
+class CandidateRange:
+    """Consecutive candidates of one group: from `first` up to `stop` of group `group`."""
 
     group: int
     first: int
@@ -100,9 +61,9 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """What came of a slice, and the model that made it (None where there is no ranking)."""
+    """The outcome of a range of candidates, and the model that ranked it (None where there is no ranking)."""
 
-    slice: Slice
+    part: CandidateRange
     outcome: Ranking | ItemScoreError
     model: ModelInfo | None
 
@@ -136,7 +97,7 @@ class Calls:
     draw: Callable[[], float] = field(default=random.random)
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> Parallel[list[Ranked], list[float]]:
-        """One reward per response. Asks `/best-of-n`, where the prompt travels and is computed once."""
+        """Scores responses to one prompt. It uses `/best-of-n`, where the prompt is sent and computed once."""
         if not responses:
             return Parallel([], lambda _: [])
         return self.best_of_n(prompt, responses, None, 0.5).then(lambda ranked: rewards_of(ranked, len(responses)))
@@ -144,64 +105,72 @@ class Calls:
     def compare(
         self, prompt: Prompt, chosen: str, rejected: str, tie_below: float
     ) -> Parallel[list[Comparison | ItemScoreError], Comparison]:
-        """One pair."""
+        """Compares two responses."""
         pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
         return self.score_pairs(pairs, tie_below).then(lambda outcomes: or_raise(outcomes[0]))
 
     def best_of_n(
         self, prompt: Prompt, candidates: Sequence[str], top_k: int | None, tie_below: float
     ) -> Parallel[list[Ranked], Ranking]:
-        """One group."""
+        """Ranks the candidates of one prompt."""
         groups = [{"prompt": prompt, "candidates": list(candidates)}]
         return self.best_of_n_many(groups, top_k, tie_below).then(lambda outcomes: or_raise(outcomes[0]))
 
     def score_pairs(
-        self, pairs: Sequence[Pair], tie_below: float
+        self, pairs: Sequence[PairInput], tie_below: float
     ) -> Parallel[list[Comparison | ItemScoreError], list[Comparison | ItemScoreError]]:
-        """Many pairs, in as few requests as `batch_size` allows."""
+        """Compares many pairs in as few requests as `batch_size` allows."""
         size = max(1, self.batch_size // 2)
         until = self.until()
         calls = [
-            self._pairs(pairs[start : start + size], start, tie_below, until) for start in range(0, len(pairs), size)
+            finding(self._compare(pairs[start : start + size], start, tie_below, until))
+            for start in range(0, len(pairs), size)
         ]
         return Parallel(calls, lambda parts: [outcome for part in parts for outcome in part])
 
     def best_of_n_many(
-        self, groups: Sequence[Group], top_k: int | None, tie_below: float
+        self, groups: Sequence[GroupInput], top_k: int | None, tie_below: float
     ) -> Parallel[list[Ranked], list[Ranking | ItemScoreError]]:
-        """Many groups, in as few requests as `batch_size` allows; a larger group goes in slices, and is ranked here."""
+        """Ranks many groups in as few requests as `batch_size` allows.
+
+        A group larger than that is sent in several requests and ranked here.
+        """
         asked = self.groups(groups)
         sizes = [len(group["candidates"]) for group in asked]
         until = self.until()
-        calls = [self._slices(asked, slices, top_k, tie_below, until) for slices in cut(sizes, self.batch_size)]
+        calls = [
+            finding(self._rank(asked, parts, top_k, tie_below, until))
+            for parts in split_into_requests(sizes, self.batch_size)
+        ]
 
         def join(parts: list[list[Ranked]]) -> list[Ranking | ItemScoreError]:
             found: list[list[Ranked]] = [[] for _ in asked]
             for ranked in (one for part in parts for one in part):
-                found[ranked.slice.group].append(ranked)
-            return [rejoined(slices, top_k, tie_below) for slices in found]
+                found[ranked.part.group].append(ranked)
+            return [rejoined(ranges, top_k, tie_below) for ranges in found]
 
         return Parallel(calls, join)
 
     def models(self) -> Call[list[ModelCard]]:
-        """The served models."""
-        return (yield from self._request("GET", "/v1/models", None, ModelList, self.until())).data
+        """Lists the served models."""
+        reply = yield from self._request("GET", "/v1/models", None, ModelList, self.until())
+        yield Found(reply.data)
 
     def ready(self) -> Call[bool]:
-        """One look, without retries."""
-        outcome = yield self.send("GET", "/readyz", None, self.until())
-        return isinstance(outcome, Reply) and outcome.status == 200
+        """Asks once, without retries, whether the server is ready."""
+        outcome = yield from self.exchange("GET", "/readyz", None, self.until())
+        yield Found(isinstance(outcome, Reply) and outcome.status == 200)
 
-    def groups(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    def groups(self, groups: Sequence[GroupInput]) -> list[dict[str, Any]]:
         """Returns groups as the server takes them."""
         return [_fields(group, ("prompt", "candidates")) for group in groups]
 
     def common(self, tie_below: float) -> dict[str, Any]:
-        """Returns what every scoring request says."""
+        """Returns the fields of every scoring request."""
         return {"model": self.model, "truncation": self.truncation, "tie_below": tie_below}
 
     def until(self) -> float:
-        """Returns when a verb that begins now has to be done, in seconds of `clock`."""
+        """Returns the deadline of a verb that begins now, in seconds of `clock`."""
         return math.inf if self.deadline is None else self.clock() + self.deadline
 
     def send(
@@ -210,10 +179,32 @@ class Calls:
         """Returns the step that sends a request."""
         left = max(0.001, until - self.clock())
         headers = {"Accept": accept} | ({"X-Request-Timeout": f"{left:.3f}"} if math.isfinite(left) else {})
-        return Send(method, path, content, min(self.timeout, left), until, headers)
+        return Send(method, path, content, min(self.timeout, left), headers)
 
-    def pause(self, outcome: Outcome, attempt: int, until: float) -> Call[None]:
-        """Waits before a failed request is sent again; raises what it failed with if there is no use in that."""
+    def exchange(
+        self, method: str, path: str, content: bytes | None, until: float
+    ) -> Exchange[Reply | httpx.HTTPError]:
+        """Sends a request and receives its whole reply, or returns the error that came instead."""
+        head = yield self.send(method, path, content, until)
+        if not isinstance(head, Reply):
+            assert isinstance(head, httpx.HTTPError)
+            return head
+        return (yield from self.body(head, until))
+
+    def body(self, head: Reply, until: float) -> Exchange[Reply | httpx.HTTPError]:
+        """Receives the content of a reply whose head has come."""
+        parts: list[bytes] = []
+        while part := (yield Receive()):
+            if isinstance(part, httpx.HTTPError):
+                return part
+            assert isinstance(part, bytes)
+            parts.append(part)
+            if self.clock() > until:  # the timeout holds for each read, and a slow body has many
+                return httpx.ReadTimeout("the reply was still arriving when the deadline passed")
+        return Reply(head.status, head.headers, b"".join(parts))
+
+    def pause(self, outcome: Reply | httpx.HTTPError, attempt: int, until: float) -> Exchange[None]:
+        """Waits before a failed request is sent again; raises its error if a retry is pointless or too late."""
         error, wait = refusal(outcome, attempt + 1)
         if wait is None or attempt >= self.max_retries:
             raise error
@@ -226,9 +217,9 @@ class Calls:
             raise error
         yield Wait(wait)
 
-    def _pairs(
-        self, pairs: Sequence[Pair], start: int, tie_below: float, until: float
-    ) -> Call[list[Comparison | ItemScoreError]]:
+    def _compare(
+        self, pairs: Sequence[PairInput], start: int, tie_below: float, until: float
+    ) -> Exchange[list[Comparison | ItemScoreError]]:
         asked = [_fields(pair, ("prompt", "chosen", "rejected")) for pair in pairs]
         body = {**self.common(tie_below), "pairs": asked}
         try:
@@ -239,35 +230,35 @@ class Calls:
         check_order(reply.pairs, len(asked))
         return [comparison(pair, start + pair.index) for pair in reply.pairs]
 
-    def _slices(
+    def _rank(
         self,
         groups: Sequence[Mapping[str, Any]],
-        slices: Sequence[Slice],
+        parts: Sequence[CandidateRange],
         top_k: int | None,
         tie_below: float,
         until: float,
-    ) -> Call[list[Ranked]]:
+    ) -> Exchange[list[Ranked]]:
         asked = [
-            {**groups[one.group], "candidates": groups[one.group]["candidates"][one.first : one.stop]} for one in slices
+            {**groups[one.group], "candidates": groups[one.group]["candidates"][one.first : one.stop]} for one in parts
         ]
-        whole = len(asked[0]["candidates"]) == len(groups[slices[0].group]["candidates"])
+        whole = len(asked[0]["candidates"]) == len(groups[parts[0].group]["candidates"])
         body = {**self.common(tie_below), "top_k": top_k if whole else None, "prompts": asked}
         try:
             reply = yield from self._request("POST", "/best-of-n", body, BestOfNResponse, until)
         except RewardClientError as error:
-            error.add_note(f"This was about groups {slices[0].group} to {slices[-1].group}.")
-            return [Ranked(slices[0], lone_item_error(error, asked, slices[0].group, slices[0].first), None)]
+            error.add_note(f"This was about groups {parts[0].group} to {parts[-1].group}.")
+            return [Ranked(parts[0], lone_item_error(error, asked, parts[0].group, parts[0].first), None)]
         check_order(reply.prompts, len(asked))
         return [
             Ranked(one, ranking(prompt, one.group, one.first), reply.model)
-            for one, prompt in zip(slices, reply.prompts, strict=True)
+            for one, prompt in zip(parts, reply.prompts, strict=True)
         ]
 
-    def _request(self, method: str, path: str, body: Any, shape: type[_Model], until: float) -> Call[_Model]:
+    def _request(self, method: str, path: str, body: Any, shape: type[_Model], until: float) -> Exchange[_Model]:
         content = None if body is None else encoded(body)
         attempt = 0
         while True:
-            outcome = yield self.send(method, path, content, until)
+            outcome = yield from self.exchange(method, path, content, until)
             if isinstance(outcome, Reply) and outcome.status == 200:
                 return parsed(outcome, shape)
             yield from self.pause(outcome, attempt, until)
@@ -275,43 +266,43 @@ class Calls:
 
 
 def encoded(body: Any) -> bytes:
-    """Returns a body as JSON; ASCII escapes carry even a lone surrogate, which is then the item's error, not a crash."""
+    """Returns a body as JSON. ASCII escapes carry even a lone surrogate, so that the server can refuse that item alone."""
     return json.dumps(body, allow_nan=False).encode()
 
 
-def cut(sizes: Sequence[int], limit: int) -> list[list[Slice]]:
-    """Deals groups, in order, into requests of at most `limit` responses; a larger group goes in slices of its own."""
-    requests: list[list[Slice]] = []
+def split_into_requests(sizes: Sequence[int], limit: int) -> list[list[CandidateRange]]:
+    """Splits groups, in order, into requests of at most `limit` responses; a larger group is split into ranges."""
+    requests: list[list[CandidateRange]] = []
     room = 0
     for group, size in enumerate(sizes):
         if size > limit:
-            requests += [[Slice(group, first, min(first + limit, size))] for first in range(0, size, limit)]
+            requests += [[CandidateRange(group, first, min(first + limit, size))] for first in range(0, size, limit)]
             room = 0
             continue
         if not requests or size > room:
             requests.append([])
             room = limit
-        requests[-1].append(Slice(group, 0, size))
+        requests[-1].append(CandidateRange(group, 0, size))
         room -= size
     return requests
 
 
-def rejoined(slices: Sequence[Ranked], top_k: int | None, tie_below: float) -> Ranking | ItemScoreError:
-    """Returns the outcome of one group from those of its slices.
+def rejoined(ranges: Sequence[Ranked], top_k: int | None, tie_below: float) -> Ranking | ItemScoreError:
+    """Returns the outcome of one group from those of its ranges.
 
     Raises:
-        UnexpectedReplyError: Another model answered for some of them.
+        UnexpectedReplyError: The ranges were scored by different models.
     """
-    if len(slices) == 1:
-        return slices[0].outcome
+    if len(ranges) == 1:
+        return ranges[0].outcome
     rewards: list[float] = []
     models = set()
-    for one in slices:
+    for one in ranges:
         if isinstance(one.outcome, ItemScoreError):
             return one.outcome
         assert one.model is not None
         models.add((one.model.revision, one.model.temperature))
-        rewards += rewards_of(one.outcome, one.slice.stop - one.slice.first)
+        rewards += rewards_of(one.outcome, one.part.stop - one.part.first)
     if len(models) > 1:
         raise UnexpectedReplyError("The model was replaced while its rewards came in. Ask again.")
     ((_, temperature),) = models

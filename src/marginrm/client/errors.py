@@ -1,11 +1,11 @@
-"""What a client call can raise, as one tree.
+"""The errors of client calls, as one tree.
 
 ```
 RewardClientError
-├── TransportError            no answer: connection refused, cut or timed out, after all retries
+├── TransportError            no reply: connection refused, cut or timed out, after all retries
 │   └── DeadlineError             the call's overall deadline passed
-├── UnexpectedReplyError      an answer that no marginrm server gives: a proxy's page, another service
-├── ResponseError             an answer that says no: status, code, message, request_id, retry_after
+├── UnexpectedReplyError      a reply that is not a marginrm server's: a proxy's page, another service
+├── ResponseError             the server refused or failed: status, code, message, request_id, retry_after
 │   ├── InvalidRequestError       400, 413, 422
 │   ├── UnauthorizedError         401, 403
 │   ├── NotFoundError             404: no such model, or no such route
@@ -23,25 +23,25 @@ from marginrm.errors import MarginRMError
 
 
 class RewardClientError(MarginRMError):
-    """Base of everything that a client call raises."""
+    """Base of the errors of a client call."""
 
     default_code = "client_error"
 
 
 class TransportError(RewardClientError):
-    """No answer came: the connection was refused, cut or timed out."""
+    """No reply: the connection was refused, broken or timed out."""
 
     default_code = "no_answer"
 
 
 class DeadlineError(TransportError):
-    """The call's overall deadline passed before an answer came."""
+    """The call's overall deadline passed before a reply arrived."""
 
     default_code = "deadline_exceeded"
 
 
 class UnexpectedReplyError(RewardClientError):
-    """The answer is none that a marginrm server gives."""
+    """The reply is not one of a marginrm server."""
 
     default_code = "unexpected_reply"
 
@@ -53,8 +53,8 @@ class ResponseError(RewardClientError):
         status: HTTP status.
         code: The server's stable error code.
         message: The server's message.
-        request_id: Of the refused request, to find it in the server's log.
-        retry_after: Seconds after which the server asked to come back, if it did.
+        request_id: Id of the refused request in the server's log.
+        retry_after: Seconds of the server's `Retry-After`, if it sent one.
         param: The field that is wrong, if there is one.
     """
 
@@ -90,7 +90,7 @@ class NotFoundError(ResponseError):
 
 
 class OverloadedError(ResponseError):
-    """429 or 503: the server is full or draining, and all retries were used or would come too late."""
+    """429 or 503: the server is full or draining, and the retries are used up or would come too late."""
 
 
 class ServerError(ResponseError):
@@ -101,7 +101,7 @@ class ItemScoreError(RewardClientError):
     """One item of a request could not be scored.
 
     Args:
-        index: Position of the pair or prompt in what was asked; 0 for the verbs that ask for one.
+        index: Position of the pair or prompt in the call; 0 for the verbs that take one.
         code: The server's stable error code.
         message: The server's message.
         id: The item's id, if it had one.
@@ -140,6 +140,6 @@ _BY_STATUS: dict[int, type[ResponseError]] = {
 def response_error(
     status: int, code: str, message: str, request_id: str | None, retry_after: float | None, param: str | None
 ) -> ResponseError:
-    """Returns the error of the class that fits the status."""
+    """Returns an error of the class that matches the status."""
     kind = _BY_STATUS.get(status, ServerError if status >= 500 else ResponseError)
     return kind(status, code, message, request_id, retry_after, param)

@@ -1,16 +1,13 @@
-"""What the two clients check and share."""
+"""Options of both clients: checks, headers and connection limits."""
 
 from __future__ import annotations
 
-import time
-
 import httpx
 
-from marginrm.client.calls import Send
 from marginrm.errors import ConfigError
 
-# With more connections than it keeps (20), httpcore 1.0 closes one that is idle as soon as it sees it, and by its source one that
-# another thread or task has just been given is idle still: its request fails with "Bad file descriptor" (seen once, of 216).
+# Every connection is kept. httpcore 1.0 closes idle connections above its keep-alive limit (20) and counts one that was just
+# handed to another thread as idle, so that request fails with "Bad file descriptor" (seen in 1 of 216).
 UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
@@ -21,32 +18,26 @@ def at_least_one(name: str, value: int) -> int:
     return value
 
 
-def check_deadline(step: Send) -> None:
-    """The timeout is for each read; a body that trickles in must not outlast the deadline all the same."""
-    if time.monotonic() > step.until:
-        raise httpx.ReadTimeout("the answer was still coming in when the deadline passed")
-
-
 def checked_url(base_url: str) -> httpx.URL:
     """Returns the server's URL.
 
     Raises:
-        ConfigError: It is none that can be asked.
+        ConfigError: It is not a valid http or https URL.
     """
     try:
         url = httpx.URL(base_url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise ConfigError(f"base_url = {base_url!r} is no URL: {error}.") from error
+        raise ConfigError(f"base_url = {base_url!r} is not a valid URL: {error}.") from error
     if url.scheme not in {"http", "https"} or not url.host:
         raise ConfigError(f"base_url = {base_url!r}: it must look like http://host:port.")
     return url
 
 
 def default_headers(api_key: str | None) -> dict[str, str]:
-    """Returns what every request says.
+    """Returns the headers of every request.
 
     Raises:
-        ConfigError: The key cannot stand in a header.
+        ConfigError: The key is not valid in a header.
     """
     headers = {"Content-Type": "application/json"}
     if api_key is not None:

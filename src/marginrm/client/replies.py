@@ -1,4 +1,4 @@
-"""What came back from a server, made into results and errors. Pure."""
+"""A server's replies -> results and errors. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from marginrm.errors import EncodingError, MarginRMError, NonFiniteRewardError
 from marginrm.ranking import Comparison, RankedCandidate, Ranking
 from marginrm.schemas import ErrorBody, ErrorReply, ItemError, PairOut, PromptOut
 
-# Of errors that are an item's own: a request with one item is answered with its status.
+# Errors of a single item. A request with only that item gets the error as its HTTP status.
 _ITEM_ERRORS: tuple[type[MarginRMError], ...] = (*EncodingError.__subclasses__(), NonFiniteRewardError)
 _ITEM_CODES = frozenset(kind.default_code for kind in _ITEM_ERRORS)
 _RETRIED = frozenset({429, 502, 503, 504})
@@ -35,18 +35,15 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back; the names of `headers` match in any case."""
+    """A server's reply. Names in `headers` match in any case; `content` is empty until it is received."""
 
     status: int
     headers: Mapping[str, str]
     content: bytes
 
 
-Outcome = Reply | httpx.HTTPError | None  # of a Send: a reply or why none came; of a Wait: None
-
-
 def retry_after(value: str | None) -> float | None:
-    """Returns the seconds that a `Retry-After` header asks for, given as seconds or as a date; None if it says nothing."""
+    """Returns the seconds of a `Retry-After` header, which holds seconds or a date; None without a valid one."""
     if value is None:
         return None
     try:
@@ -60,8 +57,8 @@ def retry_after(value: str | None) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def refusal(outcome: Outcome, attempts: int) -> tuple[RewardClientError, float | None]:
-    """Returns the error that an outcome means, and how long to wait at least before trying again (None: do not)."""
+def refusal(outcome: Reply | httpx.HTTPError, attempts: int) -> tuple[RewardClientError, float | None]:
+    """Returns the error of a failed request, and the least wait before a retry in seconds; None if a retry is no use."""
     if isinstance(outcome, Reply):
         asked = retry_after(outcome.headers.get("retry-after"))
         body = error_body(outcome)
@@ -76,35 +73,36 @@ def refusal(outcome: Outcome, attempts: int) -> tuple[RewardClientError, float |
 
 
 def error_body(reply: Reply) -> ErrorBody:
-    """Returns what a refusal says."""
+    """Returns the error that a refusal's body describes."""
     try:
         return ErrorReply.model_validate_json(reply.content).error
     except ValidationError:  # a proxy's page
-        return ErrorBody(code="unknown", message="The answer holds no error that a marginrm server writes.")
+        return ErrorBody(code="unknown", message="The reply is not in the form of a marginrm error.")
 
 
 def parsed(reply: Reply, shape: type[_Model]) -> _Model:
-    """Returns a reply in its shape.
+    """Returns a reply's content, validated.
 
     Raises:
-        UnexpectedReplyError: It has another.
+        UnexpectedReplyError: The content has another shape.
     """
     try:
         return shape.model_validate_json(reply.content)
     except ValidationError as error:
         raise UnexpectedReplyError(
-            f"The answer is no {shape.__name__} ({error.error_count()} faults). Is this the URL of a marginrm server?"
+            f"The reply is not a valid {shape.__name__} ({error.error_count()} faults). Is this the URL of a marginrm "
+            "server?"
         ) from error
 
 
 def check_order(outcomes: Sequence[Any], asked: int) -> None:
     """Raises UnexpectedReplyError unless there is an outcome for each item asked, in order."""
     if [outcome.index for outcome in outcomes] != list(range(asked)):
-        raise UnexpectedReplyError(f"Asked for {asked} outcomes in order, got {len(outcomes)} in another.")
+        raise UnexpectedReplyError(f"Expected {asked} outcomes in order; got {len(outcomes)}, or another order.")
 
 
 def comparison(outcome: PairOut | ItemError, index: int) -> Comparison | ItemScoreError:
-    """Returns what came of pair `index` of those asked."""
+    """Returns the outcome of the pair at position `index` of the call."""
     if isinstance(outcome, ItemError):
         return item_error(outcome, index)
     return Comparison(
@@ -117,10 +115,10 @@ def comparison(outcome: PairOut | ItemError, index: int) -> Comparison | ItemSco
 
 
 def ranking(outcome: PromptOut | ItemError, index: int, first: int = 0) -> Ranking | ItemScoreError:
-    """Returns what came of group `index` of those asked; `first` is the candidate that the outcome begins with."""
+    """Returns the outcome of the group at position `index` of the call; its candidates begin at `first`."""
     if isinstance(outcome, ItemError):
         return item_error(outcome, index)
-    if outcome.errors:  # a ranking of some candidates is not the one that was asked for
+    if outcome.errors:  # the call asked for a ranking of all candidates
         fault = outcome.errors[0]
         param = fault.error.param or f"candidates[{first + fault.candidate}]"
         return ItemScoreError(index, fault.error.code, fault.error.message, outcome.id, param)
@@ -139,16 +137,16 @@ def rewards_of(ranked: Ranking, asked: int) -> list[float]:
     """Returns the rewards of a whole ranking in the candidates' order.
 
     Raises:
-        UnexpectedReplyError: It does not hold each candidate once.
+        UnexpectedReplyError: The ranking does not hold each candidate once.
     """
     rewards = {entry.candidate: entry.reward for entry in ranked.ranking}
     if sorted(rewards) != list(range(asked)):
-        raise UnexpectedReplyError(f"Asked for {asked} rewards, got {len(rewards)}.")
+        raise UnexpectedReplyError(f"Expected {asked} rewards, got {len(rewards)}.")
     return [rewards[index] for index in range(asked)]
 
 
 def item_error(outcome: ItemError, index: int) -> ItemScoreError:
-    """Returns an item's error under its place among all that were asked."""
+    """Returns an item's error with its position in the call."""
     error = outcome.error
     return ItemScoreError(index, error.code, error.message, outcome.id, error.param)
 
@@ -156,9 +154,9 @@ def item_error(outcome: ItemError, index: int) -> ItemScoreError:
 def lone_item_error(
     error: RewardClientError, asked: Sequence[Mapping[str, Any]], index: int, first: int = 0
 ) -> ItemScoreError:
-    """Returns what a refusal says of the only item of a request, for which the server gives a status; else raises it.
+    """Turns an HTTP error into an item error if the request had exactly one item and the error's code is about items.
 
-    `first` is the candidate that the item begins with, which a refusal of a lone candidate is about.
+    Any other error is raised again. The item's candidates begin at `first`, which a refusal of a lone candidate is about.
     """
     if len(asked) != 1 or not isinstance(error, ResponseError) or error.code not in _ITEM_CODES:
         raise error
@@ -167,7 +165,7 @@ def lone_item_error(
 
 
 def or_raise(outcome: Result | ItemScoreError) -> Result:
-    """Returns a result, or raises the error in its place."""
+    """Returns a result; an error in its place is raised."""
     if isinstance(outcome, ItemScoreError):
         raise outcome
     return outcome

@@ -1,89 +1,84 @@
-"""A Best-of-N job whose rankings come one by one, also without any I/O.
-
-The call of `client_calls` has two more steps: `Receive` the next part of a streamed answer, and `Found`, a result for the
-caller. If a stream breaks off, what has not come is asked for again.
-"""
+"""A Best-of-N call whose rankings arrive one by one, also without I/O. After a broken stream the missing ones are sent again."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
 
-from marginrm.client.calls import Calls, Group, Send, Wait, cut, encoded
+from marginrm.client.calls import Calls, GroupInput, encoded, split_into_requests
 from marginrm.client.errors import ItemScoreError, UnexpectedReplyError
-from marginrm.client.replies import Outcome, Reply, ranking
+from marginrm.client.protocol import Call, Found, Outcome, Receive, Send, Wait
+from marginrm.client.replies import Reply, ranking
 from marginrm.ranking import Ranking
 from marginrm.schemas import ItemError, PromptOut, StreamEnd, StreamError
 
 NDJSON = "application/x-ndjson"
 
-
-@dataclass(frozen=True, slots=True)
-class Receive:
-    """Receive the next part of the answer to the request sent last; nothing when it has ended."""
+GroupOutcome = tuple[int, Ranking | ItemScoreError]  # the group's position in the call, and its outcome
+Failure = Reply | httpx.HTTPError | None
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A result: the place of a group among those asked, and its outcome."""
-
-    index: int
-    outcome: Ranking | ItemScoreError
-
-
-StreamCall = Generator[Send | Wait | Receive | Found, Outcome | bytes, None]
-
-
-def best_of_n_stream(calls: Calls, groups: Sequence[Group], top_k: int | None, tie_below: float) -> StreamCall:
-    """Ranks many groups; yields each as soon as the server has it, in requests of about `batch_size` responses."""
+def best_of_n_stream(
+    calls: Calls, groups: Sequence[GroupInput], top_k: int | None, tie_below: float
+) -> Call[GroupOutcome]:
+    """Ranks many groups in requests of about `batch_size` responses; finds each as soon as the server has it."""
     asked = calls.groups(groups)
     until = calls.until()
-    sizes = [min(len(group["candidates"]), calls.batch_size) for group in asked]  # a larger one goes alone, whole
-    for part in cut(sizes, calls.batch_size):
-        waiting: dict[int, Mapping[str, Any]] = {one.group: asked[one.group] for one in part}
+    sizes = [min(len(group["candidates"]), calls.batch_size) for group in asked]  # a larger one is sent alone, whole
+    for part in split_into_requests(sizes, calls.batch_size):
+        missing: dict[int, Mapping[str, Any]] = {one.group: asked[one.group] for one in part}
         attempt = 0
-        while waiting:
-            before = len(waiting)
-            body = {**calls.common(tie_below), "top_k": top_k, "prompts": list(waiting.values())}
-            outcome = yield calls.send("POST", "/best-of-n", encoded(body), until, NDJSON)
-            assert not isinstance(outcome, bytes)
-            if isinstance(outcome, Reply) and outcome.status == 200:
-                outcome = yield from _lines(waiting)
-            attempt = attempt if len(waiting) == before else 0  # it goes on, so it is worth asking again
-            if waiting or outcome is not None:
-                yield from calls.pause(outcome, attempt, until)
+        while missing:
+            before = len(missing)
+            body = {**calls.common(tie_below), "top_k": top_k, "prompts": list(missing.values())}
+            head = yield calls.send("POST", "/best-of-n", encoded(body), until, NDJSON)
+            failure = yield from _outcomes(calls, head, missing, until)
+            attempt = attempt if len(missing) == before else 0  # progress resets the count of retries
+            if failure is not None:
+                yield from calls.pause(failure, attempt, until)
                 attempt += 1
 
 
-def _lines(waiting: dict[int, Mapping[str, Any]]) -> Generator[Receive | Found, Outcome | bytes, Outcome]:
-    """Reads an answer line by line, and takes out of `waiting` what has come.
+def _outcomes(
+    calls: Calls, head: Outcome, missing: dict[int, Mapping[str, Any]], until: float
+) -> Generator[Send | Receive | Wait | Found[GroupOutcome], Outcome, Failure]:
+    """Receives the reply to a request and removes the groups that it ranks from `missing`.
 
     Returns:
-        None if it came to its end; otherwise what it broke off with.
+        None if the reply was complete, else the refusal or the error that ended it.
     """
-    numbers = list(waiting)
+    if isinstance(head, httpx.HTTPError):
+        return head
+    assert isinstance(head, Reply)
+    if head.status != 200:
+        return (yield from calls.body(head, until))
+    return (yield from _lines(missing))
+
+
+def _lines(
+    missing: dict[int, Mapping[str, Any]],
+) -> Generator[Receive | Found[GroupOutcome], Outcome, Failure]:
+    positions = list(missing)
     rest = b""
-    while True:
-        part = yield Receive()
+    while part := (yield Receive()):
         if not isinstance(part, bytes):
+            assert isinstance(part, httpx.HTTPError)
             return part
-        if not part:
-            return httpx.RemoteProtocolError("the stream ended before its last line")
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             message = _message(line)
             if isinstance(message, StreamEnd):
-                return None
+                return None if not missing else httpx.RemoteProtocolError("the stream ended before its last ranking")
             if isinstance(message, StreamError):
                 return Reply(message.status, {}, b'{"error":' + message.error.model_dump_json().encode() + b"}")
-            number = numbers[message.index] if message.index < len(numbers) else -1
-            if waiting.pop(number, None) is None:
-                raise UnexpectedReplyError(f"A line has index {message.index}, which was not asked for, or has come.")
-            yield Found(number, ranking(message, number))
+            position = positions[message.index] if message.index < len(positions) else -1
+            if missing.pop(position, None) is None:
+                raise UnexpectedReplyError(f"A line has index {message.index}, which is unknown or was there before.")
+            yield Found((position, ranking(message, position)))
+    return httpx.RemoteProtocolError("the stream ended before its last line")
 
 
 def _message(line: bytes) -> PromptOut | ItemError | StreamEnd | StreamError:
@@ -92,4 +87,4 @@ def _message(line: bytes) -> PromptOut | ItemError | StreamEnd | StreamError:
             return shape.model_validate_json(line)
         except ValidationError:
             continue
-    raise UnexpectedReplyError("A line is none that a marginrm server streams. Is this the URL of one?")
+    raise UnexpectedReplyError("A line is not part of a marginrm stream. Is this the URL of a marginrm server?")
