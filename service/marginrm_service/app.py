@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
-from marginrm_service.api import adapters, admin, errors, health, native, pages, streaming
+from marginrm_service.api import adapters, admin, errors, health, model_detail, native, pages, streaming
 from marginrm_service.api.middleware import tracing
 from marginrm_service.api.middleware.auth import KeyCheck
 from marginrm_service.api.middleware.context import BodyLimit, RequestContext
@@ -86,6 +86,7 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
     app.add_middleware(RequestContext, metrics=service.metrics)  # the outermost
     errors.install(app)
     app.include_router(native.router)
+    app.include_router(model_detail.router)
     app.include_router(adapters.router)
     app.include_router(health.router)
     app.include_router(admin.router)

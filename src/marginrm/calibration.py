@@ -131,6 +131,7 @@ def calibrate(
         nll_before=nll(d, 1.0, p),
         nll_after=nll(d, t, p),
         reliability=reliability_bins(d, t, bins),
+        reliability_before=reliability_bins(d, 1.0, bins),
         risk_coverage=risk_coverage(d, t),
         margin_quantiles={f"{q:g}": float(v) for q, v in zip(_QUANTILES, np.quantile(d, _QUANTILES), strict=True)},
         note=_note(d, t, interval) if temperature is None else None,

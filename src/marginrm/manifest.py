@@ -98,6 +98,19 @@ class RiskCoveragePoint(_Strict):
     confidence: float = Field(description="The smallest confidence among the pairs that are kept.")
 
 
+class BestOfNMeasure(_Strict):
+    """Mean quality of the pick among n candidates, by an independent judge of quality."""
+
+    n: int = Field(ge=1, description="Number of candidates.")
+    kl: float = Field(description="log n - (n - 1) / n: the most KL from the base policy, in nats.")
+    model: float = Field(description="Quality of the model's pick.")
+    model_low: float = Field(description="Lower end of its 95% interval over prompts.")
+    model_high: float = Field(description="Upper end of its 95% interval.")
+    longest: float = Field(description="Quality of the longest candidate.")
+    oracle: float = Field(description="Quality of the best candidate.")
+    random: float = Field(description="Mean quality of all candidates.")
+
+
 class Calibration(_Strict):
     """Temperature, and how far the confidences can be trusted. `before` is T = 1, `after` is this temperature.
 
@@ -116,6 +129,7 @@ class Calibration(_Strict):
     nll_before: float
     nll_after: float
     reliability: list[ReliabilityBin] = Field(default_factory=list)
+    reliability_before: list[ReliabilityBin] = Field(default_factory=list, description="The same at T = 1.")
     risk_coverage: list[RiskCoveragePoint] = Field(default_factory=list)
     margin_quantiles: dict[str, float] = Field(
         default_factory=dict, description="Quantile, such as `0.05`, to margin: the reference for drift."
@@ -147,6 +161,7 @@ class Manifest(_Strict):
     reward_std: float | None = None
     calibration: Calibration | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    best_of_n: list[BestOfNMeasure] = Field(default_factory=list, description="The Best-of-N curve, if measured.")
     versions: dict[str, str] = Field(default_factory=dict, description="Library to version.")
     golden: list[GoldenSample] = Field(default_factory=list)
     golden_tolerance: dict[str, float] = Field(

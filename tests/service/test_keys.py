@@ -71,19 +71,20 @@ def test_the_rate_limit_by_hand() -> None:
     assert [limit.take("a") for _ in range(7)] == [0] * 6 + [10]  # a minute's worth is saved up, and no more
 
 
-def test_every_route_but_health_wants_a_key(tmp_path: Path) -> None:
+def test_every_route_but_health_and_the_pages_own_files_wants_a_key(tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys", "ann")
     with (
         serving(FakeRewardModel(), key_file=tmp_path / "keys") as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
-        paths = set(http.get("/openapi.json", headers=bearer(key)).json()["paths"]) | {"/", "/docs", "/nowhere"}
+        paths = set(http.get("/openapi.json", headers=bearer(key)).json()["paths"]) | {"/nowhere"}
         for path in paths - {"/healthz", "/readyz"}:
             for headers in ({}, bearer("wrong"), {"Authorization": f"Basic {key}"}):
                 reply = http.get(path, headers=headers)
                 assert reply.status_code == (404 if path.startswith("/admin/") else 401), path
                 assert reply.json()["error"]["request_id"] == reply.headers["x-request-id"]
-        assert http.get("/healthz").status_code == http.get("/readyz").status_code == 200
+        for path in ("/healthz", "/readyz", "/", "/docs", "/models/default", "/page/style.css"):
+            assert http.get(path).status_code == 200, path
         assert http.post("/score", json=ASK, headers=bearer(key)).status_code == 200
         with RewardClient(server.url, api_key=key) as client:
             assert client.score("Hi?", ["Yes."])

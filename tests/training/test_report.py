@@ -53,7 +53,7 @@ def test_it_holds_everything_itself_and_runs_nothing(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in html
     for heading in ("Training", "Margins", "Calibration", "Best-of-N", "The worst mistakes"):
         assert f"<h2>{heading}</h2>" in html
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 8
     full.write(tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
 
@@ -72,7 +72,7 @@ def test_the_surest_mistakes_come_first_and_what_is_cut_is_counted(tmp_path: Pat
 
 def test_every_figure_is_a_drawing() -> None:
     drawings = [
-        plots.learning_curves(HISTORY),
+        *plots.learning_curves(HISTORY),
         plots.margin_distribution({"one": np.array([0.5])}),
         plots.margin_distribution({"one": np.zeros(3), "two": np.zeros(3)}),
         plots.margin_distribution({name: np.zeros(3) for name in ("one", "two", "three")}),

@@ -1,4 +1,4 @@
-"""Pages for people: the playground at `/` and the API's description at `/docs`. They work offline, with no inline code."""
+"""Pages for people: the playground, the models' pages and the API's description. They work offline, without inline code."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
-_FOLDER = Path(__file__).parent / "static"
+import marginrm.figures
+
+_FOLDERS = (Path(__file__).parent / "static", Path(marginrm.figures.__file__).parent)  # the second shared with reports
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_FILES = {file.name: file for file in sorted(_FOLDER.iterdir()) if file.suffix in _TYPES}
+_FILES = {file.name: file for folder in _FOLDERS for file in sorted(folder.iterdir()) if file.suffix in _TYPES}
 
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
 async def playground() -> Response:
-    """Serves the page that compares two responses and ranks several."""
+    """Serves the page that ranks responses and compares models."""
     return _page("playground.html")
+
+
+@router.get("/models/{name}")
+async def model(name: str) -> Response:
+    """Serves the page that shows `/v1/models/{name}`, which also says whether there is such a model."""
+    return _page("model.html")
 
 
 @router.get("/docs")

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -68,7 +69,7 @@ class ModelRegistry:
             _log.info("Loading model %r from %s", spec.name, spec.path)
             try:
                 model, golden = await _in_daemon_thread(partial(load_model, spec, self._settings))
-                await self.add(model)
+                await self.add(model, golden=golden, folder=_folder(spec))
             except Exception as error:  # noqa: BLE001 - whatever the checkpoint's fault is, the server says so and ends
                 self.failure = _as_model_error(error)
                 self.failure.add_note(f"model {spec.name!r}, from {spec.path}")
@@ -91,7 +92,7 @@ class ModelRegistry:
             _log.info("Loading model %r from %s", spec.name, spec.path)
             try:
                 model, golden = await _in_daemon_thread(partial(load_model, spec, self._settings))
-                await self.add(model)
+                await self.add(model, golden=golden, folder=_folder(spec))
             except Exception as error:
                 raise _as_model_error(error) from error
             self._announce(model, golden, perf_counter() - started)
@@ -127,10 +128,15 @@ class ModelRegistry:
         self._retiring.discard(task)
         threading.Thread(target=give_memory_back, name="give-memory-back", daemon=True).start()
 
-    async def add(self, model: RewardModel) -> None:
+    async def add(self, model: RewardModel, *, golden: float | None = None, folder: Path | None = None) -> None:
         """Serves a model that is in memory, under the name in its `info`, once it has scored for the first time.
 
         A model of that name that was served before finishes what it has accepted.
+
+        Args:
+            model: The model.
+            golden: Largest difference to a golden reward, if it has golden samples.
+            folder: The checkpoint, if it is a local folder.
 
         Raises:
             MarginRMError: It cannot score.
@@ -142,6 +148,8 @@ class ModelRegistry:
             max_queue_requests=self._settings.max_queue_requests,
             reward_cache_bytes=int(self._settings.reward_cache_mib * 2**20),
             stall_seconds=self._settings.stall_seconds,
+            golden=golden,
+            folder=folder,
         )
         served.start()
         try:
@@ -305,6 +313,11 @@ async def warm_up(served: ServedModel) -> None:
         failures = [outcome for outcomes in job.outcomes for outcome in outcomes if isinstance(outcome, MarginRMError)]
         if failures:
             raise ModelError(f"The first forward pass failed: {failures[0]}") from failures[0]
+
+
+def _folder(spec: ModelSpec) -> Path | None:
+    path = Path(spec.path)
+    return path if path.is_dir() else None
 
 
 def _info_labels(card: ModelCard) -> tuple[str, ...]:

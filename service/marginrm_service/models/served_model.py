@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marginrm.encoding import Encoder
@@ -37,6 +38,8 @@ class ServedModel:
         max_queue_requests: The most requests that may wait.
         reward_cache_bytes: Memory for rewards that were given; 0 computes each anew, equal ones in flight too.
         stall_seconds: The longest that a step should take.
+        golden: Largest difference to a golden reward at load; None without golden samples.
+        folder: The checkpoint, if it is a local folder.
     """
 
     def __init__(
@@ -48,8 +51,13 @@ class ServedModel:
         max_queue_requests: int,
         reward_cache_bytes: int,
         stall_seconds: float,
+        golden: float | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.info: ModelInfo = model.info
+        self.manifest = model.manifest
+        self.golden = golden
+        self.folder = folder
         self.encoder: Encoder = model.encoder
         self.shares_prefixes: bool = model.shares_prefixes
         self.token_budget: int = model.token_budget

@@ -11,6 +11,8 @@ from itertools import pairwise
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from marginrm.model_schema import DriftState
+
 _WINDOW = 10_000  # margins that are looked at: the last ones
 _FEWEST = 200  # below, chance alone would look like drift
 
@@ -84,14 +86,29 @@ class Drift(Collector):
     def collect(self) -> Iterator[Metric]:
         """Gives each model's index."""
         family = GaugeMetricFamily(self._name, self._documentation, labels=["model"])
-        for model, reference in self._references.items():
-            seen = self._seen[model]
-            if len(seen) >= _FEWEST:
-                counts = [0] * len(reference.shares)
-                for place in seen:
-                    counts[place] += 1
-                family.add_metric([model], psi(counts, reference.shares))
+        for model in self._references:
+            state = self.state(model)
+            if state and state.psi is not None:
+                family.add_metric([model], state.psi)
         yield family
+
+    def state(self, model: str) -> DriftState | None:
+        """Returns a model's last margins beside those expected; None for a model without quantiles."""
+        reference = self._references.get(model)
+        if reference is None:
+            return None
+        counts = [0] * len(reference.shares)
+        for place in self._seen[model]:
+            counts[place] += 1
+        total = sum(counts)
+        return DriftState(
+            margins=total,
+            needed=_FEWEST,
+            psi=psi(counts, reference.shares) if total >= _FEWEST else None,
+            edges=reference.edges,
+            expected=reference.shares,
+            seen=[count / max(total, 1) for count in counts],
+        )
 
 
 def _probability(item: tuple[str, float]) -> float:

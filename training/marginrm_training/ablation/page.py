@@ -39,13 +39,18 @@ def write_ablation_page(path: Path, title: str, results: Results, drawing: str) 
     write_page(path, title, note, {}, sections, [])
 
 
-def differences(results: Results) -> str:
-    """Draws how much better than the baseline each variant is, on every evaluation, as SVG text."""
+def differences(results: Results, *, standalone: bool = False) -> str:
+    """Draws how much better than the baseline each variant is, on every evaluation, as SVG text.
+
+    Args:
+        results: What was measured.
+        standalone: Whether the drawing becomes a file of its own.
+    """
     panels = {
         name: {results.label(cell): estimate for cell, estimate in found.items()}
         for name, found in results.differences.items()
     }
-    return plots.estimates(panels, zero=tuple(panels))
+    return plots.estimates(panels, zero=tuple(panels), standalone=standalone)
 
 
 def _training(results: Results) -> Section:

@@ -97,7 +97,9 @@ def write_reports(ablation: Ablation, runs: Sequence[Run]) -> None:
         results = Results.load(ablation, found)
         (output / "table.md").write_text(table(results), encoding="utf-8")
         drawing = differences(results)
-        (ablation.results_folder / "differences.svg").write_text(drawing, encoding="utf-8")
+        (ablation.results_folder / "differences.svg").write_text(
+            differences(results, standalone=True), encoding="utf-8"
+        )
         write_ablation_page(output / "report.html", output.name, results, drawing)
 
 

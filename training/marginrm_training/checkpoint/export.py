@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from marginrm.calibration import Floats, calibrate
 from marginrm.encoding import Encoder
 from marginrm.forward.module import RewardModule
-from marginrm.manifest import Calibration, DataFile, GoldenSample, Manifest, MethodInfo
+from marginrm.manifest import BestOfNMeasure, Calibration, DataFile, GoldenSample, Manifest, MethodInfo
 from marginrm.preferences import CandidateGroup
 from marginrm.reward_model import RewardModel
 from marginrm_training.data.splits import EncodedPair, Splits
@@ -91,12 +91,15 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     calibration = calibrate(fitted.d.tolist())
     rewards = score_pairs(served, splits.test.pairs, progress=True)
     metrics = evaluate(rewards, splits.test.pairs, calibration.temperature)
-    manifest = _manifest(served, record, calibration, rewards, metrics, splits.test.pairs)
+    curve = _curve(served, record.groups) if record.groups else ()
+    manifest = _manifest(served, record, calibration, rewards, metrics, splits.test.pairs).model_copy(
+        update={"best_of_n": [BestOfNMeasure(**asdict(point)) for point in curve]}
+    )
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
     manifest.save(directory)
-    curve = "".join(json.dumps(entry) + "\n" for entry in record.history)
-    (directory / "learning_curve.jsonl").write_text(curve, encoding="utf-8")
+    log = "".join(json.dumps(entry) + "\n" for entry in record.history)
+    (directory / "learning_curve.jsonl").write_text(log, encoding="utf-8")
     Report(
         title=record.name,
         subtitle=f"Trained from {record.base_model}. {splits.test.summary()}",
@@ -106,7 +109,7 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
         metrics=metrics,
         history=record.history,
         before=record.before,
-        best_of_n=_curve(served, record.groups) if record.groups else (),
+        best_of_n=curve,
     ).write(directory / "report.html")
     RewardModel.from_pretrained(directory, dtype="float32").verify_golden()
     return manifest

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from marginrm.figures import STYLESHEETS, stylesheet
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.report.text import lines
 
@@ -54,7 +57,10 @@ def write_page(
     environment = Environment(
         loader=PackageLoader("marginrm_training.report", "."), autoescape=True, undefined=StrictUndefined
     )
+    style = "".join(map(stylesheet, STYLESHEETS))
     html = environment.get_template("report.html.j2").render(
+        style=style,
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         title=title,
         subtitle=subtitle,
         metrics=lines(metrics),

@@ -61,7 +61,7 @@ class Report:
                 "Averages between two logs. bt_nll is the Bradley-Terry loss with no margin, the one to compare runs by; "
                 "eval_bt_nll and eval_accuracy are of the calibration pairs, whose prompts training never saw."
             )
-            sections.append(Section("Training", note, [plots.learning_curves(self.history)]))
+            sections.append(Section("Training", note, plots.learning_curves(self.history)))
         histogram = (
             plots.margin_distribution({"this checkpoint": d})
             if self.before is None

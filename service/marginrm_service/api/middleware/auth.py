@@ -10,12 +10,13 @@ from marginrm_service.keys import KeyFile, RateLimit
 from marginrm_service.telemetry.metrics import Metrics
 
 ADMIN = "/admin/"
-_OPEN = frozenset({"/healthz", "/readyz"})  # probes carry no key
+_OPEN = frozenset({"/healthz", "/readyz", "/", "/docs"})  # probes carry no key; a page asks its reader for one
+_OPEN_UNDER = ("/page/", "/models/")  # what the pages are made of
 _SCHEME = "bearer "
 
 
 class KeyCheck:
-    """Lets in requests with `Authorization: Bearer KEY`; health routes stay open.
+    """Lets in requests with `Authorization: Bearer KEY`; health routes and the pages' own files stay open.
 
     Args:
         app: The application.
@@ -36,7 +37,7 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        if scope["type"] != "http" or scope["path"] in _OPEN:
+        if scope["type"] != "http" or scope["path"] in _OPEN or scope["path"].startswith(_OPEN_UNDER):
             await self._app(scope, receive, send)
             return
         for_admin = scope["path"].startswith(ADMIN)
