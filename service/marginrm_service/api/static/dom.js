@@ -1,0 +1,61 @@
+// Small helpers of every page: elements, and numbers as people read them.
+
+/** @param {string} id @returns {HTMLElement} */
+export const byId = (id) => document.getElementById(id);
+
+/**
+ * Makes an element. Texts become text nodes, never markup.
+ * @param {string} tag
+ * @param {Object<string, unknown>} [properties] Properties; a name with a dash is set as an attribute.
+ * @param {...(Node|string|null|undefined)} children
+ */
+export function element(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.includes("-") || name === "role") node.setAttribute(name, value);
+    else node[name] = value;
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+/** @param {number} share @returns {string} A share in percent, with a decimal near the ends. */
+export const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.005 ? 1 : 0)}%`;
+
+/** @param {number} value @param {number} [digits] @returns {string} With a sign and a real minus. */
+export const signed = (value, digits = 3) => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(digits)}`;
+
+/** @param {number} value @param {number} [digits] @returns {string} With a real minus. */
+export const decimal = (value, digits = 3) => value.toFixed(digits).replace("-", "\u2212");
+
+/** @param {number} value @returns {string} Short: whole numbers whole, others with four significant digits. */
+export const short = (value) =>
+  Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4))).replace("-", "\u2212");
+
+/** @param {number} count @param {string} noun @returns {string} */
+export const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+
+/** @param {number} margin @param {number} temperature @returns {number} P(first is better), without overflow. */
+export function confidenceOf(margin, temperature) {
+  return 1 / (1 + Math.exp(-margin / temperature));
+}
+
+/** @param {number} place From 0. @returns {string} A, B, ... Z, AA, AB, ... */
+export function letters(place) {
+  let text = "";
+  for (let rest = place + 1; rest > 0; rest = Math.floor((rest - 1) / 26)) {
+    text = String.fromCharCode(65 + ((rest - 1) % 26)) + text;
+  }
+  return text;
+}
+
+/**
+ * A table of two columns.
+ * @param {Array<[string, Node|string]>} rows
+ */
+export function facts(rows) {
+  const lines = rows.map(([name, value]) =>
+    element("tr", {}, element("th", { scope: "row", textContent: name }), element("td", {}, value)),
+  );
+  return element("table", {}, element("tbody", {}, ...lines));
+}
