@@ -65,9 +65,31 @@ class MarginRMError(Exception):
 
 
 class DataError(MarginRMError):
-    """A row of a data file cannot be used. The message starts with `path:line:`."""
+    """A data file, or a row of one, cannot be used. The message starts with `path:` or `path:line:`.
+
+    Args:
+        message: What is wrong, led by the place.
+        reason: The kind of fault in a few words, by which unusable rows are counted. It holds nothing of the row.
+        source: `path:line` of the row; None if the fault is not one of a single row.
+    """
 
     default_code = "invalid_data"
+
+    def __init__(self, message: str, *, reason: str = "unusable", source: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.source = source
+
+    @classmethod
+    def of_row(cls, source: str, reason: str, detail: str) -> Self:
+        """Returns the error of one row.
+
+        Args:
+            source: `path:line`.
+            reason: The kind of fault in a few words.
+            detail: What is wrong and what is expected.
+        """
+        return cls(f"{source}: {detail}", reason=reason, source=source)
 
 
 class ConfigError(MarginRMError):

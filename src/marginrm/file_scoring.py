@@ -1,8 +1,8 @@
-"""Scores a file of pairs, single responses or groups, row by row, and can be stopped and continued at any row.
+"""Scores a file of pairs, single responses or groups row by row; a stopped run can be continued at any row.
 
-Each input row gives one output row, in order: what `/score` or `/best-of-n` would say of it, or its error. An output row
-carries the fingerprint of its input and the model's revision, by which a continued run knows that it goes on with the
-same work.
+Each input row gives one output row, in order: the result that `/score` or `/best-of-n` would give, or its error. An
+output row carries the fingerprint of its input row and the model's revision, so that a continued run can check that it
+does the same work.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from marginrm import ranking
 from marginrm.calibration import correctness
 from marginrm.errors import ConfigError, DataError, EncodingError, MarginRMError, NonFiniteRewardError
-from marginrm.preferences import parse_group, parse_pair, read_rows
+from marginrm.json_lines import read_parsed
+from marginrm.preferences import parse_group, parse_pair, parse_single
 from marginrm.text import Prompt, Truncation
 
 if TYPE_CHECKING:
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
 
 _CHUNK_RESPONSES = 256
+_CHECKED_ROWS = 100  # if none of the first rows can be scored, the file is of another format
 _FORMS = '{"prompt", "response"}, {"prompt", "chosen", "rejected"}, {"prompt", "responses"} or {"prompt", "candidates"}'
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One input row: what to score, or why that is not possible."""
+    """One input row: the responses to score, or the error that makes it unusable."""
 
     kind: Literal["item", "pair", "group"]
     prompt: Prompt
@@ -49,7 +52,7 @@ class Job:
 
 @dataclass(slots=True)
 class Summary:
-    """What a run did. Counts are of this run alone; `skipped` rows were there already."""
+    """Counts of one run; `skipped` rows were in the output before it."""
 
     skipped: int = 0
     rows: int = 0
@@ -62,7 +65,7 @@ class Summary:
     margin_sum: float = 0.0
 
     def lines(self, seconds: float) -> list[str]:
-        """Returns the summary for people."""
+        """Returns the summary as text."""
         failed = sum(self.errors.values())
         text = [
             f"{self.rows:,} rows in {seconds:.1f} s ({self.skipped:,} were done before), {failed:,} with errors",
@@ -78,22 +81,49 @@ class Summary:
         return text
 
 
-def read_jobs(path: str | Path) -> Iterator[Job]:
-    """Reads a file's rows as jobs, bad rows included.
+class JobFile(Iterator[Job]):
+    """The rows of an input file as jobs, unusable rows included. The file is read and parsed once, as jobs are taken.
+
+    Args:
+        path: A file of one JSON object a line, compressed with gzip or not.
+
+    Attributes:
+        size: Bytes of the file.
+        position: Bytes that have been read.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or none of its first rows can be scored, so that it is of another format.
     """
-    failed: list[DataError] = []
-    for row, source in read_rows(path, failed.append):
-        yield from (_failed(error) for error in failed)
-        failed.clear()
-        yield parse_job(row, source)
-    yield from (_failed(error) for error in failed)
+
+    def __init__(self, path: Path) -> None:
+        self.position = 0
+        jobs = self._read(path)
+        first = list(islice(jobs, _CHECKED_ROWS))
+        if first and all(job.error for job in first):
+            raise DataError(
+                f"{path}: none of its first {len(first)} lines can be scored. The first: {first[0].error} "
+                f"The file must be JSON Lines: one object a line, {_FORMS}."
+            )
+        self.size = path.stat().st_size
+        self._jobs = chain(first, jobs)
+
+    def __next__(self) -> Job:
+        """Returns the next row's job."""
+        return next(self._jobs)
+
+    def _read(self, path: Path) -> Iterator[Job]:
+        failed: list[DataError] = []
+        for job in read_parsed(path, parse_job, failed.append, self._moved):
+            yield from _unreadable(failed)
+            yield job
+        yield from _unreadable(failed)
+
+    def _moved(self, position: int) -> None:
+        self.position = position
 
 
 def parse_job(row: dict[str, Any], source: str) -> Job:
-    """Returns one row's job; a row of no known form gives a job that holds its error."""
+    """Returns one row's job. A row in an unknown form gives a job that holds its error."""
     mark = fingerprint(row)
     row_id = row.get("id")
     try:
@@ -103,9 +133,10 @@ def parse_job(row: dict[str, Any], source: str) -> Job:
         if "responses" in row or "candidates" in row:
             group = parse_group(row, source)
             return Job("group", group.prompt, tuple(group.candidates), mark, row_id)
-        if "response" in row and "prompt" in row:
-            return Job("item", row["prompt"], (row["response"],), mark, row_id)
-        raise DataError(f"{source}: has the fields {sorted(row)[:12]}; expected {_FORMS}.")
+        if "response" in row:
+            prompt, response = parse_single(row, source)
+            return Job("item", prompt, (response,), mark, row_id)
+        raise DataError.of_row(source, "with other fields", f"has the fields {sorted(row)[:12]}; expected {_FORMS}.")
     except DataError as error:
         return Job("item", "", (), mark, row_id, error)
 
@@ -115,32 +146,39 @@ def fingerprint(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def resume_point(jobs: Iterable[Job], output: Path, revision: str) -> int:
-    """Returns how many rows of the output are done, after checking that they belong to this input and this model.
+def resume(jobs: Iterator[Job], output: Path) -> tuple[int, str | None]:
+    """Takes the jobs that an earlier run has done, after checking that its output belongs to this input.
 
     A last line that was cut off while it was written is removed.
 
+    Returns:
+        The number of rows that are done, and the revision of the model that scored them (None without rows).
+
     Raises:
-        ConfigError: The output is of another input or of another model.
+        ConfigError: The output belongs to another input, or to two models.
     """
+    done, revision = 0, None
     if not output.exists():
-        return 0
-    done = 0
-    remaining = iter(jobs)
+        return done, revision
     with output.open("r+b") as file:
         while line := file.readline():
             if not line.endswith(b"\n"):
                 file.seek(-len(line), 1)
                 file.truncate()
                 break
-            job = next(remaining, None)
-            wrong = _mismatch(line, job, revision)
-            if wrong:
-                raise ConfigError(
-                    f"{output}:{done + 1}: {wrong}, so it cannot be continued. Give another -o, or --restart to replace it."
-                )
+            revision = _checked_revision(line, next(jobs, None), revision, f"{output}:{done + 1}")
             done += 1
-    return done
+    return done, revision
+
+
+def check_revision(output: Path, found: str | None, revision: str) -> None:
+    """Checks that an output was scored by the model that is to continue it.
+
+    Raises:
+        ConfigError: The output was scored by another model.
+    """
+    if found not in (None, revision):
+        raise _another(f"{output}: was scored by {found}, and this model is {revision}")
 
 
 def score_jobs(
@@ -229,18 +267,26 @@ def _count(summary: Summary, row: dict[str, Any], group: list[EncodedResponse]) 
         summary.margin_sum += row["margin"]
 
 
-def _mismatch(line: bytes, job: Job | None, revision: str) -> str | None:
+def _checked_revision(line: bytes, job: Job | None, revision: str | None, source: str) -> str:
     try:
         row = json.loads(line)
-        found = (row["input"], row["revision"])
+        mark, found = str(row["input"]), str(row["revision"])
     except (ValueError, KeyError, TypeError):
-        return "is no row that `marginrm score` wrote"
+        raise _another(f"{source}: is not a row that `marginrm score` wrote") from None
     if job is None:
-        return "the output has more rows than the input"
-    if found[0] != job.fingerprint:
-        return "belongs to another input row"
-    return None if found[1] == revision else f"was scored by {found[1]}, and this model is {revision}"
+        raise _another(f"{source}: the output has more rows than the input")
+    if mark != job.fingerprint:
+        raise _another(f"{source}: belongs to another input row")
+    if revision not in (None, found):
+        raise _another(f"{source}: was scored by {found}, and the rows before it by {revision}")
+    return found
 
 
-def _failed(error: DataError) -> Job:
-    return Job("item", "", (), "unreadable", None, error)
+def _another(fault: str) -> ConfigError:
+    return ConfigError(f"{fault}, so the output cannot be continued. Give another -o, or --restart to replace it.")
+
+
+def _unreadable(failed: list[DataError]) -> Iterator[Job]:
+    for error in failed:
+        yield Job("item", "", (), "unreadable", None, error)
+    failed.clear()

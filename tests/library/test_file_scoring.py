@@ -1,9 +1,11 @@
-"""`marginrm score`: one output row per input row, errors in their place, and a stopped run that goes on."""
+"""`marginrm score`: one output row per input row, errors in their place, and runs that are stopped and continued."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from marginrm import RewardModel
 from marginrm.cli.main import build_app
-from marginrm.errors import ConfigError
+from marginrm.errors import ConfigError, DataError
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
 
 ROWS: list[Any] = [
@@ -82,3 +84,34 @@ def test_output_of_other_work_is_not_continued(checkpoint: Path, tmp_path: Path)
     assert len(score(checkpoint, source, output, "--restart")) == len(ROWS)
     with pytest.raises(ConfigError, match="is the input"):
         score(checkpoint, source, source)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ROWS[:3]).encode(),
+        json.dumps(ROWS[:3], indent=1).encode(),
+        b"prompt,chosen,rejected\nHi?,Yes.,No.\n",
+        b"PAR1\x15\x04\x15\xb0\n\x8a\x00\nPAR1",
+        json.dumps({"question": "Hi?", "answer": "Yes."}).encode(),
+    ],
+    ids=["a list on one line", "an indented list", "csv", "binary", "other fields"],
+)
+def test_a_file_in_another_format_is_refused_before_a_model_is_loaded(tmp_path: Path, content: bytes) -> None:
+    source, output = tmp_path / "in.json", tmp_path / "out.jsonl"
+    source.write_bytes(content)
+    with pytest.raises(DataError, match=r"in\.json: none of its first \d+ lines can be scored"):
+        score(tmp_path / "no model", source, output)
+    assert not output.exists()
+
+
+def test_the_input_is_read_once(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "pipe", tmp_path / "out.jsonl"
+    os.mkfifo(source)
+    for content in (lines(ROWS[:2]), lines(ROWS)):  # the second run continues the first
+        writer = threading.Thread(target=source.write_text, args=(content,))
+        writer.start()
+        found = score(checkpoint, source, output)
+        writer.join()
+        output.write_text("".join(json.dumps(row) + "\n" for row in found[:2]))
+    assert len(found) == len(ROWS) + 1

@@ -1,4 +1,4 @@
-"""Files of pairs and groups: every form, every fault by its path:line, and rows that come back as they were written."""
+"""Files of pairs and groups: every published form, every fault by its path:line and reason, and rows unchanged by reading."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marginrm.errors import DataError
-from marginrm.preferences import PreferencePair, parse_group, parse_pair, read_groups, read_pairs, read_rows
+from marginrm.json_lines import read_rows
+from marginrm.preferences import PreferencePair, parse_group, parse_pair, read_groups, read_pairs
 
 USER = {"role": "user", "content": "Name a colour."}
 ANSWER = {"role": "assistant", "content": "Red."}
 WORSE = {"role": "assistant", "content": "No."}
+SYSTEM = {"role": "system", "content": "Be brief."}
 DIALOGUE = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Name a colour.\n\nAssistant:"
+EARLIER = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+RESULT = {"role": "tool", "name": "f", "content": "sunny"}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 texts = st.text(st.characters(codec="utf-8"))
@@ -49,13 +54,97 @@ def parsed(row: dict[str, Any]) -> tuple[Any, str, str]:
             ("Name a colour.", "Red.", "No."),
         ),
         # HH-RLHF: no prompt, two whole dialogues.
-        ({"chosen": DIALOGUE + " Red.", "rejected": DIALOGUE + " No."}, (DIALOGUE, " Red.", " No.")),
-        ({"prompt": None, "chosen": DIALOGUE + " Red.", "rejected": DIALOGUE + " No."}, (DIALOGUE, " Red.", " No.")),
+        ({"chosen": DIALOGUE + " Red.", "rejected": DIALOGUE + " No."}, ([*EARLIER, USER], "Red.", "No.")),
+        (
+            {"prompt": None, "chosen": DIALOGUE + "Red.", "rejected": DIALOGUE + "No."},
+            ([*EARLIER, USER], "Red.", "No."),
+        ),
+        ({"prompt": DIALOGUE, "chosen": DIALOGUE + "a", "rejected": DIALOGUE + "b"}, ([*EARLIER, USER], "a", "b")),
         ({"chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, ([USER], "Red.", "No.")),
+        # The prompt is the user's text, and the dialogues begin with a system turn or go on for more turns.
+        (
+            {"prompt": "Name a colour.", "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, WORSE]},
+            ([SYSTEM, USER], "Red.", "No."),
+        ),
+        (
+            {"prompt": "Hi.", "chosen": [*EARLIER, USER, ANSWER], "rejected": [*EARLIER, USER, WORSE]},
+            ([*EARLIER, USER], "Red.", "No."),
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, WORSE]},
+            ([SYSTEM, USER], "Red.", "No."),
+        ),
+        # The prompt differs from the dialogues by white space, or is empty.
+        ({"prompt": "Name a colour.\n", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, ([USER], "Red.", "No.")),
+        ({"prompt": "", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, ([USER], "Red.", "No.")),
+        ({"prompt": [], "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, ([USER], "Red.", "No.")),
+        # Responses are one message each, or continue the prompt after turns with a tool.
+        ({"prompt": [USER], "chosen": ANSWER, "rejected": WORSE}, ([USER], "Red.", "No.")),
+        (
+            {"prompt": [USER], "chosen": [CALL, RESULT, ANSWER], "rejected": [CALL, RESULT, WORSE]},
+            ([USER, CALL, RESULT], "Red.", "No."),
+        ),
+        # Contents are lists of parts, or null beside a tool call; fields that are null are left out.
+        (
+            {
+                "prompt": [{"role": "user", "content": [{"type": "text", "text": "Name a "}, "colour."]}],
+                "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "Red."}]}],
+                "rejected": "No.",
+            },
+            ([USER], "Red.", "No."),
+        ),
+        (
+            {"prompt": [USER, CALL, RESULT], "chosen": [ANSWER], "rejected": "No."},
+            ([USER, CALL, RESULT], "Red.", "No."),
+        ),
+        (
+            {"prompt": [{**USER, "tool_calls": None, "name": None}], "chosen": ANSWER, "rejected": WORSE},
+            ([USER], "Red.", "No."),
+        ),
+        (
+            {"prompt": [{"role": "system", "content": ""}, USER], "chosen": ANSWER, "rejected": "No."},
+            ([{"role": "system", "content": ""}, USER], "Red.", "No."),
+        ),
+        # ShareGPT's messages.
+        (
+            {
+                "prompt": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Name a colour."}],
+                "chosen": {"from": "gpt", "value": "Red."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            ([SYSTEM, USER], "Red.", "No."),
+        ),
     ],
 )
 def test_every_form_of_a_pair(row: dict[str, Any], expected: tuple[Any, str, str]) -> None:
     assert parsed(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (PAIR | {"rejected": None}, "with a null response"),
+        ({"chosen": [*EARLIER, USER, ANSWER], "rejected": [USER, WORSE]}, "answers to different prompts"),
+        ({"chosen": [USER, ANSWER, USER], "rejected": [USER, WORSE, USER]}, "ending before the answer"),
+        ({"chosen": DIALOGUE + "a\n\nHuman: Bye.", "rejected": DIALOGUE + "b"}, "ending before the answer"),
+        ({"prompt": [USER], "chosen": [CALL], "rejected": [ANSWER]}, "with a tool call as the response"),
+        ({"prompt": [{"role": "user", "content": None}], "chosen": "a", "rejected": "b"}, "with malformed messages"),
+        ({"prompt": "Else?", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, "with a dialogue of another prompt"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "chosen": "a", "rejected": "b"},
+            "with content other than text",
+        ),
+        ({"question": "p", "answer": "a"}, "with other fields"),
+        ({"chosen": "a", "rejected": "b"}, "without a prompt"),
+        (PAIR | {"margin": "1"}, "with an invalid number"),
+        ([PAIR], "not a JSON object"),
+    ],
+)
+def test_an_unusable_row_has_its_reason_and_its_line(tmp_path: Path, row: Any, reason: str) -> None:
+    path = write(tmp_path / "x.jsonl", PAIR, row, PAIR)
+    errors: list[DataError] = []
+    assert len(list(read_pairs(path, errors.append))) == 2
+    assert [(error.reason, error.source) for error in errors] == [(reason, f"{path}:2")]
 
 
 def test_a_pair_keeps_margin_strength_and_the_fields_it_does_not_know() -> None:
@@ -78,10 +167,13 @@ def test_message_dialogues_are_split_at_the_last_assistant_turn(before: Any, cho
 
 @given(turns=st.lists(texts.filter(lambda text: "Assistant:" not in text), min_size=1), chosen=texts, rejected=texts)
 def test_text_dialogues_are_split_at_the_last_assistant_turn(turns: list[str], chosen: str, rejected: str) -> None:
-    if "\n\nAssistant:" in chosen or "\n\nAssistant:" in rejected:
-        return  # then that is the last turn
-    head = "".join(f"\n\nHuman: {turn}\n\nAssistant:" for turn in turns)
-    assert parsed({"chosen": head + chosen, "rejected": head + rejected}) == (head, chosen, rejected)
+    if any(marker in text for marker in ("\n\nAssistant:", "\n\nHuman:") for text in (*turns, chosen, rejected)):
+        return  # the text has more turns
+    head = "".join(f"\n\nHuman: {turn}\n\nAssistant: Yes." for turn in turns).removesuffix(" Yes.")
+    prompt, *responses = parsed({"chosen": head + chosen, "rejected": head + rejected})
+    assert [turn["content"] for turn in prompt if turn["role"] == "user"] == [turn.strip() for turn in turns]
+    assert [turn["content"] for turn in prompt if turn["role"] == "assistant"] == ["Yes."] * (len(turns) - 1)
+    assert responses == [chosen.strip(), rejected.strip()]
 
 
 @pytest.mark.parametrize(
@@ -90,14 +182,15 @@ def test_text_dialogues_are_split_at_the_last_assistant_turn(turns: list[str], c
         ({"chosen": "a"}, "has the fields 'chosen'; expected"),
         ({}, "has the fields none"),
         (PAIR | {"prompt": 3}, "field 'prompt' must be a text or a list of messages, not a number"),
-        (PAIR | {"prompt": []}, "not an empty list"),
+        (PAIR | {"prompt": []}, "must be a whole dialogue, since there is no 'prompt'"),
         (PAIR | {"prompt": [{"role": "user"}]}, r"field 'prompt\[0\]' must be a message"),
-        (PAIR | {"chosen": None}, "field 'chosen' must be a text"),
-        (PAIR | {"chosen": [USER, USER, ANSWER]}, "field 'chosen' must be the assistant's answer alone"),
-        (PAIR | {"rejected": [USER]}, "field 'rejected' must be the assistant's answer alone"),
-        ({"chosen": "Red.", "rejected": "No."}, "field 'prompt' is missing and 'chosen' is no dialogue"),
-        ({"chosen": "\n\nAssistant: Red.", "rejected": "\n\nAssistant: No."}, "is no dialogue"),
-        ({"chosen": [ANSWER], "rejected": [WORSE]}, "must end with the assistant's answer to something"),
+        (PAIR | {"chosen": None}, "field 'chosen' is null"),
+        (PAIR | {"chosen": 3}, "field 'chosen' must be a text or a list of messages, not a number"),
+        (PAIR | {"chosen": [USER, ANSWER]}, "field 'chosen' is a dialogue that does not contain the row's 'prompt'"),
+        (PAIR | {"rejected": [USER]}, "field 'rejected' must end with the assistant's answer"),
+        ({"chosen": "Red.", "rejected": "No."}, "field 'chosen' must be a whole dialogue, since there is no 'prompt'"),
+        ({"chosen": "\n\nAssistant: Red.", "rejected": "\n\nAssistant: No."}, "must be a whole dialogue"),
+        ({"chosen": [ANSWER], "rejected": [WORSE]}, "must be a whole dialogue"),
         ({"chosen": [USER], "rejected": [USER]}, "must end with the assistant's answer"),
         ({"chosen": DIALOGUE + "a", "rejected": "\n\nHuman: Else?\n\nAssistant: b"}, "answer different prompts"),
         (PAIR | {"margin": "1"}, "field 'margin' must be a finite number, not a text"),
@@ -116,9 +209,9 @@ def test_every_fault_of_a_row_is_named_with_its_line(tmp_path: Path, row: dict[s
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "is no JSON: .*column 2"),
+        (b"{", "is not valid JSON: .*column 2"),
         (b"[1]", "must be a JSON object, not a list"),
-        (b"\xff{}", "is no UTF-8"),
+        (b"\xff{}", "is not valid UTF-8"),
         (b'{"margin": ' + b"9" * 5000 + b"}", "too long to read"),
         (b"[" * 200_000, "too many nested brackets"),
     ],
@@ -203,8 +296,8 @@ def test_every_form_of_a_group(row: dict[str, Any], candidates: list[str], gold:
         ({"prompt": "p", "responses": ["a", 1]}, r"field 'responses\[1\]' must be a text"),
         ({"prompt": "p", "responses": ["a"], "rewards": [1, 2]}, "field 'rewards' must be a list of 1 numbers"),
         ({"prompt": "p", "responses": ["a"], "rewards": ["x"]}, r"field 'rewards\[0\]' must be a finite number"),
-        ({"prompt": "p", "candidates": [{"words": "a"}]}, r"field 'candidates\[0\]' must be a text"),
-        ({"prompt": "p", "candidates": ["a", {"text": "b", "gold": 1}]}, "only 1 of 2 candidates have a gold value"),
+        ({"prompt": "p", "candidates": [{"words": "a"}]}, r"field 'candidates\[0\]\[0\]' must be a message"),
+        ({"prompt": "p", "candidates": ["a", {"text": "b", "gold": 1}]}, "a gold value for only 1 of 2 candidates"),
     ],
 )
 def test_every_fault_of_a_group_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:

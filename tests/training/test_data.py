@@ -170,7 +170,7 @@ def test_hh_rlhf_dialogues_become_messages() -> None:
     assert (pair.chosen, pair.rejected) == ("Red.", "No.")
     with pytest.raises(UnusableRowError, match="f:1: answers to different prompts"):
         parse_hh_rlhf({"chosen": head + " Red.", "rejected": "\n\nHuman: Else?\n\nAssistant: No."}, "f:1")
-    with pytest.raises(DataError, match="field 'chosen' is no HH-RLHF dialogue"):
+    with pytest.raises(DataError, match="field 'chosen' is not an HH-RLHF dialogue"):
         parse_hh_rlhf({"chosen": "Red.", "rejected": "No."}, "f:1")
 
 

@@ -1,10 +1,9 @@
-"""The library's own subcommand, `marginrm score`."""
+"""The command `marginrm score`."""
 
 from __future__ import annotations
 
 import json
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -15,32 +14,35 @@ from marginrm.text import Dtype, Truncation
 
 
 def score(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows to score; .gz is read, too.")],
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="JSON Lines file of rows to score; gzip too.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="One row per input row.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder or Hub name.")],
     truncation: Annotated[
         Truncation, typer.Option(help="For sequences over the limit: error, or cut the prompt.")
     ] = "error",
-    tie_below: Annotated[float, typer.Option(min=0.5, max=0.999999, help="Less confidence than this is a tie.")] = 0.5,
-    dtype: Annotated[Dtype, typer.Option(help="Of the backbone; the head is float32.")] = "auto",
+    tie_below: Annotated[
+        float, typer.Option(min=0.5, max=0.999999, help="Confidence below which a comparison is a tie.")
+    ] = 0.5,
+    dtype: Annotated[Dtype, typer.Option(help="dtype of the backbone; the head is always float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Most tokens a sequence may have.")] = None,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens in one forward pass.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let code that comes with the checkpoint run.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Allow code that comes with the checkpoint.")] = False,
     restart: Annotated[bool, typer.Option(help="Replace OUT instead of continuing it.")] = False,
 ) -> None:
     """Score a file of pairs, single responses or groups; a run that was stopped continues where it was."""
     from tqdm import tqdm
 
-    from marginrm.file_scoring import Summary, read_jobs, resume_point, score_jobs
+    from marginrm.file_scoring import JobFile, Summary, check_revision, resume, score_jobs
 
     if output.suffix == ".gz":
         raise ConfigError(f"-o {output}: the output is written uncompressed, so that it can be continued.")
     if output.exists() and source.exists() and output.samefile(source):
         raise ConfigError(f"-o {output} is the input. Give another file.")
-    total = sum(1 for _ in read_jobs(source))
     if not output.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no folder {output.parent}.")
+    jobs = JobFile(source)
+    done, revision = (0, None) if restart else resume(jobs, output)
 
     from marginrm.reward_model import RewardModel
 
@@ -53,17 +55,18 @@ def score(
         trust_remote_code=trust_remote_code,
     )
     loaded.verify_golden()
+    check_revision(output, revision, loaded.info.revision)
     if restart:
         output.unlink(missing_ok=True)
-    summary = Summary(skipped=resume_point(read_jobs(source), output, loaded.info.revision))
-    jobs = islice(read_jobs(source), summary.skipped, None)
+    summary = Summary(skipped=done)
     started = time.monotonic()
     with (
         output.open("a", encoding="utf-8") as file,
-        tqdm(total=total, initial=summary.skipped, unit="row", desc="scoring") as bar,
+        tqdm(total=jobs.size, initial=jobs.position, unit="B", unit_scale=True, desc="scoring") as bar,
     ):
         for row in score_jobs(loaded, jobs, truncation, tie_below, summary):
             file.write(json.dumps(row, allow_nan=False) + "\n")
-            bar.update()
+            bar.update(jobs.position - bar.n)
+            bar.set_postfix(rows=done + summary.rows, refresh=False)
     for line in summary.lines(time.monotonic() - started):
         typer.echo(line)

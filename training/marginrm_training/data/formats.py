@@ -13,7 +13,6 @@ Form = Literal["pairs", "hh_rlhf", "shp"]
 Parser = Callable[[Mapping[str, Any], str], PreferencePair]
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _SHP_FIELDS = ("history", "human_ref_A", "human_ref_B", "labels")
 
 
@@ -26,9 +25,7 @@ class UnusableRowError(DataError):
     """
 
     def __init__(self, source: str, reason: str) -> None:
-        super().__init__(f"{source}: {reason}")
-        self.source = source
-        self.reason = reason
+        super().__init__(f"{source}: {reason}", reason=reason, source=source)
 
 
 def parse_hh_rlhf(row: Mapping[str, Any], source: str) -> PreferencePair:
@@ -44,18 +41,13 @@ def parse_hh_rlhf(row: Mapping[str, Any], source: str) -> PreferencePair:
     for name in ("chosen", "rejected"):
         text = row.get(name)
         if not isinstance(text, str) or not _HH_TURN.match(text):
-            raise DataError(f"{source}: field '{name}' is no HH-RLHF dialogue. Use format = \"pairs\" for other data.")
-    chosen_head, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
-    rejected_head, _, rejected = row["rejected"].rpartition("\n\nAssistant:")
-    if not chosen_head or chosen_head != rejected_head:
-        raise UnusableRowError(source, "answers to different prompts")
-    parts = _HH_TURN.split(chosen_head)[1:]
-    roles, contents = parts[0::2], parts[1::2]
-    messages = [
-        {"role": _HH_ROLES[role], "content": content.strip()} for role, content in zip(roles, contents, strict=True)
-    ]
-    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
-    return parse_pair(rest | {"prompt": messages, "chosen": chosen.strip(), "rejected": rejected.strip()}, source)
+            raise DataError(
+                f"{source}: field '{name}' is not an HH-RLHF dialogue. Use format = \"pairs\" for other data."
+            )
+    try:
+        return parse_pair(row, source)
+    except DataError as error:
+        raise UnusableRowError(source, error.reason) from error
 
 
 def parse_shp(row: Mapping[str, Any], source: str) -> PreferencePair:

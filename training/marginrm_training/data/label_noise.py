@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from marginrm.preferences import read_rows
+from marginrm.json_lines import read_rows
 
 
 def flip_labels(source: Path, target: Path, share: float, seed: int) -> None:

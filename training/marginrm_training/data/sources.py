@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from marginrm.errors import DataError
-from marginrm.preferences import PreferencePair, read_rows
+from marginrm.json_lines import read_rows
+from marginrm.preferences import PreferencePair
 from marginrm_training.data.excluded import Drops
 from marginrm_training.data.formats import PARSERS, Form, UnusableRowError
 

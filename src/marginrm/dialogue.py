@@ -1,0 +1,179 @@
+r"""Conversations as published data writes them -> messages before the response, and the response.
+
+Read are texts, one message, lists of messages (`{"role", "content"}`, or ShareGPT's `{"from", "value"}`), contents in
+parts, and the `\n\nHuman:` and `\n\nAssistant:` texts of HH-RLHF (arXiv 2204.05862).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from marginrm.errors import DataError
+from marginrm.json_lines import json_kind
+from marginrm.text import Message, Prompt
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {  # HH-RLHF and ShareGPT
+    "Human": "user",
+    "Assistant": "assistant",
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+_KEPT = ("tool_calls", "name", "tool_call_id", "reasoning_content")  # fields of a message that a template may render
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of a row, for errors.
+
+    Attributes:
+        source: `path:line`.
+        name: Such as `chosen[0]`.
+    """
+
+    source: str
+    name: str
+
+    def at(self, place: int | str) -> Field:
+        """Returns an item or a key of this field."""
+        return replace(self, name=f"{self.name}[{place}]" if isinstance(place, int) else f"{self.name}.{place}")
+
+    def error(self, reason: str, detail: str) -> DataError:
+        """Returns the error that this field has."""
+        return DataError.of_row(self.source, reason, f"field '{self.name}' {detail}")
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response and the turns that its field repeats before it.
+
+    Attributes:
+        text: The assistant's answer.
+        before: The turns before it; empty if the field holds the answer alone.
+    """
+
+    text: str
+    before: tuple[Message, ...] = ()
+
+
+def read_prompt(value: Any, field: Field) -> Prompt | None:
+    """Returns a prompt as it is, if it is a text, or as messages; None if there is none (null or an empty list)."""
+    if value is None or value == []:
+        return None
+    return value if isinstance(value, str) else read_messages(value, field)
+
+
+def read_response(value: Any, field: Field) -> Response:
+    """Returns a response, given as a text, as a message, or as a dialogue that ends with it.
+
+    Raises:
+        DataError: The value has another form, or its last turn is not an answer.
+    """
+    if isinstance(value, str):
+        if not _HH_TURN.match(value):
+            return Response(value)
+        messages = _hh_messages(value)
+    elif value is None:
+        raise field.error("with a null response", "is null. Each row needs both responses.")
+    else:
+        messages = read_messages([value] if isinstance(value, Mapping) else value, field)
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise field.error("ending before the answer", "must end with the assistant's answer.")
+    if not isinstance(last["content"], str):
+        raise field.error("with a tool call as the response", "must end with a text, not with a tool call alone.")
+    return Response(last["content"], tuple(messages[:-1]))
+
+
+def read_messages(value: Any, field: Field) -> list[Message]:
+    """Returns a list of messages as `{"role", "content"}`, with contents in parts joined and fields of null left out.
+
+    Raises:
+        DataError: The value is not a list of messages.
+    """
+    if not isinstance(value, list) or not value:
+        raise field.error("with malformed messages", f"must be a text or a list of messages, not {json_kind(value)}.")
+    return [_message(message, field.at(index)) for index, message in enumerate(value)]
+
+
+def prompt_of(prompt: Prompt | None, response: Response, field: Field) -> Prompt:
+    """Returns the whole prompt of a response, from its row's prompt and the turns before it.
+
+    Data sets repeat the prompt in the response's field, often with a system turn before it or with later turns after it,
+    and some give only its first user message as the prompt. Then the dialogue is the prompt.
+
+    Raises:
+        DataError: There is no prompt, or the dialogue does not contain it.
+    """
+    if not response.before:
+        if prompt is None:
+            raise field.error("without a prompt", "must be a whole dialogue, since there is no 'prompt'.")
+        return prompt
+    before = list(response.before)
+    if not prompt:
+        return before
+    if before in (prompt, [{"role": "user", "content": prompt}]):
+        return prompt
+    asked = _as_messages(prompt)
+    if response.before[0]["role"] in ("assistant", "tool"):  # the turns of a completion, after the prompt
+        return [*asked, *before]
+    if _contains(before, asked):
+        return before
+    raise field.error("with a dialogue of another prompt", "is a dialogue that does not contain the row's 'prompt'.")
+
+
+def same_prompt(first: Prompt, second: Prompt) -> bool:
+    """Tells whether two prompts have the same turns, apart from white space around them."""
+    return first == second or _comparable(_as_messages(first)) == _comparable(_as_messages(second))
+
+
+def _as_messages(prompt: Prompt) -> list[Message]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if _HH_TURN.match(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
+        return _hh_messages(prompt)[:-1]
+    return [{"role": "user", "content": prompt}]
+
+
+def _hh_messages(text: str) -> list[Message]:
+    parts = _HH_TURN.split(text)[1:]
+    return [
+        {"role": _ROLES[role], "content": content.strip()}
+        for role, content in zip(parts[0::2], parts[1::2], strict=True)
+    ]
+
+
+def _message(value: Any, field: Field) -> Message:
+    if isinstance(value, Mapping) and "from" in value and "value" in value:
+        role, content = _ROLES.get(str(value["from"]), value["from"]), value["value"]
+    elif isinstance(value, Mapping):
+        role, content = value.get("role"), value.get("content")
+    else:
+        role = content = None
+    kept = {key: value[key] for key in _KEPT if value.get(key)} if isinstance(value, Mapping) else {}
+    if isinstance(content, list):
+        content = "".join(_part(part, field.at("content").at(index)) for index, part in enumerate(content))
+    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and "tool_calls" in kept)):
+        raise field.error("with malformed messages", 'must be a message: {"role": text, "content": text}.')
+    return {"role": role, "content": content, **kept}
+
+
+def _part(part: Any, field: Field) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        raise field.error("with content other than text", 'must be a text or {"type": "text", "text": text}.')
+    return text
+
+
+def _contains(dialogue: Sequence[Message], messages: Sequence[Message]) -> bool:
+    turns, wanted = _comparable(dialogue), _comparable(messages)
+    return any(turns[start : start + len(wanted)] == wanted for start in range(len(turns) - len(wanted) + 1))
+
+
+def _comparable(messages: Sequence[Message]) -> list[Message]:
+    return [{**message, "content": (message["content"] or "").strip()} for message in messages]
