@@ -15,7 +15,6 @@ from benchmarks.reliability import setup
 from benchmarks.reliability.checks import Check, Report
 from marginrm import RewardModel
 from marginrm.allocator import keep_memory
-from marginrm.encoding import EncodedResponse
 from marginrm_training.demo.preferences import generate_groups
 
 _KINDS = ("as they are", "filled up")
@@ -59,18 +58,11 @@ def _run(arguments: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-class _AsTheyAre(RewardModel):
-    """A reward model that does not fill its rows."""
-
-    def _filled(self, groups: list[list[EncodedResponse]]) -> list[list[EncodedResponse]]:  # type: ignore[override]
-        return groups
-
-
 def _measure(dtype: str, kind: int, passes: int) -> Cost:
     path, _ = setup.model_paths()
-    model = (_AsTheyAre, RewardModel)[kind].from_pretrained(
-        path, dtype="bfloat16" if dtype == "bfloat16" else "float32"
-    )
+    model = RewardModel.from_pretrained(path, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    if not kind:
+        model.row_multiple = 1
     groups, generator = generate_groups(0), random.Random(0)
     work = []
     for _ in range(passes):
@@ -78,11 +70,11 @@ def _measure(dtype: str, kind: int, passes: int) -> Cost:
         work.append(
             [[model.encoder.encode(g.prompt, text) for text in generator.sample(g.candidates, 8)] for g in some]
         )
-    model.forward(work[0])
+    model.run_step(work[0])
     before = psutil.Process().memory_info().rss
     started = time.process_time()
     for encoded in work:
-        model.forward(encoded)
+        model.run_step(encoded)
     used = time.process_time() - started
     return Cost(used / passes * 1e3, (psutil.Process().memory_info().rss - before) / 2**20)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, ModelError, SequenceTooLongError
@@ -40,11 +42,16 @@ class EncodedResponse:
         ids: Token ids of the whole sequence, special tokens included.
         type_ids: Segment ids of the same length for encoders that use them, else None.
         truncated: Whether tokens were cut from the left of the prompt.
+        array: The token ids as [tokens] int32, made once, for array code such as `packing`.
     """
 
     ids: tuple[int, ...]
     type_ids: tuple[int, ...] | None = None
     truncated: bool = False
+    array: NDArray[np.int32] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "array", np.fromiter(self.ids, np.int32, len(self.ids)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,11 @@ from transformers import (
 
 from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
+from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
 from marginrm.text import Dtype
-from marginrm.tuning.attention import choose_attention
-from marginrm.tuning.compiled import compile_parts
-from marginrm.tuning.last_layer import shorten_last_layer
-from marginrm.tuning.packed_weights import pack_weights
 from marginrm.tuning.timing import best_seconds
+from marginrm.tuning.tune import Purpose, tune
 
 _log = logging.getLogger(__name__)
 _UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
@@ -55,8 +53,7 @@ def load_for_scoring(
     max_length: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    compiled: bool = False,
-    tuned: bool = True,
+    purpose: Purpose | None = "scoring",
 ) -> tuple[RewardModule, Encoder]:
     """Loads a trained reward model; weights must be safetensors and the head must be in them.
 
@@ -67,9 +64,7 @@ def load_for_scoring(
         max_length: The most tokens a sequence may have; by default what model and tokenizer allow.
         trust_remote_code: Whether code that comes with the checkpoint may run. Off unless the user asks.
         revision: Branch, tag or commit on the Hub.
-        compiled: Whether to run what lies between the matrix products through `torch.compile`.
-        tuned: Whether to try which attention and which layout of the weights is fastest here, and take it, and to compute
-            the last layer only where rewards are read. Packed weights can be neither trained nor saved.
+        purpose: As for `tune`; None leaves the module as it was built. Packed weights can be neither trained nor saved.
 
     Raises:
         ModelError: There is no such checkpoint, or it cannot be read.
@@ -93,13 +88,9 @@ def load_for_scoring(
     tokenizer = _tokenizer(path, options)
     limit = length_limit(config, tokenizer, max_length)
     classifier.to(target)  # type: ignore[arg-type]  # transformers wraps it untyped
-    module = RewardModule(classifier, max_length=limit).eval()
-    if tuned:
-        choose_attention(module)
-        shorten_last_layer(module)
-        pack_weights(module)
-    if compiled:
-        compile_parts(module, longest=limit)
+    module = build_module(classifier, max_length=limit).eval()
+    if purpose:
+        tune(module, purpose)
     return module, Encoder(tokenizer, max_length=limit, architecture=module.architecture)
 
 
@@ -156,7 +147,7 @@ def load_for_training(
         if isinstance(part, nn.Dropout):
             part.p = 0.0
     limit = length_limit(classifier.config, tokenizer, max_length)
-    module = RewardModule(classifier, max_length=limit)
+    module = build_module(classifier, max_length=limit)
     return module, Encoder(tokenizer, max_length=limit, architecture=module.architecture)
 
 

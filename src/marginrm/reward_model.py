@@ -1,37 +1,30 @@
-"""A reward model to score with: texts or encoded groups in, rewards out. The server, the evaluation and users share it."""
+"""A reward model to score with: texts or encoded groups in, rewards out. Server, evaluation and users share it."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from marginrm import ranking
-from marginrm.encoding import EncodedResponse, Encoder
+from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.forward.batch import EncodedGroup
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.loading import load_for_scoring
 from marginrm.manifest import Manifest, revision_of
-from marginrm.packing import plan_row
 from marginrm.ranking import Comparison, Ranking
 from marginrm.schemas import ModelInfo
-from marginrm.steps import ForwardPath, plan_steps
+from marginrm.steps import ForwardPath, Slice, StepResult, plan_steps
 from marginrm.text import Dtype, Prompt, Truncation
-from marginrm.tuning.deterministic import make_deterministic
+from marginrm.tuning.token_budget import default_token_budget, measure_token_budget
 
+# Row lengths on CPUs: oneDNN makes kernels for each length that it meets and keeps them, megabytes each, and making
+# them takes a quarter of a pass of the demo's model in bfloat16 (docs/reliability.md).
 _ROW_MULTIPLE = 64  # tokens
-
-
-def usual_token_budget(device: torch.device) -> int:
-    """Returns how many tokens one forward pass computes at most where nobody has measured or said it.
-
-    Enough for matrix products to run at full rate, little enough for activations to stay small beside the weights.
-    """
-    return 16384 if device.type == "cuda" else 4096
 
 
 class RewardModel:
@@ -44,7 +37,8 @@ class RewardModel:
         encoder: Turns texts into token ids, as in training.
         manifest: What training recorded, or None for a plain Hugging Face checkpoint.
         info: Name, revision, dtype and calibration, as each reply of the server states them.
-        token_budget: The most tokens that one forward pass computes.
+        token_budget: Tokens that one forward pass computes at most, padding included; a single longer response exceeds it.
+        row_multiple: Packed rows are filled to a multiple of so many tokens.
     """
 
     def __init__(
@@ -61,7 +55,8 @@ class RewardModel:
         self.module = module
         self.encoder = encoder
         self.manifest = manifest
-        self.token_budget = token_budget or usual_token_budget(module.device)
+        self.token_budget = token_budget or default_token_budget(module.device)
+        self.row_multiple = _ROW_MULTIPLE if module.device.type == "cpu" else 1
         calibration = manifest.calibration if manifest else None
         self.info = ModelInfo(
             name=name,
@@ -92,24 +87,27 @@ class RewardModel:
 
         Args:
             path: A folder or a name on the Hugging Face Hub.
-            name: What replies call the model.
-            dtype: Of the backbone; `auto` measures which is faster here. The head is float32 always.
+            name: The model's name in replies.
+            dtype: The backbone's dtype; `auto` measures which is faster here. The head is always float32.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             max_length: The most tokens a sequence may have; by default what the manifest or the model says.
             trust_remote_code: Whether code that comes with the checkpoint may run.
-            token_budget: The most tokens that one forward pass computes; by default what is usual on the device
-                (`measure_token_budget` finds what is best here, as the server does).
+            token_budget: Tokens that one forward pass computes at most, padding included; only a single longer response
+                exceeds it. By default the device's default (`measure_token_budget` finds the best, as the server does).
             revision: Branch, tag or commit on the Hub.
-            compiled: Run what lies between the matrix products through `torch.compile`: faster, half a minute to load.
+            compiled: Run the parts between the matrix products through `torch.compile`: faster, half a minute to load.
             ignore_manifest: Load as a checkpoint without a manifest, so that a broken one can be written again.
-            deterministic: Give rewards that are the same to the bit in any company, slower (`make_deterministic`).
+            deterministic: Give batch-invariant rewards (`tuning.deterministic`); slower.
 
         Raises:
-            ModelError: The checkpoint cannot be loaded or is no reward model, or rewards cannot be made deterministic.
-            ConfigError: Compiled and deterministic are both asked for.
+            ModelError: The checkpoint cannot be loaded or is not a reward model, or deterministic rewards are not
+                possible.
+            ConfigError: Both compiled and deterministic are asked for.
         """
         if compiled and deterministic:
-            raise ConfigError("compiled and deterministic exclude each other: compiled kernels cut rows their own way.")
+            raise ConfigError(
+                "compiled and deterministic exclude each other: compiled kernels choose their own shapes."
+            )
         manifest = Manifest.load(path) if Path(path).is_dir() and not ignore_manifest else None
         if manifest and max_length is None:
             max_length = manifest.encoding.max_length
@@ -120,11 +118,10 @@ class RewardModel:
             max_length=max_length,
             trust_remote_code=trust_remote_code,
             revision=revision,
-            compiled=compiled,
-            tuned=not deterministic,  # what a trial finds faster is a matter of chance, and so would be the bits
+            purpose="deterministic_scoring" if deterministic else "compiled_scoring" if compiled else "scoring",
         )
         commit = getattr(module.config, "_commit_hash", None)
-        model = cls(
+        return cls(
             module,
             encoder,
             manifest,
@@ -133,13 +130,10 @@ class RewardModel:
             base_model=manifest.base_model if manifest else str(path),
             token_budget=token_budget,
         )
-        if deterministic:
-            make_deterministic(model)
-        return model
 
     @classmethod
     def from_module(cls, module: RewardModule, encoder: Encoder, manifest: Manifest | None = None) -> RewardModel:
-        """Wraps a module that is in memory, such as one in training."""
+        """Wraps a module that is in memory, such as one in training; its mode stays as it is between forward passes."""
         base = manifest.base_model if manifest else str(getattr(module.config, "name_or_path", "") or "in memory")
         return cls(module, encoder, manifest, name="default", revision="in memory", base_model=base)
 
@@ -155,7 +149,7 @@ class RewardModel:
 
     @property
     def forward_reason(self) -> str:
-        """Why that path."""
+        """Why that path, and how packed rows are computed here, in words."""
         return self.module.forward_reason
 
     @property
@@ -195,7 +189,7 @@ class RewardModel:
     def score_encoded(
         self, groups: Sequence[EncodedGroup], progress: Callable[[int], object] | None = None
     ) -> list[list[float]]:
-        """Scores encoded groups in as many forward passes as the token budget asks for.
+        """Scores encoded groups in as many forward passes as the token budget requires.
 
         Args:
             groups: Encoded responses, those with a common prompt together.
@@ -204,41 +198,51 @@ class RewardModel:
         Returns:
             Rewards in the groups' shape; NaN and infinity are returned as the model gave them.
         """
-        result = [[math.nan] * len(group) for group in groups]
-        ids = [[response.ids for response in group] for group in groups]
-        for step in plan_steps(ids, self.token_budget, path=self.forward_path, share_prefix=self.shares_prefixes):
-            rewards = self.forward([groups[part.group][part.start : part.stop] for part in step])
-            found = iter(rewards)
-            for part in step:
-                for index in range(part.start, part.stop):
-                    result[part.group][index] = next(found)
+        return self._run(groups, self._planned(groups), progress).rewards
+
+    def run_step(self, groups: Sequence[EncodedGroup]) -> StepResult:
+        """Computes groups together, whatever their size: in one forward pass if packed.
+
+        Otherwise it takes as many forward passes as the token budget requires.
+
+        Args:
+            groups: Encoded responses, those with a common prompt together; no group is empty.
+        """
+        whole = [[Slice(number, 0, len(group)) for number, group in enumerate(groups)]]
+        return self._run(groups, whole if self.forward_path == "packed" else self._planned(groups))
+
+    def measure_token_budget(self) -> int:
+        """Sets the token budget that suits this machine, after ten forward passes at most, and returns it."""
+        self.token_budget = measure_token_budget(self._forward, self.encoder, default_token_budget(self.module.device))
+        return self.token_budget
+
+    def _planned(self, groups: Sequence[EncodedGroup]) -> Iterator[list[Slice]]:
+        ids = [[response.array for response in group] for group in groups]
+        return plan_steps(ids, self.token_budget, path=self.forward_path, share_prefix=self.shares_prefixes)
+
+    def _run(
+        self,
+        groups: Sequence[EncodedGroup],
+        steps: Iterable[Sequence[Slice]],
+        progress: Callable[[int], object] | None = None,
+    ) -> StepResult:
+        result = StepResult([[math.nan] * len(group) for group in groups], [0] * len(groups))
+        for step in steps:
+            flat, costs = self._forward([groups[part.group][part.start : part.stop] for part in step])
+            rewards = iter(flat)
+            for part, cost in zip(step, costs, strict=True):
+                result.rewards[part.group][part.start : part.stop] = itertools.islice(rewards, part.stop - part.start)
+                result.computed[part.group] += cost
             if progress:
-                progress(len(rewards))
+                progress(len(flat))
         return result
 
-    def forward(self, groups: Sequence[Sequence[EncodedResponse]]) -> list[float]:
-        """Runs one forward pass over all these groups, whatever their size.
-
-        Returns:
-            One reward per response, groups and responses in order; NaN is returned as it is.
-        """
-        responses = sum(len(group) for group in groups)
+    def _forward(self, groups: Sequence[EncodedGroup]) -> tuple[list[float], tuple[int, ...]]:
+        """Runs one forward pass over groups of any size; returns rewards in order, and tokens computed per group."""
+        batch = self.module.collate(groups, multiple=self.row_multiple)
         with torch.inference_mode(), evaluating(self.module):
-            rewards = self.module(self.module.collate(self._filled(groups)).to(self.module.device))
-        return cast("list[float]", rewards[:responses].tolist())
-
-    def _filled(self, groups: Sequence[Sequence[EncodedResponse]]) -> Sequence[Sequence[EncodedResponse]]:
-        """Adds responses that nobody reads, so that packed rows are whole multiples of some tokens.
-
-        On CPUs oneDNN makes kernels for each length that it meets and keeps them: megabytes, and a quarter of the time
-        of a pass of the demo's model in bfloat16 (docs/reliability.md). Deterministic models need it everywhere.
-        """
-        if self.forward_path == "padded" or not (self.module.tile or self.module.device.type == "cpu"):
-            return groups
-        plan = plan_row([[one.ids for one in group] for group in groups], share_prefix=self.shares_prefixes)
-        missing = -len(plan.ids) % (self.module.tile or _ROW_MULTIPLE)
-        typed = groups[0][0].type_ids is not None
-        return [*groups, *_fillers(missing, self.encoder.max_length, typed=typed)]
+            rewards: list[float] = self.module(batch.to(self.module.device)).tolist()
+        return rewards, batch.costs
 
     def verify_golden(self) -> float | None:
         """Scores the manifest's golden samples again.
@@ -266,14 +270,7 @@ class RewardModel:
         if not differences[worst] <= tolerance:
             raise GoldenMismatchError(
                 f"golden[{worst}]: reward {rewards[worst]:.6f}, recorded {samples[worst].reward:.6f}; {self.info.dtype} "
-                f"may differ by {tolerance:g}. The weights are not those that were trained, or were cast to a dtype "
-                "that they do not bear."
+                f"may differ by {tolerance:g}. The weights differ from the trained ones, or this dtype is too coarse for "
+                "them; try --dtype float32."
             )
         return differences[worst]
-
-
-def _fillers(tokens: int, longest: int, *, typed: bool) -> Iterator[list[EncodedResponse]]:
-    """Yields groups of together so many tokens, of which no two start alike."""
-    for token, start in enumerate(range(0, tokens, longest)):
-        length = min(tokens - start, longest)
-        yield [EncodedResponse((token,) * length, (0,) * length if typed else None)]

@@ -24,6 +24,20 @@ class Slice:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The result of `RewardModel.run_step`.
+
+    Attributes:
+        rewards: One reward per response, in the groups' shape; NaN and infinity as the model gave them.
+        computed: For each group the tokens that were computed for it; a prefix that groups share counts for the first
+            of them, and padding for the group that is padded.
+    """
+
+    rewards: list[list[float]]
+    computed: list[int]
+
+
 def part_room(budget: int, shared: int) -> int:
     """Returns the token limit of a step that starts with a slice of a group larger than the budget.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,38 +11,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from marginrm.attention.cpu_matmul import product_attention, speedup
-from marginrm.attention.gathered import AttentionLayout
+from marginrm.attention.cpu_matmul import matmul_attention
+from marginrm.attention.gathered import GatheredLayout
 from marginrm.encoding import EncodedResponse
-from marginrm.forward.batch import PackedRow
+from marginrm.forward.batch import PackedBatch
 from marginrm.loading import load_for_scoring, load_for_training
-from marginrm.tuning.attention import choose_attention
+from marginrm.tuning.attention import matmul_speed
+from marginrm.tuning.tune import tune
 from support.forward import groups_of
 from support.models import DECODERS, tiny_checkpoint
 
 
 @settings(deadline=None)
 @given(
-    lines=st.integers(1, 4),
+    sequences=st.integers(1, 4),
     tokens=st.sampled_from([1, 31, 128, 129, 300]),
     prefix=st.sampled_from([0, 1, 160]),
     ratio=st.integers(1, 3),
     sizes=st.sampled_from([(16, 16), (16, 8)]),
     scale=st.none() | st.just(0.3),
 )
-def test_lines_and_their_prefix_are_attended_to_as_by_pytorch(
-    lines: int, tokens: int, prefix: int, ratio: int, sizes: tuple[int, int], scale: float | None
+def test_sequences_and_their_prefix_are_attended_to_as_by_pytorch(
+    sequences: int, tokens: int, prefix: int, ratio: int, sizes: tuple[int, int], scale: float | None
 ) -> None:
-    generator = torch.Generator().manual_seed(lines * 1000 + tokens + prefix)
+    generator = torch.Generator().manual_seed(sequences * 1000 + tokens + prefix)
 
     def some(count: int, heads: int, length: int, size: int) -> torch.Tensor:
         return torch.randn(count, length, heads, size, generator=generator).transpose(1, 2)
 
-    query, key, value = some(lines, 2 * ratio, tokens, 16), some(lines, 2, tokens, 16), some(lines, 2, tokens, sizes[1])
+    query, key, value = (
+        some(sequences, 2 * ratio, tokens, 16),
+        some(sequences, 2, tokens, 16),
+        some(sequences, 2, tokens, sizes[1]),
+    )
     before, after = some(1, 2, prefix, 16), some(1, 2, prefix, sizes[1])
-    result = product_attention(query, key, value, *((before, after) if prefix else (None, None)), scale)
-    keys = torch.cat([before.expand(lines, -1, -1, -1), key], 2)
-    values = torch.cat([after.expand(lines, -1, -1, -1), value], 2)
+    result = matmul_attention(query, key, value, *((before, after) if prefix else (None, None)), scale)
+    keys = torch.cat([before.expand(sequences, -1, -1, -1), key], 2)
+    values = torch.cat([after.expand(sequences, -1, -1, -1), value], 2)
     seen = torch.ones(tokens, prefix + tokens, dtype=torch.bool).tril_(prefix)
     expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale, enable_gqa=True)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
@@ -52,7 +58,7 @@ def test_in_bfloat16_it_is_about_as_near_to_float32_as_the_fused_kernel() -> Non
     query, key, value = (torch.randn(2, 4, 300, 64, generator=generator) for _ in range(3))
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     half = [part.bfloat16() for part in (query, key, value)]
-    products = (product_attention(*half, None, None, None).float() - expected).abs().mean()
+    products = (matmul_attention(*half, None, None, None).float() - expected).abs().mean()
     fused = (F.scaled_dot_product_attention(*half, is_causal=True).float() - expected).abs().mean()
     assert products < 3 * fused  # measured: 1.9 times; a wrong mask or scale is off by hundreds
 
@@ -65,32 +71,32 @@ def test_a_model_gives_the_same_rewards_with_it(tmp_path: Path, family: str) -> 
     groups += [[EncodedResponse((*prompt, *range(first, first + 40))) for first in (9, 60, 120)]]
     rewards = {}
     with torch.inference_mode():
-        for kind in (None, "cpu"):
-            module.products_on = kind
+        for kind in ("gathered", "matmul"):
+            module.execution = replace(module.execution, attention=kind)
             row = module.collate(groups)
-            assert isinstance(row, PackedRow)
-            assert isinstance(row.layout, AttentionLayout)
-            assert any(call.trunk for call in row.layout.calls)
-            assert row.layout.products == (kind == "cpu")
+            assert isinstance(row, PackedBatch)
+            assert isinstance(row.layout, GatheredLayout)
+            assert any(call.prefix for call in row.layout.calls)
+            assert row.layout.matmul == (kind == "matmul")
             rewards[kind] = module(row)
-    assert not torch.equal(rewards["cpu"], torch.zeros_like(rewards["cpu"]))
-    torch.testing.assert_close(rewards["cpu"], rewards[None], atol=1e-5, rtol=0)
+    assert not torch.equal(rewards["matmul"], torch.zeros_like(rewards["matmul"]))
+    torch.testing.assert_close(rewards["matmul"], rewards["gathered"], atol=1e-5, rtol=0)
 
 
 def test_half_precision_decoders_try_it_at_load_and_say_what_they_took(tmp_path: Path) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama", kv_heads=2), dtype="bfloat16", device="cpu")
     taken = "attention by matrix products" in module.forward_reason
-    assert taken == (module.products_on == "cpu")
+    assert taken == (module.execution.attention == "matmul")
     assert "the fused kernel's speed in a trial" in module.forward_reason
-    assert speedup(4, 2, 8, torch.bfloat16) > 0
+    assert matmul_speed(module) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_never_takes_it_since_it_has_no_gradients(tmp_path: Path, dtype: torch.dtype) -> None:
     module, _ = load_for_training(tiny_checkpoint(tmp_path, "qwen3"), seed=0)
     module.backbone.to(dtype)
-    choose_attention(module, gradients=True)
-    assert module.products_on is None
-    module.products_on = "cpu"  # even if it were
+    tune(module, "training")
+    assert module.execution.attention == "gathered"
+    module.execution = replace(module.execution, attention="matmul")  # even if it were taken
     module(module.collate(groups_of(module.base.config.vocab_size))).sum().backward()
     assert all(parameter.grad is not None for parameter in module.backbone.parameters())

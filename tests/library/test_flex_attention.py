@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from marginrm.attention.flex import IntervalLayout, interval_layout
-from marginrm.attention.gathered import AttentionLayout, UnsupportedAttentionError
+from marginrm.attention.gathered import GatheredLayout
+from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError
 from marginrm.encoding import EncodedResponse
-from marginrm.forward.batch import PackedRow, pad
+from marginrm.forward.batch import PackedBatch, pad
+from marginrm.forward.eligibility import build_module
+from marginrm.forward.execution import Execution
 from marginrm.forward.module import RewardModule
 from marginrm.packing import PackingPlan, plan_row
-from marginrm.tuning.attention import _gradient, choose_attention
-from marginrm.tuning.last_layer import shorten_last_layer
+from marginrm.tuning import attention, last_layer
+from marginrm.tuning.tune import tune
 from support.models import tiny_checkpoint
 
 # torch's own: as it imports its compiler, and as that looks at tensors with gradients (it hides the second itself).
@@ -57,8 +60,8 @@ def dense(layout: IntervalLayout, window: int | None) -> torch.Tensor:
 def test_the_intervals_are_what_each_token_sees(
     batch: list[list[list[int]]], causal: bool, share_from: int, window: int | None
 ) -> None:
-    plan = plan_row(batch, share_prefix=causal, share_from=share_from)
-    layout = interval_layout(plan, causal=causal)
+    plan = plan_row(batch, causal=causal, share_from=share_from)
+    layout = interval_layout(plan)
     assert torch.equal(dense(layout, window), brute_force(plan, window, causal=causal))
 
 
@@ -67,11 +70,12 @@ def stretched(batch: list[list[list[int]]]) -> list[list[list[int]]]:
     return [[[token for token in member for _ in range(40)] for member in group] for group in batch]
 
 
+@settings(deadline=None)
 @given(forests, st.booleans(), st.none() | st.integers(1, 300))
-def test_blocks_that_are_left_out_hold_nothing_and_blocks_that_are_not_asked_are_seen_whole(
+def test_skipped_blocks_hold_nothing_and_full_blocks_are_seen_whole(
     batch: list[list[list[int]]], causal: bool, window: int | None
 ) -> None:
-    layout = interval_layout(plan_row(stretched(batch), share_prefix=causal), causal=causal)
+    layout = interval_layout(plan_row(stretched(batch), causal=causal))
     mask = layout.block_mask(window)
     count = len(layout.start)
     blocks = mask.kv_indices.shape[-1]
@@ -112,7 +116,7 @@ def groups_of(vocabulary: int, *, typed: bool) -> list[list[EncodedResponse]]:
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> RewardModule:
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
-    return RewardModule(model.eval(), max_length=512)
+    return build_module(model.eval(), max_length=512)
 
 
 @compiles
@@ -121,13 +125,12 @@ def test_with_the_last_layer_cut_short_too(tmp_path: Path) -> None:
     groups = groups_of(module.base.config.vocab_size, typed=False)
     with torch.inference_mode():
         expected = module(module.collate(groups))
-    shorten_last_layer(module)
-    choose_attention(module, "flex")
-    assert module.flex_on
-    assert module.short_last_layer
+    assert last_layer.try_it(module).taken
+    assert attention.try_it(module, "flex").taken
+    assert (module.execution.attention, module.execution.last_layer) == ("flex", "reward_tokens")
     with torch.inference_mode():
         row = module.collate(groups)
-        assert isinstance(row, PackedRow)
+        assert isinstance(row, PackedBatch)
         assert isinstance(row.layout, IntervalLayout)
         torch.testing.assert_close(module(row), expected, atol=1e-5, rtol=0)
 
@@ -143,37 +146,36 @@ def test_with_the_last_layer_cut_short_too(tmp_path: Path) -> None:
         ("modernbert", {"local_attention": 8}),
     ],
 )
-def test_rewards_are_those_of_rectangles_and_of_padded_rows(
+def test_rewards_are_those_of_gathered_attention_and_of_padded_batches(
     tmp_path: Path, family: str, options: dict[str, object]
 ) -> None:
     module = load(tiny_checkpoint(tmp_path, family, **options))
     groups = groups_of(module.base.config.vocab_size, typed=family == "bert")
     with torch.inference_mode():
-        rectangles = module(module.collate(groups))
+        gathered = module(module.collate(groups))
         padded = module(pad(groups, pad_token_id=0))
-        choose_attention(module, "flex")
-        assert module.forward_reason.endswith("; attention by FlexAttention")
+        assert attention.try_it(module, "flex") == (True, "attention by FlexAttention")
         row = module.collate(groups)
-        assert isinstance(row, PackedRow)
+        assert isinstance(row, PackedBatch)
         assert isinstance(row.layout, IntervalLayout)
         found = module(row)
-    torch.testing.assert_close(found, rectangles, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, gathered, atol=1e-5, rtol=0)
     torch.testing.assert_close(found, padded, atol=1e-5, rtol=0)
 
 
 def layout_of(module: RewardModule) -> object:
     row = module.collate(groups_of(module.base.config.vocab_size, typed=False))
-    assert isinstance(row, PackedRow)
+    assert isinstance(row, PackedBatch)
     return row.layout
 
 
 @compiles
 def test_what_cannot_be_compiled_falls_back_and_says_why(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama"), torch.float64)
-    choose_attention(module, "flex")
-    assert "attention on gathered lines, since FlexAttention failed" in module.forward_reason
-    assert "float64" in module.forward_reason
-    assert isinstance(layout_of(module), AttentionLayout)
+    choice = attention.try_it(module, "flex")
+    assert "attention on gathered sequences, since FlexAttention failed" in choice.reason
+    assert "float64" in choice.reason
+    assert isinstance(layout_of(module), GatheredLayout)
 
 
 @compiles
@@ -181,52 +183,56 @@ def test_rewards_that_differ_fall_back_and_say_so(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama"))
     with torch.no_grad():
         module.base.score.weight[0, 0] = torch.nan  # no two NaN are alike
-    choose_attention(module, "flex")
-    assert module.forward_reason.endswith("FlexAttention gave rewards that differ by nan in a probe")
-    assert isinstance(layout_of(module), AttentionLayout)
+    choice = attention.try_it(module, "flex")
+    assert choice.reason.endswith("FlexAttention gave rewards that differ by nan in a probe")
+    assert isinstance(layout_of(module), GatheredLayout)
 
 
 @compiles
 def test_training_needs_gradients_which_there_are_none_of_on_cpus(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama")).train()
-    choose_attention(module, "flex", gradients=True)
-    assert "no backward pass on CPUs" in module.forward_reason
-    assert isinstance(layout_of(module), AttentionLayout)
+    choice = attention.try_it(module, "flex", gradients=True)
+    assert "no backward pass on CPUs" in choice.reason
+    assert isinstance(layout_of(module), GatheredLayout)
     assert module.training
 
 
 def test_gradients_are_compared_where_all_layers_end_even_if_no_weight_there_is_trained(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama"))
     row = module.collate(groups_of(module.base.config.vocab_size, typed=False))
-    assert isinstance(row, PackedRow)
-    trained = _gradient(module, row)
+    assert isinstance(row, PackedBatch)
+    trained = attention.gradient(module, row)
     module.requires_grad_(False)
-    frozen = _gradient(module, row)
+    frozen = attention.gradient(module, row)
     assert trained.shape == (1, row.tokens, 32)
     assert trained.norm() > 0
     torch.testing.assert_close(frozen, trained)
 
 
 @compiles
-def test_a_module_that_is_trained_after_all_takes_rectangles_on_cpus(tmp_path: Path) -> None:
+def test_a_module_that_is_tuned_for_training_takes_gathered_attention_on_cpus(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama"))
-    choose_attention(module, "flex")
+    attention.try_it(module, "flex")
     assert isinstance(layout_of(module), IntervalLayout)
-    assert isinstance(layout_of(module.train()), AttentionLayout)
-    choose_attention(module.eval(), "rectangles")
-    assert isinstance(layout_of(module), AttentionLayout)
+    tune(module, "training")
+    assert isinstance(layout_of(module), GatheredLayout)
+    module(module.collate(groups_of(module.base.config.vocab_size, typed=False))).sum().backward()
 
 
-def test_cpus_take_rectangles_unless_asked(tmp_path: Path) -> None:
+def test_a_choice_holds_for_its_type_of_device_only(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama"))
-    reason = module.forward_reason
-    choose_attention(module)
-    assert module.forward_reason == reason
-    assert isinstance(layout_of(module), AttentionLayout)
+    module.execution = Execution(device="cuda", attention="flex")
+    assert isinstance(layout_of(module), GatheredLayout)
+
+
+def test_cpus_take_gathered_attention_unless_asked(tmp_path: Path) -> None:
+    module = load(tiny_checkpoint(tmp_path, "llama"))
+    assert attention.try_it(module) == (False, "")
+    assert isinstance(layout_of(module), GatheredLayout)
 
 
 def test_dropout_is_refused() -> None:
-    layout = interval_layout(plan_row([[[1, 2, 3]]], share_prefix=True), causal=True)
+    layout = interval_layout(plan_row([[[1, 2, 3]]], causal=True))
     states = torch.zeros(1, 2, 3, 8)
     with pytest.raises(UnsupportedAttentionError, match="dropout"):
-        layout.attend(states, states, states, scale=None, dropout=0.1, window=None)
+        layout.attend(states, states, states, AttentionOptions(dropout=0.1))

@@ -10,8 +10,9 @@ from transformers import AutoModelForSequenceClassification
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import HeadError
-from marginrm.forward.batch import PackedRow, pad
-from marginrm.forward.module import RewardModule
+from marginrm.forward.batch import PackedBatch, pad
+from marginrm.forward.eligibility import build_module
+from marginrm.tuning.tune import tune
 from support.forward import CASES, groups_of, load, one_by_one
 from support.models import tiny_checkpoint
 
@@ -27,10 +28,10 @@ def test_packed_and_padded_rewards_and_gradients_are_those_of_the_model_itself(
     weights = torch.linspace(-1, 1, len(expected))
     (weights * expected).sum().backward()
 
-    module = RewardModule(model, max_length=512)
+    module = build_module(model, max_length=512)
     assert module.forward_path == "packed", module.forward_reason
     row = module.collate(groups)
-    assert isinstance(row, PackedRow)
+    assert isinstance(row, PackedBatch)
     rewards = module(row)
     (weights * rewards).sum().backward()
 
@@ -42,7 +43,7 @@ def test_packed_and_padded_rewards_and_gradients_are_those_of_the_model_itself(
 
 
 def test_a_shared_prompt_is_computed_once(tmp_path: Path) -> None:
-    module = RewardModule(load(tiny_checkpoint(tmp_path, "llama")), max_length=512)
+    module = build_module(load(tiny_checkpoint(tmp_path, "llama")), max_length=512)
     prompt = tuple(range(5, 105))
     row = module.collate([[EncodedResponse((*prompt, 6, index)) for index in range(8)]])
     assert row.tokens == 101 + 8
@@ -54,14 +55,15 @@ def test_a_long_prefix_that_is_computed_apart_changes_neither_rewards_nor_gradie
 ) -> None:
     path = tiny_checkpoint(tmp_path, family, **options)
     reference, model = load(path), load(path)
-    module = RewardModule(model, max_length=512)
+    module = build_module(model, max_length=512)
+    tune(module, "training", whole_last_layer=True)
     prompt = tuple(5 + index * 7 % 200 for index in range(150))
     groups = [
         [EncodedResponse((*prompt, *range(start, start + count))) for start, count in ((9, 5), (50, 40), (80, 7))]
     ]
     row = module.collate(groups)
-    assert isinstance(row, PackedRow)
-    assert any(call.trunk == 128 for call in row.layout.calls)
+    assert isinstance(row, PackedBatch)
+    assert any(call.prefix == 128 for call in row.layout.calls)
     expected, rewards = one_by_one(reference, groups), module(row)
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
     weights = torch.tensor([1.0, -2.0, 0.5])
@@ -75,7 +77,8 @@ def test_a_long_prefix_that_is_computed_apart_changes_neither_rewards_nor_gradie
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "bert"])
 @pytest.mark.parametrize("prompt", [20, 150])  # the longer one is computed apart
 def test_mixed_precision_training_stays_close_to_float32(tmp_path: Path, family: str, prompt: int) -> None:
-    module = RewardModule(load(tiny_checkpoint(tmp_path, family)), max_length=512)
+    module = build_module(load(tiny_checkpoint(tmp_path, family)), max_length=512)
+    tune(module, "training")
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, module.base.config.vocab_size, (3, prompt + 30), generator=generator)
     ids[:, :prompt] = ids[0, :prompt]
@@ -99,7 +102,7 @@ def test_gradient_checkpointing_keeps_the_gradients(tmp_path: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = load(path).train()
-        module = RewardModule(model, max_length=512)
+        module = build_module(model, max_length=512)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         module(module.collate(groups_of(model.config.vocab_size))).sum().backward()
@@ -112,7 +115,7 @@ def test_bfloat16_keeps_a_float32_head(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, "llama")
     exact = one_by_one(load(path), groups_of(300))
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16)
-    module = RewardModule(model.eval(), max_length=512)
+    module = build_module(model.eval(), max_length=512)
     assert module.dtype == torch.bfloat16
     assert model.score.weight.dtype == torch.float32
     rewards = module(module.collate(groups_of(300)))
@@ -122,12 +125,12 @@ def test_bfloat16_keeps_a_float32_head(tmp_path: Path) -> None:
 
 def test_a_head_with_two_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match="2 values per sequence"):
-        RewardModule(load(tiny_checkpoint(tmp_path, "llama", num_labels=2)), max_length=512)
+        build_module(load(tiny_checkpoint(tmp_path, "llama", num_labels=2)), max_length=512)
 
 
 def test_a_rope_that_depends_on_the_batch_takes_the_padded_path_and_says_why(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    module = RewardModule(load(tiny_checkpoint(tmp_path, "llama", rope_parameters=rope)), max_length=512)
+    module = build_module(load(tiny_checkpoint(tmp_path, "llama", rope_parameters=rope)), max_length=512)
     assert module.forward_path == "padded"
     assert "dynamic RoPE" in module.forward_reason
     groups = groups_of(300)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from marginrm.forward.module import RewardModule, probe_tolerance
+from marginrm.forward.module import RewardModule
+from marginrm.forward.self_check import tolerance
 from marginrm.loading import load_for_scoring, load_for_training
-from marginrm.tuning.last_layer import last_layer, shorten_last_layer
+from marginrm.tuning.last_layer import TruncatedLastLayer, last_layer, undo
+from marginrm.tuning.tune import tune
 from support.forward import CASES, groups_of
 from support.models import tiny_checkpoint
 
@@ -22,11 +24,9 @@ def both(module: RewardModule, family: str) -> tuple[Tensor, Tensor]:
     """Returns rewards with the last layer whole, and as the module computes them."""
     groups = groups_of(module.base.config.vocab_size, typed=family == "bert")
     with torch.inference_mode():
-        short = module.short_last_layer
-        module.short_last_layer = False
-        whole = module(module.collate(groups))
-        module.short_last_layer = short
-        return whole, module(module.collate(groups))
+        short = module(module.collate(groups))
+        undo(module)
+        return module(module.collate(groups)), short
 
 
 def seen_by_linear_layers(module: RewardModule) -> dict[str, list[int]]:
@@ -50,13 +50,13 @@ def seen_by_linear_layers(module: RewardModule) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(("family", "options"), CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
-def test_rewards_stay(tmp_path: Path, family: str, options: dict[str, Any], dtype: Any, tolerance: float) -> None:
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_rewards_stay(tmp_path: Path, family: str, options: dict[str, Any], dtype: Any, allowed: float) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, family, **options), dtype=dtype, device="cpu")
     assert (SHORT in module.forward_reason) == (options.get("classifier_pooling") != "mean")
     whole, short = both(module, family)
     assert len(set(whole.tolist())) > 4
-    torch.testing.assert_close(short, whole, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(short, whole, atol=allowed, rtol=allowed)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3", "mistral"])
@@ -69,13 +69,13 @@ def test_a_window_in_the_last_layer_stays_a_window(tmp_path: Path, family: str) 
 
 def test_what_follows_the_keys_is_computed_for_few_tokens(tmp_path: Path) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu")
-    rows = seen_by_linear_layers(module)  # one pass with the layer whole, one short
+    rows = seen_by_linear_layers(module)  # one pass with the layer short, one whole
     tokens = rows["layers.0.mlp.up_proj"][0]
     assert tokens > 100
     assert rows["layers.0.mlp.up_proj"] == [tokens, tokens]
-    assert rows["layers.1.mlp.up_proj"] == [tokens, 32]  # nine responses, filled up
-    assert rows["layers.1.self_attn.o_proj"] == [tokens, 32]
-    assert rows["layers.1.self_attn.k_proj"] == [tokens, tokens, 32]
+    assert rows["layers.1.mlp.up_proj"] == [32, tokens]  # nine responses, filled up
+    assert rows["layers.1.self_attn.o_proj"] == [32, tokens]
+    assert rows["layers.1.self_attn.k_proj"] == [tokens, 32, tokens]
 
 
 @pytest.mark.parametrize(("family", "options"), CASES)
@@ -89,14 +89,15 @@ def test_gradients_stay(tmp_path: Path, family: str, options: dict[str, Any], ch
         if checkpointing:
             module.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if short:
-            shorten_last_layer(module)
+            tune(module, "training")
+            tune(module, "training")  # a second trainer on the same module
             layer = last_layer(module)
             assert layer is not None
-            forward = layer.forward
-            shorten_last_layer(module)  # a second trainer on the same module
-            assert layer.forward == forward
+            cut = options.get("classifier_pooling") != "mean"
+            assert isinstance(layer.forward, TruncatedLastLayer) == cut
+            assert not (cut and isinstance(layer.forward.whole, TruncatedLastLayer))
             assert module.training
-            assert module.short_last_layer == (options.get("classifier_pooling") != "mean")
+            assert module.execution.last_layer == ("reward_tokens" if cut else "whole")
         groups = groups_of(module.base.config.vocab_size, typed=family == "bert")
         rewards = module(module.collate(groups))
         (rewards * torch.linspace(-1, 1, len(rewards))).sum().backward()
@@ -116,7 +117,7 @@ def test_what_each_response_alone_gives_is_what_all_give_together(tmp_path: Path
 
 
 def test_a_layer_that_does_not_let_itself_be_cut_stays_whole_and_says_so(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", tuned=False)
+    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     tokens: list[int] = []
 
     # As GPT-2, which views its output as the input's shape.
@@ -129,8 +130,8 @@ def test_a_layer_that_does_not_let_itself_be_cut_stays_whole_and_says_so(tmp_pat
 
     module.base.get_input_embeddings().register_forward_pre_hook(count)
     module.backbone.norm.register_forward_pre_hook(strict)  # type: ignore[union-attr]
-    shorten_last_layer(module)
-    assert not module.short_last_layer
+    tune(module, "scoring")
+    assert module.execution.last_layer == "whole"
     assert "last layer whole" in module.forward_reason
     assert "is invalid" in module.forward_reason
     whole, short = both(module, "llama")
@@ -138,10 +139,10 @@ def test_a_layer_that_does_not_let_itself_be_cut_stays_whole_and_says_so(tmp_pat
 
 
 def test_a_model_that_does_not_name_its_layers_keeps_them_whole(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", tuned=False)
+    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     module.base._no_split_modules = None
-    shorten_last_layer(module)
-    assert not module.short_last_layer
+    tune(module, "scoring")
+    assert module.execution.last_layer == "whole"
     assert "does not say which modules its layers are" in module.forward_reason
 
 
@@ -149,10 +150,10 @@ def test_a_probe_allows_for_the_dtype_that_products_are_computed_in(tmp_path: Pa
     module, _ = load_for_training(tiny_checkpoint(tmp_path, "bert"), seed=0)
     half, _ = load_for_scoring(tiny_checkpoint(tmp_path, "bert"), dtype="bfloat16", device="cpu")
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = probe_tolerance(module)
-    assert under_autocast == probe_tolerance(half) > 10 * probe_tolerance(module)
+        under_autocast = tolerance(module)
+    assert under_autocast == tolerance(half) > 10 * tolerance(module)
 
 
 def test_deterministic_models_compute_it_whole(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", tuned=False)
-    assert not module.short_last_layer
+    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
+    assert module.execution.last_layer == "whole"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded(path: Path, dtype: str, *, pack: bool) -> RewardModule:
-    module, _ = load_for_scoring(path, dtype=dtype, device="cpu", tuned=pack)  # type: ignore[arg-type]
+    module, _ = load_for_scoring(path, dtype=dtype, device="cpu", purpose="scoring" if pack else None)  # type: ignore[arg-type]
     assert ("weights packed" in module.forward_reason) == pack
     return module
 
@@ -42,7 +43,7 @@ def test_rewards_stay(tmp_path: Path, family: str, dtype: str, tolerance: float)
     rewards = []
     for pack in (False, True):
         module = loaded(path, dtype, pack=pack)
-        module.products_on = None  # a trial of its own
+        module.execution = replace(module.execution, attention="gathered")  # a trial of its own
         with torch.inference_mode():
             groups = groups_of(module.base.config.vocab_size, typed=family == "bert")
             rewards.append(module(module.collate(groups)))
@@ -63,13 +64,14 @@ def test_the_plain_weights_are_given_up(tmp_path: Path) -> None:
 LOAD_AND_SAY = """
 import sys
 import torch
+from marginrm.encoding import EncodedResponse
 from marginrm.tuning import packed_weights
 from marginrm.loading import load_for_scoring
 
 packed_weights._WORTH_IT = 0.0
-module, _ = load_for_scoring(sys.argv[1], dtype="float32", device="cpu", tuned=sys.argv[2] == "tuned")
+module, _ = load_for_scoring(sys.argv[1], dtype="float32", device="cpu", purpose=sys.argv[2] if sys.argv[2] == "scoring" else None)
 with torch.inference_mode():  # plain weights come into memory as they are read
-    module(module.collate([[type("Response", (), {"ids": (5, 6), "type_ids": None})()]]))
+    module(module.collate([[EncodedResponse((5, 6))]]))
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
 """
 
@@ -81,9 +83,9 @@ def test_memory_stays_what_it_was(tmp_path: Path) -> None:
     assert weights > 200_000, "KiB: large enough to tell from what else a process holds"
     taken = {
         kind: int(subprocess.check_output([sys.executable, "-c", LOAD_AND_SAY, str(path), kind], text=True))
-        for kind in ("plain", "tuned")
+        for kind in ("plain", "scoring")
     }
-    assert taken["tuned"] < taken["plain"] + 0.25 * weights
+    assert taken["scoring"] < taken["plain"] + 0.25 * weights
 
 
 @always
@@ -92,7 +94,7 @@ def test_memory_stays_what_it_was(tmp_path: Path) -> None:
 def test_they_can_be_compiled_around(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, "qwen3")
     plain = loaded(path, "float32", pack=False)
-    compiled, _ = load_for_scoring(path, dtype="float32", device="cpu", compiled=True)
+    compiled, _ = load_for_scoring(path, dtype="float32", device="cpu", purpose="compiled_scoring")
     groups = groups_of(plain.base.config.vocab_size)
     with torch.inference_mode():
         found, expected = (module(module.collate(groups)) for module in (compiled, plain))

@@ -67,12 +67,15 @@ def test_rows_have_few_lengths_and_what_fills_them_changes_no_reward(tmp_path: P
         [together, together[::-1], together[:1]],  # of several requests, which start alike
     ):
         bare = model.module.collate(encoded)
-        filled = model.module.collate(model._filled(encoded))
+        filled = model.module.collate(encoded, multiple=model.row_multiple)
         assert filled.ids.shape[1] % 64 == 0
         assert 0 <= filled.ids.shape[1] - bare.ids.shape[1] < 64
         with torch.inference_mode():
             alone = model.module(bare).tolist()
-        assert model.forward(encoded) == pytest.approx(alone, abs=1e-5)
+        result = model.run_step(encoded)
+        assert [len(rewards) for rewards in result.rewards] == [len(group) for group in encoded]
+        assert [reward for rewards in result.rewards for reward in rewards] == pytest.approx(alone, abs=1e-5)
+        assert sum(result.computed) == bare.tokens
 
 
 def test_rewards_are_those_of_transformers_own_forward(checkpoint: Path) -> None:

@@ -94,6 +94,16 @@ def test_a_padded_model_never_computes_more_tokens_than_its_budget(tmp_path: Pat
     torch.testing.assert_close(torch.tensor(rewards[40:42]), torch.tensor(alone), atol=1e-5, rtol=0)
 
 
+def test_a_padded_step_counts_the_padding_of_each_group(tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path, "llama"), dtype="float32", token_budget=40)
+    model.module.forward_path = "padded"
+    sizes = [[2, 20], [2, 19], [3]]
+    groups = [[EncodedResponse(tuple(range(5, 5 + size))) for size in group] for group in sizes]
+    result = model.run_step(groups)
+    assert result.computed == [20 + 3, 20 + 3, 3]
+    assert result.rewards == [pytest.approx(rewards, abs=1e-5) for rewards in model.score_encoded(groups)]
+
+
 def test_a_module_in_training_stays_in_training_and_is_scored_in_evaluation_mode(tmp_path: Path) -> None:
     loaded = RewardModel.from_pretrained(tiny_checkpoint(tmp_path, "llama"), dtype="float32")
     group = [EncodedResponse(tuple(range(5, 15)))]

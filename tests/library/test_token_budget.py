@@ -11,7 +11,7 @@ import torch
 from marginrm import RewardModel
 from marginrm.packing import plan_row
 from marginrm.tuning.timing import trial_groups
-from marginrm.tuning.token_budget import choose_token_budget, measure_token_budget
+from marginrm.tuning.token_budget import choose_token_budget
 from support.models import tiny_checkpoint
 
 
@@ -43,7 +43,7 @@ def test_the_budget_grows_as_long_as_it_pays(seconds: Callable[[int], float], bu
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_model_s_budget_is_measured(tmp_path: Path, family: str) -> None:
     model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "model", family))
-    assert measure_token_budget(model) == model.token_budget
+    assert model.measure_token_budget() == model.token_budget
     assert model.token_budget in (1024, 2048, 4096, 8192, 16384)
 
 
@@ -53,7 +53,7 @@ def test_what_it_is_measured_with_is_as_large_as_it_says_and_shares_nothing(tmp_
     groups = trial_groups(model.encoder, 4096)
     length = len(groups[0][0].ids)
     assert 4096 - length < sum(len(one.ids) for (one,) in groups) <= 4096
-    plan = plan_row([[one.ids for one in group] for group in groups], share_prefix=True)
+    plan = plan_row([[one.ids for one in group] for group in groups], causal=True)
     assert len(plan.ids) == sum(len(one.ids) for (one,) in groups)
     if family == "bert":
         assert all(one.type_ids is not None and len(one.type_ids) == length for (one,) in groups)

@@ -33,6 +33,7 @@ from transformers import LlamaForCausalLM
 from marginrm import RewardModel
 from marginrm.encoding import Encoder
 from marginrm.manifest import EncodingInfo, GoldenSample, Manifest
+from marginrm.steps import StepResult
 from marginrm_service.keys import add_key
 from support.models import tiny_checkpoint, tiny_model
 from support.server import serving
@@ -49,9 +50,9 @@ class FaultyModel(RewardModel):
 
     before_forward: Callable[[Groups], None] = staticmethod(lambda _: None)
 
-    def forward(self, groups: Groups) -> list[float]:
+    def run_step(self, groups: Groups) -> StepResult:
         self.before_forward(groups)
-        return super().forward(groups)
+        return super().run_step(groups)
 
 
 class FaultyEncoder(Encoder):

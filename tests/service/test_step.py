@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marginrm.errors import NonFiniteRewardError
-from marginrm_service.engine.step import halves, padded_chunks, run_step
+from marginrm.steps import StepResult
+from marginrm_service.engine.step import halves, run_step
 from marginrm_service.errors import ForwardFailedError
 from support.service import FakeModel, group, reward_of, sized_group
 
@@ -31,20 +32,10 @@ def test_what_requests_share_is_counted_once():
     assert result.computed == [42, 2]
 
 
-def test_a_padded_step_puts_like_lengths_together_and_counts_the_padding():
-    model = FakeModel(token_budget=40, forward_path="padded", shares_prefixes=False)
-    groups = [sized_group(0, 2, 20), sized_group(0, 2, 19), sized_group(0, 3)]
-    result = run_step(model, groups)
-    assert result.outcomes == [[reward_of(member) for member in members] for members in groups]
-    assert sum(result.computed) == 2 * 20 + 3 * 3
-    assert result.computed == [23, 23, 3]
-    assert [sum(map(len, step)) for step in model.steps] == [2, 3]
-
-
 @pytest.mark.parametrize("fault", ["poisoned", "nan_token"])
-@pytest.mark.parametrize("path", ["packed", "padded"])
-def test_a_fault_stays_with_its_responses(fault, path):
-    model = FakeModel(forward_path=path, shares_prefixes=path == "packed", **{fault: BAD})
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_fault_stays_with_its_responses(fault, shared):
+    model = FakeModel(shares_prefixes=shared, **{fault: BAD})
     groups = [group([1, 2], [1, 3], [1, BAD]), group([4]), group([5, 6], [5, BAD], [5, 7], [5, 8])]
     result = run_step(model, groups)
     expected = ForwardFailedError if fault == "poisoned" else NonFiniteRewardError
@@ -65,8 +56,9 @@ def test_the_log_says_what_the_model_raised(caplog):
 
 def test_a_model_that_gives_too_few_rewards_is_at_fault():
     class Forgetful(FakeModel):
-        def forward(self, groups):
-            return super().forward(groups)[:-1]
+        def run_step(self, groups):
+            result = super().run_step(groups)
+            return StepResult([rewards[:-1] for rewards in result.rewards], result.computed)
 
     (outcomes,) = run_step(Forgetful(), [group([1], [2])]).outcomes
     assert [type(outcome) for outcome in outcomes] == [ForwardFailedError, ForwardFailedError]
@@ -75,16 +67,9 @@ def test_a_model_that_gives_too_few_rewards_is_at_fault():
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1))
 def test_halves_are_even_and_keep_the_order(sizes):
     groups = [group(*([number, member] for member in range(size))) for number, size in enumerate(sizes)]
-    first, second = halves(groups)
-    flat = [response for members in (*first, *second) for response in members]
-    assert flat == [response for members in groups for response in members]
-    assert 0 <= sum(map(len, second)) - sum(map(len, first)) <= 1
-    assert all([*first, *second])
-
-
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
-def test_padded_chunks_hold_each_response_once_and_keep_to_the_budget(lengths, budget):
-    chunks = list(padded_chunks(lengths, budget))
-    assert sorted(index for chunk in chunks for index in chunk) == list(range(len(lengths)))
-    for chunk in chunks:
-        assert max(lengths[index] for index in chunk) * len(chunk) <= budget or len(chunk) == 1
+    first, second = halves(list(enumerate(groups)))
+    flat = [(number, response) for number, members in (*first, *second) for response in members]
+    assert flat == [(number, response) for number, members in enumerate(groups) for response in members]
+    sizes = [sum(len(members) for _, members in half) for half in (first, second)]
+    assert 0 <= sizes[1] - sizes[0] <= 1
+    assert all(members for _, members in (*first, *second))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from marginrm.encoding import EncodedResponse, Encoder
+from marginrm.packing import plan_row
 from marginrm.schemas import ModelInfo
+from marginrm.steps import StepResult
 
 Groups = Sequence[Sequence[EncodedResponse]]
 
@@ -45,7 +48,12 @@ class FakeModel:
     on_forward: Callable[[Groups], None] = lambda _: None
     steps: list[Groups] = field(default_factory=list)
 
-    def forward(self, groups: Groups) -> list[float]:
+    def run_step(self, groups: Groups) -> StepResult:
+        rewards = iter(self._rewards(groups))
+        plan = plan_row([[one.array for one in members] for members in groups], causal=self.shares_prefixes)
+        return StepResult([list(islice(rewards, len(members))) for members in groups], list(plan.costs))
+
+    def _rewards(self, groups: Groups) -> list[float]:
         self.steps.append(groups)
         self.on_forward(groups)
         responses = [response for members in groups for response in members]
@@ -57,7 +65,7 @@ class FakeModel:
 
 
 class Gate:
-    """Holds the worker in `forward` until it is let go, so that tests decide what waits meanwhile."""
+    """Holds the worker in `run_step` until it is let go, so that tests decide what waits meanwhile."""
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)

@@ -15,11 +15,11 @@ from marginrm import RewardModel
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import EncodingError
-from marginrm.forward.batch import PackedRow, PaddedRows
+from marginrm.forward.batch import PackedBatch, PaddedBatch
 from marginrm.forward.module import RewardModule
 from marginrm.text import Dtype
 from marginrm.tuning.last_layer import last_layer
-from marginrm.tuning.token_budget import measure_token_budget
+from marginrm.tuning.tune import tune
 
 _GEMM_SIZE = 4096
 _GEMM_REPEATS = 5
@@ -61,9 +61,10 @@ class InProcess:
             deterministic=deterministic,
         )
         if token_budget is None:
-            measure_token_budget(self._model)
+            self._model.measure_token_budget()
         self._module = self._model.module
-        self._module.short_last_layer &= not whole_last_layer
+        if whole_last_layer:
+            tune(self._module, "compiled_scoring" if compiled else "scoring", whole_last_layer=True)
         self._module.register_forward_pre_hook(self._count)
         self.computed: int | None = None
         linear = sum(_linear_weights(self._module).values())
@@ -109,7 +110,7 @@ class InProcess:
             encoded.append(outcome)
         return encoded
 
-    def _count(self, _: nn.Module, inputs: tuple[PackedRow | PaddedRows, ...]) -> None:
+    def _count(self, _: nn.Module, inputs: tuple[PackedBatch | PaddedBatch, ...]) -> None:
         self.computed = (self.computed or 0) + inputs[0].tokens
 
 
@@ -120,7 +121,7 @@ def _linear_weights(part: nn.Module) -> dict[str, int]:
 
 def _skipped_weights(module: RewardModule) -> int:
     """Returns how many weights multiply only the tokens that rewards are read at."""
-    layer = last_layer(module) if module.short_last_layer else None
+    layer = last_layer(module) if module.execution.last_layer == "reward_tokens" else None
     weights = _linear_weights(layer) if layer else {}
     return sum(count for name, count in weights.items() if name.rsplit(".", 1)[-1] not in _BEFORE_ATTENTION)
 

@@ -16,7 +16,7 @@ from time import perf_counter
 from marginrm_service.engine.compute_thread import ComputeThread
 from marginrm_service.engine.job import Job
 from marginrm_service.engine.queue import FairQueue, Portion
-from marginrm_service.engine.step import ForwardModel, StepResult, run_step
+from marginrm_service.engine.step import ForwardModel, StepOutcome, run_step
 from marginrm_service.errors import EngineStoppedError
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ScoringEngine:
     Create, start and close it on one event loop; `run` may be awaited by any number of tasks there.
 
     Args:
-        model: What computes. Its `forward` is called from the worker thread only.
+        model: What computes. Its `run_step` is called from the worker thread only.
         name: For the thread and the log.
         on_step: Called on the event loop after every step.
     """
@@ -167,7 +167,7 @@ class ScoringEngine:
         except RuntimeError:  # the loop is closed: nobody waits for rewards any more
             _log.debug("Model %s: the event loop was gone", self._name)
 
-    def _deliver(self, portions: list[Portion], result: StepResult, started: float, seconds: float) -> None:
+    def _deliver(self, portions: list[Portion], result: StepOutcome, started: float, seconds: float) -> None:
         """Hands a step's outcomes to their jobs, on the event loop."""
         finished = []
         seen: set[int] = set()

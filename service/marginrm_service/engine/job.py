@@ -9,7 +9,7 @@ from time import perf_counter
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import MarginRMError
-from marginrm.packing import cost, shared_prefix
+from marginrm.packing import shared_prefix
 
 Group = Sequence[EncodedResponse]
 Outcome = float | MarginRMError
@@ -33,12 +33,9 @@ class GroupPlan:
     @classmethod
     def of(cls, group: Group, *, share_prefix: bool) -> GroupPlan:
         """Measures a group. Takes time on large ones: call it off the event loop."""
-        ids = [member.ids for member in group]
-        return cls(
-            lengths=[len(member) for member in ids],
-            shared=shared_prefix(ids) if share_prefix else 0,
-            cost=cost(ids, share_prefix=share_prefix),
-        )
+        lengths = [len(member.ids) for member in group]
+        shared = shared_prefix([member.array for member in group]) if share_prefix else 0
+        return cls(lengths, shared, cost=sum(lengths) - shared * (len(lengths) - 1))
 
     def part(self, members: Sequence[int]) -> GroupPlan:
         """Returns the plan of some members. What they share beyond the whole group is not looked for: that takes time."""

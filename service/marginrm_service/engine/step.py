@@ -1,55 +1,41 @@
-"""Running one step on the model, and keeping a fault to the responses that cause it.
-
-A forward pass that raises, or that gives NaN or infinity anywhere, is run again in halves until what is at fault is
-alone. That response gets an error in place of its reward; all others get the reward they would have had.
-"""
+"""Runs one step. If it fails, it is bisected until the failing responses are isolated; all others keep their rewards."""
 
 from __future__ import annotations
 
 import logging
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from marginrm.errors import MarginRMError, NonFiniteRewardError
-from marginrm.packing import plan_row
+from marginrm.steps import StepResult
 from marginrm_service.engine.job import Group, Outcome
 from marginrm_service.errors import ForwardFailedError
 
 _log = logging.getLogger(__name__)
-
-Forward = Callable[[Sequence[Group]], list[float]]
 
 
 class ForwardModel(Protocol):
     """The part of `RewardModel` that the engine uses."""
 
     @property
-    def forward_path(self) -> str:
-        """`packed` or `padded`."""
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether what a group shares is computed once."""
-
-    @property
     def token_budget(self) -> int:
-        """The most tokens that a step computes."""
+        """Tokens that a step computes at most."""
 
-    def forward(self, groups: Sequence[Group]) -> list[float]:
-        """Returns one reward per response, in order."""
+    def run_step(self, groups: Sequence[Group]) -> StepResult:
+        """Returns one reward per response, and the tokens computed for each group."""
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What came out of a step.
+class StepOutcome:
+    """The result of a step.
 
     Attributes:
         outcomes: For each group one outcome per response.
         computed: For each group the tokens that were computed for it.
-        faults: Forward passes that raised or gave a reward that is no number.
+        faults: Runs that raised an error or gave a reward that is not finite.
     """
 
     outcomes: list[list[Outcome]]
@@ -57,125 +43,86 @@ class StepResult:
     faults: int
 
 
-def run_step(model: ForwardModel, groups: Sequence[Group]) -> StepResult:
-    """Scores the groups of one step.
-
-    A packed model takes them in one forward pass. For a padded one, responses of like length go together, so that no
-    forward pass computes more than the budget, padding included.
+def run_step(model: ForwardModel, groups: Sequence[Group]) -> StepOutcome:
+    """Scores the groups of one step; a response at fault gets an error in place of its reward.
 
     Args:
         model: The model.
         groups: Encoded responses, at least one per group.
 
     Returns:
-        One outcome per response; this function itself raises only what is no `Exception`.
+        One outcome per response. Only a `BaseException` that is not an `Exception` is raised.
     """
-    run = _Isolating(model.forward)
-    if model.forward_path == "padded":
-        outcomes, computed = _run_padded(run, groups, model.token_budget)
-    else:
-        outcomes = regroup(run(groups), groups)
-        ids = [[member.ids for member in group] for group in groups]
-        computed = list(plan_row(ids, share_prefix=model.shares_prefixes).costs)
-    return StepResult(outcomes, computed, run.faults)
+    isolation = _Isolation(model, len(groups))
+    isolation.run(list(enumerate(groups)))
+    return StepOutcome(isolation.outcomes, isolation.computed, isolation.faults)
 
 
-class _Isolating:
-    """A forward pass that gives an error for a response at fault, and never raises."""
+class _Isolation:
+    """The outcomes of a step while it is run, whole or in halves."""
 
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self._logged: set[int] = set()
+    def __init__(self, model: ForwardModel, groups: int) -> None:
+        self._model = model
+        self._logged: set[bool] = set()
+        self.outcomes: list[list[Outcome]] = [[] for _ in range(groups)]
+        self.computed = [0] * groups
         self.faults = 0
 
-    def __call__(self, groups: Sequence[Group]) -> list[Outcome]:
-        responses = sum(len(group) for group in groups)
-        found = self._attempt(groups, responses)
-        if not isinstance(found, MarginRMError):
-            return found
+    def run(self, numbered: Sequence[tuple[int, Group]]) -> None:
+        """Runs groups, each with its number in the step; their outcomes come in order."""
+        responses = sum(len(group) for _, group in numbered)
+        found = self._attempt([group for _, group in numbered], responses)
+        if isinstance(found, StepResult):
+            for (number, _), rewards, computed in zip(numbered, found.rewards, found.computed, strict=True):
+                self.outcomes[number] += rewards
+                self.computed[number] += computed
+            return
         self.faults += 1
         if responses == 1:
-            return [found]
-        return [outcome for half in halves(groups) for outcome in self(half)]
+            ((number, group),) = numbered
+            self.outcomes[number].append(found)
+            self.computed[number] += len(group[0].ids)
+            return
+        for half in halves(numbered):
+            self.run(half)
 
-    def _attempt(self, groups: Sequence[Group], responses: int) -> list[Outcome] | MarginRMError:
-        """Returns the rewards, or what to say to a lone response.
-
-        After running out of memory the halves need the room of the tensors that the traceback holds: it is emptied.
-        """
+    def _attempt(self, groups: Sequence[Group], responses: int) -> StepResult | MarginRMError:
+        """Returns the rewards, or the error that a lone response gets."""
         try:
-            rewards = self._forward(groups)
-            if len(rewards) != responses:
-                raise RuntimeError(f"the model gave {len(rewards)} rewards for {responses} responses")
-        except Exception as error:  # noqa: BLE001 - whatever torch raises, see the docstring above
-            self._log(responses, error)
+            result = self._model.run_step(groups)
+            if [len(rewards) for rewards in result.rewards] != [len(group) for group in groups]:
+                found = sum(map(len, result.rewards))
+                raise RuntimeError(f"the model gave {found} rewards for {responses} responses")
+        except Exception as error:  # noqa: BLE001 - torch raises errors of any class
+            self._log(error, lone=responses == 1)
+            # Out of memory: the halves need the tensors' memory, which the traceback's frames hold.
             traceback.clear_frames(error.__traceback__)
             return ForwardFailedError("The model could not compute this text.")
-        if all(map(math.isfinite, rewards)):
-            return list(rewards)
+        if all(math.isfinite(reward) for rewards in result.rewards for reward in rewards):
+            return result
         return NonFiniteRewardError("The model gave no finite reward for this text.")
 
-    def _log(self, responses: int, error: Exception) -> None:
-        """Logs the first failure of a step and its first lone one: a broken device would fail for each of thousands."""
-        kind = min(responses, 2)
-        if kind in self._logged:
+    def _log(self, error: Exception, *, lone: bool) -> None:
+        """Logs a step's first failure and its first lone one: a broken device would fail for each of thousands."""
+        if lone in self._logged:
             return
-        self._logged.add(kind)
-        if responses > 1:
-            _log.warning("A forward pass over %d responses failed; they are tried in halves", responses, exc_info=error)
-        else:
+        self._logged.add(lone)
+        if lone:
             _log.error("A forward pass failed for a single response", exc_info=error)
+        else:
+            _log.warning("A forward pass failed; its responses are tried in halves", exc_info=error)
 
 
-def halves(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """Cuts groups into two lists with half of the responses each (the second has one more if the number is odd)."""
-    wanted = sum(len(group) for group in groups) // 2
-    first: list[Group] = []
-    second: list[Group] = []
-    for group in groups:
+def halves(numbered: Sequence[tuple[int, Group]]) -> tuple[list[tuple[int, Group]], list[tuple[int, Group]]]:
+    """Splits numbered groups into two lists with half of the responses each; an odd one goes into the second."""
+    wanted = sum(len(group) for _, group in numbered) // 2
+    first: list[tuple[int, Group]] = []
+    second: list[tuple[int, Group]] = []
+    for number, group in numbered:
         cut = min(wanted, len(group))
         wanted -= cut
         if cut:
-            first.append(group[:cut])
+            first.append((number, group[:cut]))
         if cut < len(group):
-            second.append(group[cut:])
+            second.append((number, group[cut:]))
     return first, second
-
-
-def regroup(flat: Sequence[Outcome], groups: Sequence[Group]) -> list[list[Outcome]]:
-    """Gives a flat list the groups' shape."""
-    outcomes = iter(flat)
-    return [[next(outcomes) for _ in group] for group in groups]
-
-
-def padded_chunks(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cuts responses into rectangles of at most `budget` tokens, padding included.
-
-    Args:
-        lengths: Tokens of each response.
-        budget: The most tokens of a rectangle; a longer response gets one to itself.
-
-    Yields:
-        Indices into `lengths`, longest responses first.
-    """
-    chunk: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if chunk and lengths[chunk[0]] * (len(chunk) + 1) > budget:
-            yield chunk
-            chunk = []
-        chunk.append(index)
-    if chunk:
-        yield chunk
-
-
-def _run_padded(run: _Isolating, groups: Sequence[Group], budget: int) -> tuple[list[list[Outcome]], list[int]]:
-    places = [(number, index) for number, group in enumerate(groups) for index in range(len(group))]
-    responses = [groups[number][index] for number, index in places]
-    flat: list[Outcome] = [0.0] * len(places)
-    computed = [0] * len(groups)
-    for chunk in padded_chunks([len(response.ids) for response in responses], budget):
-        outcomes = run([[responses[index]] for index in chunk])
-        for index, outcome in zip(chunk, outcomes, strict=True):
-            flat[index] = outcome
-            computed[places[index][0]] += len(responses[chunk[0]].ids)
-    return regroup(flat, groups), computed

@@ -279,7 +279,6 @@ def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float 
     """
     logs.adopt_transformers()
     from marginrm.reward_model import RewardModel
-    from marginrm.tuning.token_budget import measure_token_budget
 
     model = RewardModel.from_pretrained(
         spec.path,
@@ -294,7 +293,7 @@ def load_model(spec: ModelSpec, settings: Settings) -> tuple[RewardModel, float 
     )
     golden = model.verify_golden()
     if settings.token_budget is None:
-        measure_token_budget(model)
+        model.measure_token_budget()
     return model, golden
 
 

@@ -1,4 +1,4 @@
-"""Attention on CPUs by PyTorch's fused kernels, with what they lack: a prefix computed once, and a fast backward."""
+"""Attention on CPUs by PyTorch's fused kernel, with a shared prefix computed once and a backward pass in float32."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: S
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
 
 
-class CPUAttention(Function):
-    """Softmax attention of lines of tokens to themselves and, wholly, to a prefix that all lines share.
+class FusedCPUAttention(Function):
+    """Softmax attention of sequences to themselves and to all of a prefix that they share.
 
     The backward pass computes in float32 even for bfloat16, whose kernel is several times slower. Both of its parts
     take the merged result and its log-sum-exp, since dP = P * (dO V^T - rowsum(dO * O)) with P = exp(QK^T - lse) holds
@@ -33,23 +33,23 @@ class CPUAttention(Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
-        """Returns [lines, heads, tokens, head size].
+        """Returns [sequences, heads, tokens, head size].
 
         Args:
-            ctx: Of autograd.
-            query: [lines, heads, tokens, head size].
-            key: [lines, key heads, tokens, head size]; key heads divide heads.
+            ctx: The context of autograd.
+            query: [sequences, heads, tokens, head size].
+            key: [sequences, key heads, tokens, head size]; key heads divide heads.
             value: As `key`.
             prefix_key: [1, key heads, prefix tokens, head size], or None.
             prefix_value: As `prefix_key`.
-            mask: Added to the scores of a line with itself, [lines or 1, 1, tokens or 1, tokens], or None.
-            causal: Whether a token sees only those before it in its line (and the whole prefix).
+            mask: Added to the scores of a sequence with itself, [sequences or 1, 1, tokens or 1, tokens], or None.
+            causal: Whether a token attends only to those before it in its sequence (and to the whole prefix).
             scale: Factor on the dot products; None for 1 / sqrt(head size).
         """
         result, normaliser = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         if prefix_key is not None:
             prefix, other = _forward(_flat(query), prefix_key, prefix_value, 0.0, False, scale=scale)
-            prefix, other = _lines(prefix, query.shape[0]), _lines(other[..., None], query.shape[0])[..., 0]
+            prefix, other = _unflat(prefix, query.shape[0]), _unflat(other[..., None], query.shape[0])[..., 0]
             share = torch.sigmoid(other - normaliser)[..., None]
             result = torch.lerp(result, prefix, share.to(result.dtype))
             normaliser = torch.logaddexp(normaliser, other)
@@ -90,16 +90,16 @@ class CPUAttention(Function):
                 False,
                 scale=scale,
             )
-            d_query = d_query + _lines(d_more, query.shape[0])
+            d_query = d_query + _unflat(d_more, query.shape[0])
         grads = (d_query, d_key, d_value, *d_prefix)
         return (*(grad if grad is None else grad.to(dtype) for grad in grads), None, None, None)
 
 
-def _flat(lines: Tensor) -> Tensor:
-    """[lines, heads, tokens, size] -> [1, heads, lines * tokens, size]."""
-    return lines.transpose(0, 1).flatten(1, 2)[None]
+def _flat(sequences: Tensor) -> Tensor:
+    """[sequences, heads, tokens, size] -> [1, heads, sequences * tokens, size]."""
+    return sequences.transpose(0, 1).flatten(1, 2)[None]
 
 
-def _lines(flat: Tensor, lines: int) -> Tensor:
-    """[1, heads, lines * tokens, size] -> [lines, heads, tokens, size]."""
-    return flat[0].reshape(flat.shape[1], lines, -1, flat.shape[-1]).transpose(0, 1)
+def _unflat(flat: Tensor, sequences: int) -> Tensor:
+    """[1, heads, sequences * tokens, size] -> [sequences, heads, tokens, size]."""
+    return flat[0].reshape(flat.shape[1], sequences, -1, flat.shape[-1]).transpose(0, 1)

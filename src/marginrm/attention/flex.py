@@ -1,8 +1,8 @@
-"""What each token of a packed row is seen by, as intervals of the row: the form that FlexAttention takes.
+"""FlexAttention backend: the mask as one interval of queries per key.
 
-A row is laid depth-first, so what continues a token lies in one stretch: key k is seen by the queries from `start[k]` to
-before `end[k]`. In a decoder that is from the token itself to the end of what branches from its run; in an encoder it
-is its sequence. Two integers a token are the whole mask, and blocks of it that nobody sees are never computed.
+A row is laid depth-first, so the tokens that continue a token lie in one stretch (`PackingPlan.seen_by`): the queries
+from `start[k]` to before `end[k]` attend to key k. Two integers a token are the whole mask, and blocks of it that hold
+nothing are never computed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from marginrm.attention.gathered import UnsupportedAttentionError
-from marginrm.packing import ROOT, PackingPlan
+from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError
+from marginrm.packing import PackingPlan
 
 _BLOCK = 128  # tokens a side; FlexAttention's kernels divide it
-# Kernels kept at most: one for each head size, dtype, grad mode, kind of mask and so on of all models in the process.
+# Most kernels kept: one for each head size, dtype, gradient mode and kind of mask, of all models in the process.
 _KERNELS = 64
 
 MaskFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -32,8 +33,8 @@ class IntervalLayout:
     """A row's mask as intervals; [tokens] int32 each.
 
     Attributes:
-        start: First row index that sees a token.
-        end: Row index after the last that sees it.
+        start: First row index that attends to a token.
+        end: Row index after the last one.
         position: Position of the token in its sequence, for windows.
         masks: The block masks made so far, by window: once per row, for all layers.
     """
@@ -47,25 +48,23 @@ class IntervalLayout:
         """Returns the layout on another device."""
         return IntervalLayout(self.start.to(device), self.end.to(device), self.position.to(device))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
-    ) -> Tensor:
-        """Computes a layer's attention over the row, as `Layout.attend` says.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """Computes a layer's attention over the row, as `AttentionLayout.attend` says.
 
         Raises:
             UnsupportedAttentionError: Dropout is asked for, or gradients on a CPU.
         """
-        if dropout:
-            raise UnsupportedAttentionError("FlexAttention knows no dropout")
+        if options.dropout:
+            raise UnsupportedAttentionError("FlexAttention does not support dropout")
         if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
             raise UnsupportedAttentionError("FlexAttention has no backward pass on CPUs")
-        if window not in self.masks:
-            self.masks[window] = self.block_mask(window)
+        if options.window not in self.masks:
+            self.masks[options.window] = self.block_mask(options.window)
         gqa = query.shape[1] != key.shape[1]
-        return _kernel()(query, key, value, self.masks[window], scale, gqa).transpose(1, 2)
+        return _kernel()(query, key, value, self.masks[options.window], options.scale, gqa).transpose(1, 2)
 
     def mask_function(self, window: int | None) -> MaskFn:
-        """Returns FlexAttention's `mask_mod`: whether row index `q` sees row index `k`."""
+        """Returns FlexAttention's `mask_mod`: whether row index `q` attends to row index `k`."""
         start, end, position = self.start, self.end, self.position
 
         def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class IntervalLayout:
 
         if window is None:
             return sees
-        reach = position + window  # a tensor, since a captured number would take a kernel of its own
+        reach = position + window  # a tensor, since each captured number would compile a kernel of its own
 
         def sees_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return sees(batch, head, q, k) & (position[q] < reach[k]) & (position[k] < reach[q])
@@ -81,16 +80,16 @@ class IntervalLayout:
         return sees_near
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Returns which blocks of keys each block of queries reads, and within which of them the mask has to be asked.
+        """Returns the blocks of keys that each block of queries reads, and which of them need the mask inside.
 
-        It is found from the blocks' extremes, since torch's `create_block_mask` fills a [tokens, tokens] mask for it.
-        A window's blocks are told by positions alone, so a few may be read in which nothing is seen.
+        They follow from the extremes of the blocks, whereas torch's `create_block_mask` fills a [tokens, tokens] mask.
+        A window's blocks are found by positions alone, so a few may be read that hold nothing.
         """
         tokens = self.start.shape[0]
-        # Two blocks at least: torch compiles sizes of 1 apart.
+        # Two blocks at least: torch compiles another kernel for sizes of 1.
         blocks = max(-(-tokens // _BLOCK), 2)
         missing = blocks * _BLOCK - tokens
-        start = F.pad(self.start, (0, missing), value=tokens).view(blocks, _BLOCK)  # what fills up is seen by nobody
+        start = F.pad(self.start, (0, missing), value=tokens).view(blocks, _BLOCK)  # no token attends to the padding
         end = F.pad(self.end, (0, missing)).view(blocks, _BLOCK)
         first = torch.arange(0, blocks * _BLOCK, _BLOCK, device=start.device)[:, None]
         last = first + (_BLOCK - 1)
@@ -110,39 +109,15 @@ class IntervalLayout:
         )
 
 
-def interval_layout(plan: PackingPlan, *, causal: bool) -> IntervalLayout:
-    """Finds the intervals of a plan.
-
-    Args:
-        plan: The row.
-        causal: Whether a token sees only what comes before it.
-    """
-    start, end = seen_by(plan, causal=causal)
-    return IntervalLayout(start, end, torch.tensor(plan.position_ids, dtype=torch.int32))
-
-
-def seen_by(plan: PackingPlan, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Returns for each token the first row index that sees it and the one after the last, [tokens] int32 each.
-
-    Args:
-        plan: The row.
-        causal: Whether a token sees only what comes before it.
-    """
-    ends = [run.start + run.length for run in plan.runs]
-    for number in reversed(range(len(plan.runs))):  # children before their parents
-        parent = plan.runs[number].parent
-        if parent != ROOT:
-            ends[parent] = max(ends[parent], ends[number])
-    lengths = torch.tensor([run.length for run in plan.runs])
-    starts = torch.tensor([run.start for run in plan.runs], dtype=torch.int32).repeat_interleave(lengths)
-    return (
-        torch.arange(len(plan.ids), dtype=torch.int32) if causal else starts,
-        torch.tensor(ends, dtype=torch.int32).repeat_interleave(lengths),
-    )
+def interval_layout(plan: PackingPlan) -> IntervalLayout:
+    """Returns the intervals of a plan."""
+    arrays = (*plan.seen_by(), plan.position_ids)
+    start, end, position = (torch.from_numpy(array.astype(np.int32)) for array in arrays)
+    return IntervalLayout(start, end, position)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns for each row of [blocks, blocks] how many are set, and the columns with those first; [1, 1, ...]."""
+    """Returns for each row of [blocks, blocks] how many are set, and all columns, the set ones first; [1, 1, ...]."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
@@ -151,9 +126,8 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _kernel() -> Kernel:
     """Returns the compiled kernel; without compilation torch would fill a [tokens, tokens] matrix of scores.
 
-    Sizes are dynamic, so one compilation serves rows of any length, which need not be filled up to whole blocks; short
-    rows take the same kernel too, not the one made for generating text. It is one graph or an error, since torch's
-    other way out is that matrix.
+    Sizes are dynamic, so one compilation serves rows of any length, which need not be whole blocks; short rows take the
+    same kernel, not the one for generating text. A graph break is an error, since torch's fallback is that matrix.
     """
 
     def call(

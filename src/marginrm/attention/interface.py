@@ -1,10 +1,9 @@
-"""Attention over a packed row: every token sees what comes before it in its own sequence, and nothing else.
+"""The attention function for packed rows, registered with transformers as `marginrm_packed`.
 
-The function is registered with transformers as `marginrm_packed`, so every model that goes through the
-`AttentionInterface` runs on packed rows unchanged. How it is computed is the row's layout's business: what each call
-reads is gathered from the row by index (`packed_layout`, and in fixed shapes `block_layout`), or FlexAttention goes
-over the row as it is (`interval_layout`); all are exact and differentiable. Without a packed row the function is
-transformers' own SDPA attention, so one loaded model takes packed and padded batches alike.
+Every model that goes through transformers' `AttentionInterface` runs on packed rows unchanged: each token attends to
+what comes before it in its own sequence (decoders) or to its own sequence (encoders), and to nothing else. The row's
+layout decides how that is computed: `gathered`, `flex` or `blocked`; all are exact. Without a packed row the function
+is transformers' own SDPA attention, so one loaded model takes packed and padded batches alike.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from marginrm.attention.gathered import UnsupportedAttentionError
-from marginrm.attention.layout import Layout
+from marginrm.attention.layout import AttentionLayout, AttentionOptions, UnsupportedAttentionError
 
 ATTENTION_NAME = "marginrm_packed"
 
@@ -39,33 +37,33 @@ def packed_attention(
         module: The model's attention module.
         query: [1, heads, tokens, head size].
         key: [1, key heads, tokens, head size]; key heads divide heads.
-        value: As `key`.
-        attention_mask: Used only when there is no packed row.
+        value: [1, key heads, tokens, value size].
+        attention_mask: Used only without a packed row.
         scaling: Factor on the dot products.
         dropout: Attention dropout, for training.
-        **kwargs: `packed_row` (a `rows.PackedRow`) and what the model passes besides.
+        **kwargs: `packed_batch` (a `forward.batch.PackedBatch`) and the model's further options.
 
     Returns:
-        [1, tokens, heads, head size], and None for the weights, which are not materialised.
+        [1, tokens, heads, value size], and None for the weights, which are not materialised.
 
     Raises:
-        UnsupportedAttentionError: The model asks for soft-capping or attention sinks, or for what the row's layout
-            does not know.
+        UnsupportedAttentionError: The model asks for soft-capping or attention sinks, or for an option that the row's
+            layout does not support.
     """
-    row = kwargs.pop("packed_row", None)
-    if row is None:
+    batch = kwargs.pop("packed_batch", None)
+    if batch is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     for option in ("softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise UnsupportedAttentionError(f"attention with {option}")
-    if torch.is_autocast_enabled(query.device.type):  # it casts what SDPA is given, and knows no kernel of ours
+    if torch.is_autocast_enabled(query.device.type):  # autocast casts the inputs of SDPA, but not of our kernels
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    window = kwargs.get("sliding_window")
-    layout: Layout = row.layout
-    return layout.attend(query, key, value, scale=scaling, dropout=dropout, window=window), None
+    layout: AttentionLayout = batch.layout
+    options = AttentionOptions(scale=scaling, dropout=dropout, window=kwargs.get("sliding_window"))
+    return layout.attend(query, key, value, options), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -1,7 +1,8 @@
-"""What every way of going over a packed row with attention offers."""
+"""The interface of an attention backend for packed rows."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
@@ -10,35 +11,50 @@ from torch import Tensor
 from marginrm.packing import PackingPlan
 
 
-class Layout(Protocol):
-    """How attention goes over one row: found once per row, the same for every layer."""
+class UnsupportedAttentionError(Exception):
+    """The model asks its attention for something that this backend cannot compute exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """A layer's own settings, as it passes them to its attention function.
+
+    Attributes:
+        scale: Factor on the dot products; None for 1 / sqrt(head size).
+        dropout: Share of attention weights that training drops.
+        window: Tokens attend to each other only at a distance below this one; None for no window.
+    """
+
+    scale: float | None = None
+    dropout: float = 0.0
+    window: int | None = None
+
+
+class AttentionLayout(Protocol):
+    """How attention is computed over one row: prepared once per row, the same for every layer."""
 
     def to(self, device: torch.device) -> Self:
         """Returns the layout on another device."""
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Computes a layer's attention over the row.
 
         Args:
             query: [1, heads, tokens, head size].
             key: [1, key heads, tokens, head size]; key heads divide heads.
-            value: As `key`.
-            scale: Factor on the dot products; None for 1 / sqrt(head size).
-            dropout: Attention dropout, for training.
-            window: Tokens see each other only at a distance below this one; None for no window.
+            value: [1, key heads, tokens, value size].
+            options: The layer's settings.
 
         Returns:
-            [1, tokens, heads, head size].
+            [1, tokens, heads, value size].
 
         Raises:
-            UnsupportedAttentionError: For what this layout does not know.
+            UnsupportedAttentionError: An option is outside of what this layout computes exactly.
         """
 
 
 class LayoutFn(Protocol):
-    """Finds how attention goes over a row."""
+    """Prepares the attention of a row."""
 
-    def __call__(self, plan: PackingPlan, *, causal: bool) -> Layout:
-        """Lays a plan out; causal for decoders."""
+    def __call__(self, plan: PackingPlan) -> AttentionLayout:
+        """Returns the layout of a plan."""

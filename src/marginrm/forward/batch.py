@@ -1,36 +1,38 @@
-"""What a reward model's forward pass takes: responses packed into one row, or padded into a rectangle."""
+"""The inputs of a forward pass: responses packed into one row, or padded to one length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from marginrm.attention.flex import seen_by
-from marginrm.attention.gathered import attention_layout
-from marginrm.attention.layout import Layout, LayoutFn
+from marginrm.attention.gathered import gathered_layout
+from marginrm.attention.layout import AttentionLayout, LayoutFn
 from marginrm.encoding import EncodedResponse
-from marginrm.packing import plan_row
+from marginrm.packing import Ints, plan_row
 
 EncodedGroup = Sequence[EncodedResponse]
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRow:
-    """Responses laid end to end, what a group shares only once.
+class PackedBatch:
+    """Responses laid end to end in one row, a shared prefix only once.
 
     Attributes:
         ids: Token ids, [1, tokens].
         position_ids: Positions within the sequence each token came from, [1, tokens].
         type_ids: Segment ids for encoders that use them, [1, tokens], or None.
-        first: Row index of each response's first token, [responses]; with sharing it may be common to several.
+        first: Row index of each response's first token, [responses]; responses with a shared prefix have it in common.
         last: Row index of each response's last token, [responses].
-        owner: The response that each token belongs to, [tokens]; None with sharing, where a token has many.
-        start: First row index that sees each token, [tokens].
-        end: Row index after the last that sees it, [tokens].
-        layout: How attention goes over the row.
+        owner: The response that each token belongs to, [tokens], one more than the last for a filler; None for decoders,
+            where a token may belong to many.
+        start: First row index that attends to each token, [tokens].
+        end: Row index after the last one that attends to it, [tokens].
+        layout: How attention is computed over the row.
+        costs: Tokens that each group put into the row.
     """
 
     ids: Tensor
@@ -41,7 +43,8 @@ class PackedRow:
     owner: Tensor | None
     start: Tensor
     end: Tensor
-    layout: Layout
+    layout: AttentionLayout
+    costs: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -53,8 +56,8 @@ class PackedRow:
         """Number of responses."""
         return self.last.shape[0]
 
-    def to(self, device: torch.device | str) -> PackedRow:
-        """Returns the row on another device."""
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Returns the batch on another device."""
         target = torch.device(device)
         return replace(
             self,
@@ -71,20 +74,22 @@ class PackedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedRows:
-    """One row per response, padded on the right.
+class PaddedBatch:
+    """One sequence per response, padded on the right.
 
     Attributes:
         ids: Token ids, [responses, longest].
         mask: 1 for real tokens and 0 for padding, [responses, longest].
         type_ids: Segment ids, [responses, longest], or None.
         lengths: Number of real tokens, [responses].
+        costs: Tokens that are computed for each group, padding included.
     """
 
     ids: Tensor
     mask: Tensor
     type_ids: Tensor | None
     lengths: Tensor
+    costs: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -96,54 +101,76 @@ class PaddedRows:
         """Number of responses."""
         return self.ids.shape[0]
 
-    def to(self, device: torch.device | str) -> PaddedRows:
-        """Returns the rows on another device."""
-        return PaddedRows(
-            self.ids.to(device),
-            self.mask.to(device),
-            None if self.type_ids is None else self.type_ids.to(device),
-            self.lengths.to(device),
+    def to(self, device: torch.device | str) -> PaddedBatch:
+        """Returns the batch on another device."""
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            mask=self.mask.to(device),
+            type_ids=None if self.type_ids is None else self.type_ids.to(device),
+            lengths=self.lengths.to(device),
         )
 
 
-def pack(groups: Sequence[EncodedGroup], *, causal: bool, layout: LayoutFn = attention_layout) -> PackedRow:
+def pack(
+    groups: Sequence[EncodedGroup], *, causal: bool, layout: LayoutFn = gathered_layout, multiple: int = 1
+) -> PackedBatch:
     """Packs groups into one row; decoders (causal) share prefixes, encoders share nothing.
 
     Args:
         groups: Encoded responses; rewards come in the order of the groups and of the responses in them.
         causal: Whether the model is a decoder.
-        layout: Decides how attention goes over the row; of no effect on the rewards but for rounding.
+        layout: Decides how attention is computed over the row; it affects rewards by rounding only.
+        multiple: The row is filled to a multiple of so many tokens.
     """
-    plan = plan_row([[response.ids for response in group] for group in groups], share_prefix=causal)
+    plan = plan_row([[response.array for response in group] for group in groups], causal=causal, multiple=multiple)
     responses = [response for group in groups for response in group]
-    lengths = torch.tensor([len(response.ids) for response in responses])
-    typed = not causal and any(response.type_ids is not None for response in responses)
-    type_ids = [kind for response in responses for kind in response.type_ids or ()] if typed else None
-    start, end = seen_by(plan, causal=causal)
-    return PackedRow(
-        ids=torch.tensor([plan.ids]),
-        position_ids=torch.tensor([plan.position_ids]),
-        type_ids=None if type_ids is None else torch.tensor([type_ids]),
-        first=torch.tensor([plan.runs[[*plan.ancestors(leaf), leaf][0]].start for leaf in plan.leaves]),
+    tokens = len(plan.ids)
+    owner = None
+    if not causal:
+        owner = np.full(tokens, len(responses))  # a filler belongs to no response
+        lengths = [len(response.ids) for response in responses]
+        owner[: sum(lengths)] = np.repeat(np.arange(len(responses)), lengths)
+    type_ids = None
+    if not causal and any(response.type_ids is not None for response in responses):
+        type_ids = np.zeros((1, tokens), np.int64)
+        kinds = [kind for response in responses for kind in response.type_ids or ()]
+        type_ids[0, : len(kinds)] = kinds
+    start, end = plan.seen_by()
+    return PackedBatch(
+        ids=_tensor(plan.ids)[None],
+        position_ids=_tensor(plan.position_ids)[None],
+        type_ids=None if type_ids is None else _tensor(type_ids),
+        first=torch.tensor(plan.first),
         last=torch.tensor(plan.last),
-        owner=None if causal else torch.arange(len(responses)).repeat_interleave(lengths),
-        start=start,
-        end=end,
-        layout=layout(plan, causal=causal),
+        owner=None if owner is None else _tensor(owner),
+        start=_tensor(start),
+        end=_tensor(end),
+        layout=layout(plan),
+        costs=plan.costs,
     )
 
 
-def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int | None) -> PaddedRows:
-    """Pads every response to the longest, on the right. Which token pads is of no effect, as the mask hides it."""
+def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int | None) -> PaddedBatch:
+    """Pads every response to the longest, on the right. The padding token does not matter, as the mask hides it."""
     responses = [response for group in groups for response in group]
-    lengths = torch.tensor([len(response.ids) for response in responses])
-    longest = int(lengths.max())
-    ids = torch.full((len(responses), longest), pad_token_id or 0)
-    typed = any(response.type_ids is not None for response in responses)
-    type_ids = torch.zeros_like(ids) if typed else None
-    for index, response in enumerate(responses):
-        ids[index, : len(response.ids)] = torch.tensor(response.ids)
+    lengths = [len(response.ids) for response in responses]
+    longest = max(lengths)
+    ids = np.full((len(responses), longest), pad_token_id or 0)
+    type_ids = np.zeros_like(ids) if any(response.type_ids is not None for response in responses) else None
+    for row, response in enumerate(responses):
+        ids[row, : len(response.ids)] = response.array
         if type_ids is not None and response.type_ids is not None:
-            type_ids[index, : len(response.ids)] = torch.tensor(response.type_ids)
-    mask = (torch.arange(longest)[None, :] < lengths[:, None]).long()
-    return PaddedRows(ids, mask, type_ids, lengths)
+            type_ids[row, : len(response.ids)] = response.type_ids
+    counts = torch.tensor(lengths)
+    return PaddedBatch(
+        ids=_tensor(ids),
+        mask=(torch.arange(longest)[None, :] < counts[:, None]).long(),
+        type_ids=None if type_ids is None else _tensor(type_ids),
+        lengths=counts,
+        costs=tuple(longest * len(group) for group in groups),
+    )
+
+
+def _tensor(array: Ints) -> Tensor:
+    return torch.from_numpy(array)

@@ -1,123 +1,166 @@
-"""Which attention goes over a module's packed rows: what proves itself at load, on the machine itself.
+"""Chooses the attention backend at load time, by checking and timing each one on this machine.
 
-FlexAttention reads each token of the row where it lies, by one kernel for rows of any length, and skips the blocks that
-nobody sees. It is a prototype of PyTorch's, compiled by Triton for each GPU, so it is taken only after its rewards, and
-for training its gradients, have been those of the plain path on the device itself. On CPUs it is slower than
-rectangles and has no backward pass. There, decoders in half precision that are to score compute their rectangles by
-matrix products (`product_attention`) where a trial finds that faster than PyTorch's fused kernel.
+FlexAttention reads each token of the row in place, by one kernel for rows of any length, and skips blocks that hold
+nothing. It is compiled by Triton for each GPU, and a prototype in PyTorch, so it is taken only if its rewards, and for
+training its gradients, agree with gathered attention on the device itself. On CPUs it is slower than gathered attention
+and has no backward pass. There, long shared prefixes are computed apart if the model allows it, and decoders in half
+precision compute attention by matrix products if a trial finds them faster than PyTorch's fused kernel.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from marginrm.attention.cpu_matmul import speedup
+from marginrm.attention.cpu_matmul import matmul_attention
 from marginrm.attention.flex import interval_layout
-from marginrm.attention.gathered import unsplit_layout
-from marginrm.encoding import EncodedResponse
-from marginrm.forward.batch import PackedRow, pack, pad
-from marginrm.forward.module import RewardModule, probe_difference, probe_groups, probe_tolerance
+from marginrm.attention.gathered import gathered_layout
+from marginrm.attention.layout import LayoutFn, UnsupportedAttentionError
+from marginrm.forward.batch import PackedBatch, pack
+from marginrm.forward.execution import Attention, Choice
+from marginrm.forward.module import RewardModule, evaluating
+from marginrm.forward.self_check import difference, groups_for, tolerance
+from marginrm.tuning.timing import best_seconds
 
-# The longer one's row has several blocks, some of them seen by nobody. The shorter one's is within a block, which torch
-# compiles apart: now, not at the first short request.
+# The longer probe's row has several blocks, of which some hold nothing. The shorter one's is within a block, for which
+# torch compiles another kernel: now, not at the first short request.
 _PROBE_TOKENS = (12, 300)
-_WORTH_IT = 1.1  # times the fused kernel's speed, from which on products are taken
+_WORTH_IT = 1.1  # speed relative to the fused kernel from which on matrix products are taken
+_TRIAL = 4, 256  # sequences and tokens of the timing
 
 
-def choose_attention(
-    module: RewardModule, wanted: Literal["auto", "rectangles", "flex"] = "auto", *, gradients: bool = False
-) -> None:
-    """Chooses the attention for packed rows on the device where the weights are now, and notes why.
-
-    Where compiling fails or results differ, rectangles are taken, and `forward_reason` says so. Under autocast what is
-    tried is what autocast makes of it.
+def try_it(
+    module: RewardModule, wanted: Literal["auto", "gathered", "flex"] = "auto", *, gradients: bool = False
+) -> Choice:
+    """Chooses the attention backend for packed rows on the device where the weights are now.
 
     Args:
-        module: Changed in place. After a move to another type of device it uses rectangles, by the fused kernel, until
-            this is called again.
-        wanted: `auto` tries FlexAttention on CUDA, and matrix products on CPUs for modules that are to score; `flex`
-            tries FlexAttention wherever the weights are.
+        module: Its `execution` is changed.
+        wanted: `auto` tries FlexAttention on CUDA, and on CPUs shared prefixes and, for scoring, matrix products; `flex`
+            tries FlexAttention on any device.
         gradients: Whether the module is to be trained, so that gradients must agree too.
     """
-    module.flex_on, module.products_on, module.attention_reason = None, None, ""
-    device = module.device.type
-    if module.forward_path == "padded" or wanted == "rectangles":
-        return
-    if wanted == "flex" or device == "cuda":
-        obstacle = _obstacle(module, gradients=gradients)
-        if obstacle is None:
-            module.flex_on, module.attention_reason = device, "attention by FlexAttention"
-        else:
-            module.attention_reason = f"attention on gathered lines, since FlexAttention {obstacle}"
-    elif device == "cpu" and not gradients and module.architecture == "decoder" and module.dtype != torch.float32:
-        times = _products_speedup(module)
-        chosen = "matrix products" if times >= _WORTH_IT else "PyTorch's fused kernel"
-        module.products_on = device if times >= _WORTH_IT else None
-        module.attention_reason = f"attention by {chosen} (products: {times:.2f}x the fused kernel's speed in a trial)"
+    undo(module)
+    if module.forward_path != "packed" or wanted == "gathered":
+        return Choice(False, "")
+    if wanted == "flex" or module.device.type == "cuda":
+        return _try_flex(module, gradients=gradients)
+    if module.architecture != "decoder":
+        return Choice(False, "")
+    splits = not (gradients and _attention_dropout(module)) and _splits_exactly(module)
+    module.execution = replace(module.execution, splits_prefix=splits)
+    return Choice(False, "") if gradients or module.dtype == torch.float32 else _try_matmul(module)
 
 
-def _products_speedup(module: RewardModule) -> float:
+def undo(module: RewardModule) -> None:
+    """Goes back to gathered attention over whole sequences."""
+    module.execution = replace(module.execution, attention="gathered", splits_prefix=False)
+
+
+def _take(module: RewardModule, attention: Attention) -> None:
+    module.execution = replace(module.execution, attention=attention)
+
+
+def _try_matmul(module: RewardModule) -> Choice:
+    speed = matmul_speed(module)
+    taken = speed >= _WORTH_IT
+    if taken:
+        _take(module, "matmul")
+    chosen = "matrix products" if taken else "PyTorch's fused kernel"
+    return Choice(taken, f"attention by {chosen} (products: {speed:.2f}x the fused kernel's speed in a trial)")
+
+
+def matmul_speed(module: RewardModule) -> float:
+    """Returns the speed of `matmul_attention` relative to PyTorch's fused kernel, for this module's heads and dtype."""
     config = module.base.config.get_text_config()
     heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return speedup(heads, getattr(config, "num_key_value_heads", None) or heads, size, module.dtype)
+    sequences, tokens = _TRIAL
+    query = torch.randn(sequences, heads, tokens, size, dtype=module.dtype)
+    key = torch.randn(sequences, key_heads, tokens, size, dtype=module.dtype)
+    attend = F.scaled_dot_product_attention
+    with torch.inference_mode():
+        fused, products = best_seconds(
+            lambda: attend(query, key, key, is_causal=True, enable_gqa=heads != key_heads),
+            lambda: matmul_attention(query, key, key, None, None, None),
+        )
+    return fused / products
 
 
-def _obstacle(module: RewardModule, *, gradients: bool) -> str | None:
-    """Returns what speaks against FlexAttention for this module, here."""
-    training = module.training
-    module.eval()
+def _splits_exactly(module: RewardModule) -> bool:
+    """Says if the model's attention can be computed apart for a shared prefix."""
     try:
-        rewards = _rewards_differ(module)
-        return rewards or (_gradients_differ(module) if gradients else None)
-    except Exception as error:  # noqa: BLE001 - a compiler and a driver raise what they like, and there is another way
-        return f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    finally:
-        module.train(training)
+        with torch.inference_mode():
+            found, expected = (
+                _rewards(module, min(_PROBE_TOKENS), layout)
+                for layout in (partial(gathered_layout, split_from=2), gathered_layout)
+            )
+    except UnsupportedAttentionError:
+        return False
+    return difference(found, expected) <= tolerance(module)
+
+
+def _try_flex(module: RewardModule, *, gradients: bool) -> Choice:
+    try:
+        obstacle = "does not support dropout" if gradients and _attention_dropout(module) else _rewards_differ(module)
+        obstacle = obstacle or (_gradients_differ(module) if gradients else None)
+    except Exception as error:  # noqa: BLE001 - compiler and driver raise errors of any class, and there is another way
+        obstacle = f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if obstacle is not None:
+        return Choice(False, f"attention on gathered sequences, since FlexAttention {obstacle}")
+    _take(module, "flex")
+    return Choice(True, "attention by FlexAttention")
 
 
 def _rewards_differ(module: RewardModule) -> str | None:
-    found, expected = [], []
     with torch.inference_mode():
-        for longest in _PROBE_TOKENS:
-            found.append(module(_row(module, longest, flex=True)))
-            rows = pad(_groups(module, longest), pad_token_id=module.base.config.pad_token_id)
-            expected.append(module(rows.to(module.device)))
-        difference = probe_difference(torch.cat(found), torch.cat(expected))
-    return None if difference <= probe_tolerance(module) else f"gave rewards that differ by {difference:.2g} in a probe"
+        found, expected = (
+            torch.cat([_rewards(module, longest, layout) for longest in _PROBE_TOKENS])
+            for layout in (interval_layout, gathered_layout)
+        )
+    worst = difference(found, expected)
+    return None if worst <= tolerance(module) else f"gave rewards that differ by {worst:.2g} in a probe"
 
 
 def _gradients_differ(module: RewardModule) -> str | None:
-    found, expected = (_gradient(module, _row(module, max(_PROBE_TOKENS), flex=flex)) for flex in (True, False))
-    difference = float((found - expected).norm() / expected.norm())
-    return (
-        None if difference <= probe_tolerance(module) else f"gave gradients that differ by {difference:.2g} in a probe"
+    found, expected = (
+        gradient(module, _batch(module, max(_PROBE_TOKENS), layout)) for layout in (interval_layout, gathered_layout)
     )
+    worst = float((found - expected).norm() / expected.norm())
+    return None if worst <= tolerance(module) else f"gave gradients that differ by {worst:.2g} in a probe"
 
 
-def _gradient(module: RewardModule, row: PackedRow) -> Tensor:
-    """Returns the gradient of the rewards' sum by the embedded tokens, which has come through every layer's attention."""
+def gradient(module: RewardModule, batch: PackedBatch) -> Tensor:
+    """Returns the gradient of the rewards' sum by the embedded tokens, which has passed through every layer's attention."""
     embedded: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        embedded.append(output.requires_grad_())  # with LoRA it has none of its own
+        embedded.append(output.requires_grad_())  # with LoRA it requires none by itself
 
     hook = module.base.get_input_embeddings().register_forward_hook(keep)
     try:
-        with torch.enable_grad():
-            return torch.autograd.grad(module(row).sum(), embedded)[0].float()
+        with torch.enable_grad(), evaluating(module):
+            return torch.autograd.grad(module(batch).sum(), embedded)[0].float()
     finally:
         hook.remove()
 
 
-def _row(module: RewardModule, longest: int, *, flex: bool) -> PackedRow:
-    causal = module.architecture == "decoder"
-    layout = interval_layout if flex else unsplit_layout
-    return pack(_groups(module, longest), causal=causal, layout=layout).to(module.device)
+def _rewards(module: RewardModule, longest: int, layout: LayoutFn) -> Tensor:
+    with evaluating(module):
+        rewards: Tensor = module(_batch(module, longest, layout))
+        return rewards
 
 
-def _groups(module: RewardModule, longest: int) -> list[list[EncodedResponse]]:
-    return probe_groups(module.base.config.vocab_size, min(module.max_length, longest))
+def _batch(module: RewardModule, longest: int, layout: LayoutFn) -> PackedBatch:
+    return pack(groups_for(module, longest), causal=module.architecture == "decoder", layout=layout).to(module.device)
+
+
+def _attention_dropout(module: RewardModule) -> float:
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    return max(float(getattr(module.base.config, name, None) or 0.0) for name in names)

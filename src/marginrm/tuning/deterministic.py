@@ -1,9 +1,9 @@
-"""Rewards that are the same to the bit in any company.
+"""Batch-invariant rewards: bit-identical whatever else is scored in the same forward pass.
 
-A reward depends on its neighbours by rounding only: kernels add up in another order when a row is longer. So the shapes
-that kernels see are fixed. Linear layers go over tiles of so many tokens; attention goes over blocks of positions
-(`block_layout`); rows are whole tiles, so that what is computed element by element is always cut into whole vectors.
-Where a token lies in its tile must then make no difference, and whether it does is tried at load, on this machine.
+A reward depends on its neighbours by rounding only: kernels add in another order when a row is longer. So the shapes
+that kernels get are fixed. Linear layers run over tiles of a fixed number of tokens; attention runs over blocks of
+positions (`attention.blocked`); rows are whole tiles, so that element-wise kernels always process whole vectors. The
+place of a token in its tile must then not change its bits: a probe at load checks that, on this machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,70 +20,101 @@ from transformers.pytorch_utils import Conv1D
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import ModelError
-from marginrm.forward.module import probe_groups
-
-if TYPE_CHECKING:
-    from marginrm.reward_model import RewardModel
+from marginrm.forward.execution import Choice
+from marginrm.forward.module import RewardModule, evaluating
+from marginrm.forward.self_check import groups_for
 
 TILE = 256  # tokens
-_PROBE_TOKENS = (12, 2 * TILE)  # of the longest sequences; together they go over several tiles
+_PROBE_TOKENS = (12, 2 * TILE)  # tokens of the longest sequences; together they fill several tiles
 
-_Groups = list[list[EncodedResponse]]
+_Groups = Sequence[Sequence[EncodedResponse]]
+_Forward = Callable[[_Groups], list[float]]
 
 
-def make_deterministic(model: RewardModel) -> None:
-    """Fixes the shapes of a model's kernels for scoring, and tries whether its rewards then stay to the bit.
+def try_it(module: RewardModule) -> Choice:
+    """Fixes the shapes of a module's kernels for scoring, and checks that its rewards are then batch-invariant.
 
-    They stay for this model on this machine with these versions and threads; another machine may round otherwise.
+    They are for this model on this machine with these versions and threads; another machine may round differently. It
+    is tried only on request, so a failure is an error.
 
     Args:
-        model: Changed in place; it must not be compiled, since compiled kernels cut rows their own way.
+        module: Changed in place; it must be neither compiled nor have packed weights.
 
     Raises:
-        ModelError: The model runs on padded rows, or a reward still depends on its neighbours.
+        ModelError: The model is not packed, or a reward still depends on its neighbours.
     """
-    if model.forward_path == "padded":
+    if module.forward_path != "packed":
         raise ModelError(
-            f"deterministic: this model cannot be packed, and padded batches differ in shape. {model.forward_reason}."
+            f"deterministic: this model cannot be packed, and padded batches differ in shape. {module.forward_reason}."
         )
-    module = model.module
-    module.tile, module.attention_reason = TILE, "deterministic: attention in blocks, rows in tiles"
-    for part in module.modules():
-        if isinstance(part, nn.Linear | Conv1D):
-            part.forward = _in_tiles(part.forward)  # type: ignore[method-assign]
-    difference = _difference(model)
-    if difference:
+    apply(module)
+    with evaluating(module):
+        worst = largest_difference(lambda groups: _rewards(module, groups), _probe(module))
+    if worst:
+        undo(module)
         raise ModelError(
-            f"deterministic: a reward of this model still differs by {difference:.2g} with its neighbours in a probe on "
+            f"deterministic: a reward of this model still differs by {worst:.2g} with its neighbours in a probe on "
             f"{torch.get_num_threads()} threads. Try a power of two as OMP_NUM_THREADS, another dtype, or go without."
         )
+    return Choice(True, "deterministic: attention in blocks, rows in tiles")
 
 
-def _in_tiles(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Returns a layer's forward pass, tile by tile; it must treat each token by itself."""
+def apply(module: RewardModule) -> None:
+    """Runs linear layers in tiles and attention in blocks."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | Conv1D):
+            part.forward = _Tiled(part.forward)  # type: ignore[method-assign]
+    module.execution = replace(module.execution, attention="blocked", tile=TILE)
 
-    def apply(inputs: Tensor) -> Tensor:
+
+def undo(module: RewardModule) -> None:
+    """Gives linear layers their own forward pass back, if it was replaced."""
+    for part in module.modules():
+        if isinstance(part.forward, _Tiled):
+            part.forward = part.forward.whole
+    if module.execution.tile:
+        module.execution = replace(module.execution, attention="gathered", tile=None)
+
+
+class _Tiled:
+    """A layer's forward pass, tile by tile; the layer must treat each token by itself."""
+
+    def __init__(self, whole: Callable[[Tensor], Tensor]) -> None:
+        self.whole = whole
+
+    def __call__(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
         filled = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
-        results = torch.cat([forward(tile) for tile in torch.split(filled, TILE)])
+        results = torch.cat([self.whole(tile) for tile in torch.split(filled, TILE)])
         return results[: len(rows)].view(*inputs.shape[:-1], -1)
 
-    return apply
+
+def _rewards(module: RewardModule, groups: _Groups) -> list[float]:
+    with torch.inference_mode():
+        rewards: list[float] = module(module.collate(groups).to(module.device)).tolist()
+        return rewards
 
 
-def _difference(model: RewardModel) -> float:
-    """Returns the largest difference of a reward between several companies; 0 if all bits are the same, NaN if one is."""
-    vocabulary, longest = model.module.base.config.vocab_size, model.encoder.max_length
-    groups = [group for size in _PROBE_TOKENS for group in probe_groups(vocabulary, min(longest, size))]
-    expected = [model.forward([[response]])[0] for group in groups for response in group]
+def _probe(module: RewardModule) -> list[list[EncodedResponse]]:
+    return [group for size in _PROBE_TOKENS for group in groups_for(module, size)]
+
+
+def largest_difference(forward: _Forward, groups: _Groups) -> float:
+    """Returns the largest difference of a reward between batch compositions; 0 if all bits agree, NaN if one is.
+
+    Args:
+        forward: Computes the rewards of some groups together.
+        groups: What to compute, alone and in several arrangements.
+    """
+    expected = [forward([[response]])[0] for group in groups for response in group]
     differences = [0.0]
-    for company in _companies(groups):
-        rewards = iter(model.forward([[response for _, response in group] for group in company]))
-        differences += [abs(next(rewards) - expected[number]) for group in company for number, _ in group]
+    for composition in _compositions(groups):
+        rewards = iter(forward([[response for _, response in group] for group in composition]))
+        differences += [abs(next(rewards) - expected[number]) for group in composition for number, _ in group]
     return max(differences, key=lambda difference: (math.isnan(difference), difference))
 
 
-def _companies(groups: _Groups) -> Sequence[list[list[tuple[int, EncodedResponse]]]]:
+def _compositions(groups: _Groups) -> Sequence[list[list[tuple[int, EncodedResponse]]]]:
     """Returns the groups in several arrangements, each response with its number."""
     numbers = itertools.count()
     numbered = [[(next(numbers), response) for response in group] for group in groups]

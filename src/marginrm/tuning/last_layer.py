@@ -1,60 +1,68 @@
 """The backbone's last layer, computed only at the tokens that rewards are read at.
 
-Of the last layer's input every token's key and value is wanted, and all that comes after them of the tokens that are
-read alone. So the layer runs on the whole row as far as its attention, is stopped there, and runs again on those tokens
-with the keys and values of the first time. Nothing in it depends on the model's family.
+The last layer needs keys and values of every token, but queries, output projection and MLP only for the tokens whose
+hidden state becomes a reward. So it runs twice: first over the whole row up to its attention, to capture keys and
+values; then over the reward tokens alone, with those. It does not depend on the model's family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marginrm.forward.batch import PackedRow
-from marginrm.forward.module import RewardModule, probe_difference, probe_rewards, probe_tolerance
+from marginrm.attention.layout import AttentionOptions
+from marginrm.forward.batch import PackedBatch
+from marginrm.forward.execution import Choice
+from marginrm.forward.module import RewardModule
+from marginrm.forward.self_check import difference, probe_rewards, tolerance
 
-# Tokens read are filled up to a multiple of this: oneDNN keeps a kernel for every number of rows.
+# Reward tokens are filled to a multiple of this: oneDNN keeps a kernel for every number of rows.
 _UNIT = 32
 
 
-def shorten_last_layer(module: RewardModule) -> None:
-    """Lets a module compute its last layer only where rewards are read, if its rewards stay what they were.
+def try_it(module: RewardModule) -> Choice:
+    """Cuts the last layer to the reward tokens, if the rewards of a probe stay the same.
+
+    Heads that pool all tokens need the whole layer.
 
     Args:
-        module: Changed in place; it notes what came of it in `last_layer_reason`. Heads that read every token need the
-            whole layer.
+        module: Changed in place.
     """
-    if module.short_last_layer or module.forward_path == "padded" or module.reads_every_token:
-        return
+    if module.forward_path != "packed" or module.pooling is None or module.pooling.reads == "all":
+        return Choice(False, "")
     layer = last_layer(module)
     if layer is None:
-        module.last_layer_reason = "last layer whole, since the model does not say which modules its layers are"
-        return
-    training = module.training
-    module.eval()
-    before = probe_rewards(module, module.max_length)
-    whole = layer.forward
-    layer.forward = partial(_forward, whole)
-    module.short_last_layer = True
+        return Choice(False, "last layer whole, since the model does not say which modules its layers are")
+    before = probe_rewards(module)
+    apply(module, layer)
     try:
-        difference = probe_difference(probe_rewards(module, module.max_length), before)
-        obstacle = None if difference <= probe_tolerance(module) else f"rewards differ by {difference:.2g}"
-    except Exception as error:  # noqa: BLE001 - a model's own code raises what it likes, and the whole layer works
+        worst = difference(probe_rewards(module), before)
+        obstacle = None if worst <= tolerance(module) else f"rewards differ by {worst:.2g}"
+    except Exception as error:  # noqa: BLE001 - a model's own code raises errors of any class, and the whole layer works
         obstacle = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    module.train(training)
     if obstacle is None:
-        module.last_layer_reason = "last layer only where rewards are read"
-    else:
-        module.short_last_layer, layer.forward = False, whole
-        module.last_layer_reason = (
-            f"last layer whole, since a probe of it at the rewards' tokens alone failed ({obstacle})"
-        )
+        return Choice(True, "last layer only where rewards are read")
+    undo(module)
+    return Choice(False, f"last layer whole, since a probe at the reward tokens alone failed ({obstacle})")
+
+
+def apply(module: RewardModule, layer: nn.Module) -> None:
+    """Replaces the forward pass of a module's last layer."""
+    layer.forward = TruncatedLastLayer(layer.forward, "last" if module.architecture == "decoder" else "first")
+    module.execution = replace(module.execution, last_layer="reward_tokens")
+
+
+def undo(module: RewardModule) -> None:
+    """Gives the last layer its own forward pass back, if it was replaced."""
+    layer = last_layer(module)
+    if layer is not None and isinstance(layer.forward, TruncatedLastLayer):
+        layer.forward = layer.forward.whole
+    module.execution = replace(module.execution, last_layer="whole")
 
 
 def last_layer(module: RewardModule) -> nn.Module | None:
@@ -63,57 +71,72 @@ def last_layer(module: RewardModule) -> nn.Module | None:
     return next((part for part in reversed(list(module.backbone.modules())) if type(part).__name__ in names), None)
 
 
-def _forward(
-    whole: Callable[..., Any],
-    hidden: Tensor,
-    *args: Any,
-    packed_row: PackedRow | None = None,
-    read_at: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Runs a layer, only for the tokens at `read_at` if that is given.
+class TruncatedLastLayer:
+    """The forward pass of a layer at the reward tokens of a packed batch; the whole layer without one.
+
+    The first of its two runs ends inside the layer's attention, by an exception that this class raises and catches.
 
     Args:
         whole: The layer's own forward pass.
-        hidden: [1, tokens, size].
-        *args: What else the layer takes, by position.
-        packed_row: The row of these tokens.
-        read_at: Row indices of the tokens wanted, [responses].
-        **kwargs: What else the layer takes, by name.
-
-    Returns:
-        What the layer returns: hidden states, [1, responses filled up to a multiple of 32, size], or [1, tokens, size].
+        reads: Which token of each response its reward is read at.
     """
-    if read_at is None or packed_row is None:
-        return whole(hidden, *args, packed_row=packed_row, **kwargs)
-    try:
-        whole(hidden, *args, packed_row=replace(packed_row, layout=_Stop()), **kwargs)
-    except _Reached as reached:
-        key, value = reached.key, reached.value
-    filled = F.pad(read_at[None], (0, -len(read_at) % _UNIT), mode="replicate")[0]
-    asked = filled[:, None]
-    seen = (packed_row.start <= asked) & (asked < packed_row.end)
-    layout = _AtTokens(key, value, seen, packed_row.position_ids[0], filled)
-    at = partial(_take, tokens=hidden.shape[1], index=filled)
-    return whole(
-        at(hidden),
-        *(at(value) for value in args),
-        packed_row=replace(packed_row, layout=layout),
-        **{name: at(value) for name, value in kwargs.items()},
-    )
+
+    def __init__(self, whole: Callable[..., Any], reads: Literal["first", "last"]) -> None:
+        self.whole = whole
+        self._reads = reads
+
+    def __call__(self, hidden: Tensor, *args: Any, packed_batch: PackedBatch | None = None, **kwargs: Any) -> Any:
+        """Runs the layer.
+
+        Args:
+            hidden: [1, tokens, size].
+            *args: The layer's other positional arguments.
+            packed_batch: The batch of these tokens, or None.
+            **kwargs: The layer's other keyword arguments.
+
+        Returns:
+            The layer's result: hidden states of the responses' reward tokens in order, [1, responses filled to a
+            multiple of 32, size], or [1, tokens, size] without a packed batch.
+        """
+        if packed_batch is None:
+            return self.whole(hidden, *args, packed_batch=packed_batch, **kwargs)
+        key, value = self._keys_and_values(hidden, args, kwargs, packed_batch)
+        read_at = packed_batch.last if self._reads == "last" else packed_batch.first
+        index = F.pad(read_at[None], (0, -len(read_at) % _UNIT), mode="replicate")[0]
+        seen = (packed_batch.start <= index[:, None]) & (index[:, None] < packed_batch.end)
+        layout = _RewardTokenLayout(key, value, seen, packed_batch.position_ids[0], index)
+
+        def at(value: Any) -> Any:
+            return _taken(value, tokens=hidden.shape[1], index=index)
+
+        return self.whole(
+            at(hidden),
+            *map(at, args),
+            packed_batch=replace(packed_batch, layout=layout),
+            **{name: at(value) for name, value in kwargs.items()},
+        )
+
+    def _keys_and_values(
+        self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], batch: PackedBatch
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            self.whole(hidden, *args, packed_batch=replace(batch, layout=_CapturingLayout()), **kwargs)
+        except _AttentionReached as reached:
+            return reached.key, reached.value
+        raise RuntimeError("the last layer did not call its attention function")
 
 
-def _take(value: Any, *, tokens: int, index: Tensor) -> Any:
-    """Returns what a layer is given for each token, [1, tokens, ...], for the tokens at an index; all else as it is."""
+def _taken(value: Any, *, tokens: int, index: Tensor) -> Any:
+    """Returns an argument that has one entry per token, [1, tokens, ...], at an index; any other argument unchanged."""
     if isinstance(value, tuple):
-        return tuple(_take(part, tokens=tokens, index=index) for part in value)
+        return tuple(_taken(part, tokens=tokens, index=index) for part in value)
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens:
         return value.index_select(1, index)
     return value
 
 
-class _Reached(Exception):  # noqa: N818 - no error
-    """A layer has come to its attention."""
+class _AttentionReached(Exception):  # noqa: N818 - not an error
+    """A layer has called its attention function."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__()
@@ -121,26 +144,26 @@ class _Reached(Exception):  # noqa: N818 - no error
         self.value = value
 
 
-class _Stop:
-    """A layout that stops the layer at its attention."""
+class _CapturingLayout:
+    """A layout that ends the layer's run at its attention."""
 
-    def to(self, device: torch.device) -> _Stop:
+    def to(self, device: torch.device) -> _CapturingLayout:
         return self
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
-        raise _Reached(key, value)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        raise _AttentionReached(key, value)
 
 
 @dataclass(frozen=True, slots=True)
-class _AtTokens:
-    """Attention of some of the row's tokens to what they see of the row.
+class _RewardTokenLayout:
+    """Attention of the reward tokens to the whole row.
 
     Attributes:
-        key: Of the whole row, [1, key heads, tokens, head size].
-        value: As `key`.
-        seen: Which of the row's tokens each sees, [tokens asked, tokens].
-        positions: Of the row's tokens in their sequences, [tokens].
-        index: Row indices of the tokens asked, [tokens asked].
+        key: Keys of the whole row, [1, key heads, tokens, head size].
+        value: Values of the whole row, [1, key heads, tokens, value size].
+        seen: Which of the row's tokens each reward token attends to, [reward tokens, tokens].
+        positions: Positions of the row's tokens in their sequences, [tokens].
+        index: Row indices of the reward tokens, [reward tokens].
     """
 
     key: Tensor
@@ -149,23 +172,21 @@ class _AtTokens:
     positions: Tensor
     index: Tensor
 
-    def to(self, device: torch.device) -> _AtTokens:
+    def to(self, device: torch.device) -> _RewardTokenLayout:
         key, value, seen = self.key.to(device), self.value.to(device), self.seen.to(device)
-        return _AtTokens(key, value, seen, self.positions.to(device), self.index.to(device))
+        return _RewardTokenLayout(key, value, seen, self.positions.to(device), self.index.to(device))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         seen = self.seen
-        if window is not None:
-            seen = seen & ((self.positions[self.index][:, None] - self.positions).abs() < window)
+        if options.window is not None:
+            seen = seen & ((self.positions[self.index][:, None] - self.positions).abs() < options.window)
         result = F.scaled_dot_product_attention(
             query,
             self.key,
             self.value,
             attn_mask=seen,
-            dropout_p=dropout,
-            scale=scale,
+            dropout_p=options.dropout,
+            scale=options.scale,
             enable_gqa=query.shape[1] != self.key.shape[1],
         )
         return result.transpose(1, 2)

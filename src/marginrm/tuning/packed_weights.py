@@ -1,14 +1,15 @@
-"""Weights laid out beforehand as oneDNN's kernels read them, for scoring on CPUs.
+"""Weights packed beforehand into the layout that oneDNN's kernels read, for scoring on CPUs.
 
-A plain linear layer's product reads its weights in an order that suits the kernel less, or lays them out anew in each
-pass. The layers' own weights are given up for the packed ones, so memory stays what it was. Whether it pays is a matter
-of processor and dtype: a trial on the model's largest layer decides.
+A plain linear layer's product reads its weights in an order that suits the kernel less, or reorders them in each pass.
+The layers' own weights are dropped for the packed ones, so memory use stays the same. The gain depends on processor and
+dtype: a trial on the model's largest layer decides.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -17,40 +18,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from marginrm.errors import ModelError
+from marginrm.forward.execution import Choice
 from marginrm.forward.module import RewardModule
 from marginrm.tuning.timing import best_seconds
 
-# torch.compile's own, and private: other versions may lack them.
+# Private operators of torch.compile: other versions of torch may not have them.
 _OPERATORS = "_reorder_linear_weight", "_linear_pointwise"
 _ROWS = 256  # tokens of the trial
 _PACKED = "this model's weights are packed for scoring, so they can be neither read nor trained."
-_WORTH_IT = 1.03  # times the plain layer's speed, from which on weights are packed
+_WORTH_IT = 1.03  # speed relative to the plain layer from which on weights are packed
 
 
-def pack_weights(module: RewardModule) -> None:
-    """Packs the weights of a module's linear layers where that is faster, and notes it in `weights_reason`.
+def try_it(module: RewardModule) -> Choice:
+    """Packs the weights of a module's linear layers if that is faster on this machine. It cannot be undone.
 
     Args:
         module: Loaded for scoring. On a CPU it is changed in place: it has to stay there, gives no gradients, and its
             weights can no longer be read or saved.
     """
+    if module.execution.weights == "packed":
+        return Choice(True, "weights packed for oneDNN")
     layers = [part for part in module.backbone.modules() if type(part) is nn.Linear]
     if not layers or module.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
-        return
-    speedup = _speedup(max(layers, key=lambda layer: layer.weight.numel()))
-    if speedup < _WORTH_IT:
-        return
-    module.weights_reason = f"weights packed for oneDNN ({speedup:.2f}x the plain layer's speed in a trial)"
+        return Choice(False, "")
+    speed = _speed(max(layers, key=lambda layer: layer.weight.numel()))
+    if speed < _WORTH_IT:
+        return Choice(False, "")
+    apply(module, layers)
+    return Choice(True, f"weights packed for oneDNN ({speed:.2f}x the plain layer's speed in a trial)")
+
+
+def apply(module: RewardModule, layers: list[nn.Linear]) -> None:
+    """Packs the weights of linear layers, and makes the module refuse to be saved."""
     for layer in layers:
         layer.forward = packed(layer)  # type: ignore[method-assign,assignment]
-        # Whoever reads them all the same gets NaN, not a wrong number; one value stands for all.
+        # Reading the replaced weights yields NaN, not stale numbers (one expanded value, so no memory).
         layer.weight = nn.Parameter(layer.weight.new_full((1, 1), torch.nan).expand_as(layer.weight), False)
-    # A checkpoint's file is mapped as a whole: it goes when nothing reads from it any more.
+    # A checkpoint's file is mapped as a whole: its memory is freed when no tensor reads from it any more.
     for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # the values that stand for weights have less
+        if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # expanded values have less
             tensor.data = tensor.data.clone()
     for part in module.modules():
         part.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    module.execution = replace(module.execution, weights="packed")
 
 
 def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -62,7 +72,7 @@ def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 def _linear(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
     if torch.is_grad_enabled() and inputs.requires_grad:
         raise ModelError(f"Gradients: {_PACKED} Use one that was loaded for training.")
-    # torch.compile knows this operator with weights that it packed itself only, and takes one of ours as it is.
+    # torch.compile accepts this operator only for weights that it packed itself, so it gets one of ours.
     return _opaque(weight, bias, inputs) if torch.compiler.is_compiling() else _product(weight, bias, inputs)
 
 
@@ -81,8 +91,8 @@ def _(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
 
 
-def _speedup(layer: nn.Linear) -> float:
-    """Returns how many times as fast a layer is with packed weights."""
+def _speed(layer: nn.Linear) -> float:
+    """Returns the speed of a layer with packed weights relative to the plain layer."""
     inputs = torch.randn(_ROWS, layer.in_features, dtype=layer.weight.dtype)
     on_packed = packed(layer)
     with torch.inference_mode():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from marginrm.forward.batch import PackedRow, PaddedRows
+from marginrm.forward.batch import PackedBatch, PaddedBatch
 from marginrm.forward.module import RewardModule
 from marginrm_training.data.splits import EncodedPair
 
@@ -23,7 +23,7 @@ class PairBatch:
         places: `path:line` of each pair.
     """
 
-    row: PackedRow | PaddedRows
+    row: PackedBatch | PaddedBatch
     given: Tensor | None
     places: tuple[str, ...]
 

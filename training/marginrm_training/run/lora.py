@@ -8,6 +8,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from marginrm.errors import ConfigError
+from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
 from marginrm_training.config import LoraSection
 
@@ -31,7 +32,7 @@ def with_lora(module: RewardModule, section: LoraSection, max_length: int) -> Re
         wrapped = get_peft_model(module.base, settings)
     except ValueError as error:
         raise ConfigError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from error
-    return RewardModule(cast("PreTrainedModel", wrapped), max_length=max_length)
+    return build_module(cast("PreTrainedModel", wrapped), max_length=max_length)
 
 
 def merge_lora(module: RewardModule) -> None:

@@ -22,8 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from marginrm.calibration import correctness
 from marginrm.errors import ConfigError, NonFiniteRewardError
 from marginrm.forward.module import RewardModule
-from marginrm.tuning.attention import choose_attention
-from marginrm.tuning.last_layer import shorten_last_layer
+from marginrm.tuning.tune import tune
 from marginrm_training.config import TrainConfig
 from marginrm_training.data.collate import PairBatch, PairCollator
 from marginrm_training.data.splits import EncodedPair
@@ -107,9 +106,8 @@ class MarginTrainer(Trainer):
             data_collator=self.collator,
         )
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
-            choose_attention(module, gradients=True)  # the weights are on their device only now
-            if not self.is_deepspeed_enabled:  # it follows which parts of a layer run, and here a layer runs twice
-                shorten_last_layer(module)
+            # The weights are on their device only now. DeepSpeed follows the calls of a layer's modules.
+            tune(module, "training", whole_last_layer=self.is_deepspeed_enabled)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation averages it
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

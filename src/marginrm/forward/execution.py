@@ -1,0 +1,71 @@
+"""How a module computes on this machine, and why: one frozen value that collate and forward read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+Attention = Literal["gathered", "matmul", "flex", "blocked"]
+
+
+class Choice(NamedTuple):
+    """What became of one optimisation.
+
+    Attributes:
+        taken: Whether the module uses it now.
+        reason: Why, in words for `forward_reason`; empty if it was not tried.
+    """
+
+    taken: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How packed rows are computed. The default is exact for every packed module, on any device, with gradients.
+
+    Attributes:
+        device: The type of device that this was chosen for. On another, attention is `gathered`.
+        attention: The backend: padded calls over gathered sequences, the same with matrix products, FlexAttention, or
+            blocks of fixed shape.
+        splits_prefix: Whether attention to a long shared prefix is computed apart and merged.
+        last_layer: Whether the last layer computes all tokens, or only those that rewards are read at.
+        weights: Whether linear layers use their own weights or weights packed for oneDNN.
+        compiled: Whether the parts between the matrix products run through `torch.compile`.
+        tile: Row lengths are filled to a multiple of this many tokens in deterministic mode; None otherwise.
+        reasons: Why, one sentence part for each optimisation that was tried.
+
+    Raises:
+        ValueError: The combination is not legal.
+    """
+
+    device: str = "cpu"
+    attention: Attention = "gathered"
+    splits_prefix: bool = False
+    last_layer: Literal["whole", "reward_tokens"] = "whole"
+    weights: Literal["plain", "packed"] = "plain"
+    compiled: bool = False
+    tile: int | None = None
+    reasons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._require(self.device == "cpu" or self.attention != "matmul", "matmul attention is for CPUs")
+        self._require(self.device == "cpu" or self.weights == "plain", "packed weights are for CPUs")
+        # Only CPU kernels return the log-sum-exp that merges a prefix with the rest.
+        gathers = self.device == "cpu" and self.attention in {"gathered", "matmul"}
+        self._require(gathers or not self.splits_prefix, "only gathered attention on CPUs splits prefixes")
+        self._require(
+            (self.tile is None) == (self.attention != "blocked"), "blocked attention needs tiles, and only it"
+        )
+        # Deterministic mode fixes the shapes of all kernels; each of these would choose shapes by itself.
+        fixed = self.last_layer == "whole" and self.weights == "plain" and not self.compiled
+        self._require(self.tile is None or fixed, "deterministic mode takes no other optimisation")
+
+    @staticmethod
+    def _require(legal: bool, rule: str) -> None:
+        if not legal:
+            raise ValueError(f"This execution is not legal: {rule}.")
+
+    def because(self, reason: str) -> Execution:
+        """Returns the same with one more reason; an empty one adds nothing."""
+        return replace(self, reasons=(*self.reasons, reason)) if reason else self

@@ -1,0 +1,55 @@
+"""Self-checks: probe batches, the difference of two sets of rewards, and the tolerance for each dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marginrm.encoding import EncodedResponse
+from marginrm.forward.module import RewardModule, evaluating
+
+# How far two computations of one reward may differ, relative to the larger of 1 and the reward, by the dtype of the
+# matrix products. A token that attends to one token too many or too few is off by far more than rounding.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+_OTHER_DTYPES = 0.1
+
+
+def probe_groups(vocabulary: int, longest: int) -> list[list[EncodedResponse]]:
+    """Makes two groups with a shared prefix and one without, of random tokens.
+
+    Args:
+        vocabulary: Number of token ids that the model knows.
+        longest: Tokens of the longest sequence.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(min(1, vocabulary - 1), vocabulary, (count,), generator=generator).tolist())
+
+    prefix = tokens(max(longest // 2, 1))
+    shared = [EncodedResponse(prefix + tokens(max(count, 1))) for count in (longest // 2, longest // 4, 1)]
+    return [shared, [EncodedResponse(tokens(longest))], [EncodedResponse(prefix[:2] + tokens(1)) for _ in range(2)]]
+
+
+def groups_for(module: RewardModule, longest: int) -> list[list[EncodedResponse]]:
+    """Returns `probe_groups` of tokens that a module knows, of at most as many as it takes."""
+    return probe_groups(module.base.config.get_text_config().vocab_size, min(longest, module.max_length))
+
+
+def probe_rewards(module: RewardModule) -> Tensor:
+    """Returns the rewards of probes of two sizes, so that a kernel compiled for them serves every later size."""
+    with torch.inference_mode(), evaluating(module):
+        batches = (module.collate(groups_for(module, size)) for size in (12, 40))
+        return torch.cat([module(batch.to(module.device)) for batch in batches])
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference, relative to the larger of 1 and the expected value."""
+    return float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+
+
+def tolerance(module: RewardModule) -> float:
+    """Returns how far two computations may differ in the dtype of the module's products, autocast's if that is on."""
+    kind = module.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.dtype
+    return TOLERANCE.get(str(dtype).removeprefix("torch."), _OTHER_DTYPES)
