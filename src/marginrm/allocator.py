@@ -1,4 +1,4 @@
-"""How this process's C library keeps memory: for itself, in large pages, in one place."""
+"""Settings of glibc's allocator: keep freed memory, use large pages, use one arena."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _NEVER = 2**31 - 1
 
 
 def keep_memory() -> bool:
-    """Lets glibc keep what it frees, so that forward passes do not fetch their tensors anew from the kernel each time.
+    """Lets glibc keep freed memory, so that forward passes do not request their tensors from the kernel each time.
 
-    By default every block over 128 KiB comes fresh from the kernel, which zeroes it page by page, and goes back when it
-    is freed, which takes a good part of a large model's forward pass (tests/library/test_allocator.py counts the page faults).
-    One arena for all threads, since the heaps of the others hold 64 MiB and fragment. To be called before torch
-    allocates; it is for programs, so the commands call it and the library does not.
+    By default every block over 128 KiB comes from the kernel, which zeroes it page by page, and goes back when it is
+    freed. That is a good part of a large model's forward pass (tests/library/test_allocator.py counts the page faults).
+    One arena serves all threads, since the heaps of further arenas hold 64 MiB each and fragment. Call it before torch
+    allocates. It changes the whole process, so the commands call it and the library does not.
 
     Returns:
-        Whether the C library took it; False without glibc.
+        Whether the C library accepted the settings; False without glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for blocks of 2 MiB and more
     if platform.libc_ver()[0] != "glibc":
@@ -35,10 +35,10 @@ def keep_memory() -> bool:
 
 
 def give_memory_back() -> None:
-    """Returns to the kernel what nobody uses any more: after a model has left, its weights.
+    """Returns unused memory to the kernel, such as the weights of an unloaded model.
 
-    Models hold themselves in circles, which Python breaks up only now and then; so its garbage is collected first (0.2 s
-    with torch in memory). Then glibc, where it is the C library, gives back what it keeps.
+    Models are part of reference cycles, which Python frees only now and then, so its garbage is collected first (0.2 s
+    with torch in memory). Then glibc, if it is the C library, returns the memory that it keeps.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":

@@ -52,7 +52,7 @@ print(kept - psutil.Process().memory_info().rss)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
-def test_what_is_kept_is_given_back_when_asked() -> None:
+def test_kept_memory_is_returned_on_request() -> None:
     done = subprocess.run([sys.executable, "-c", _FREED], capture_output=True, text=True, check=True)
 
     assert int(done.stdout) > 100 * 2**20  # of 160 MB

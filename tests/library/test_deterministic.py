@@ -109,7 +109,7 @@ def test_rows_are_whole_tiles(tmp_path: Path) -> None:
         assert row.ids.shape[1] == TILE
 
 
-def test_what_cannot_be_made_deterministic_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_stays_batch_dependent_is_refused(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", "qwen3")
     with pytest.raises(ConfigError, match="exclude each other"):
         RewardModel.from_pretrained(checkpoint, compiled=True, deterministic=True)
@@ -125,7 +125,7 @@ def test_what_cannot_be_made_deterministic_is_refused(tmp_path: Path) -> None:
     assert module.execution.tile is None
 
 
-def test_a_reward_that_is_no_number_with_its_neighbours_is_refused(tmp_path: Path) -> None:
+def test_a_reward_that_becomes_nan_with_its_neighbours_is_refused(tmp_path: Path) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path / "model", "qwen3"), purpose=None)
 
     def with_neighbours(_module: object, _inputs: object, hidden: torch.Tensor) -> torch.Tensor:

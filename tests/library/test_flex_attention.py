@@ -170,7 +170,7 @@ def layout_of(module: RewardModule) -> object:
 
 
 @compiles
-def test_what_cannot_be_compiled_falls_back_and_says_why(tmp_path: Path) -> None:
+def test_a_failed_compilation_falls_back_and_says_why(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama"), torch.float64)
     choice = attention.try_it(module, "flex")
     assert "attention on gathered sequences, since FlexAttention failed" in choice.reason
@@ -189,7 +189,7 @@ def test_rewards_that_differ_fall_back_and_say_so(tmp_path: Path) -> None:
 
 
 @compiles
-def test_training_needs_gradients_which_there_are_none_of_on_cpus(tmp_path: Path) -> None:
+def test_training_on_cpus_falls_back_as_gradients_are_missing(tmp_path: Path) -> None:
     module = load(tiny_checkpoint(tmp_path, "llama")).train()
     choice = attention.try_it(module, "flex", gradients=True)
     assert "no backward pass on CPUs" in choice.reason

@@ -67,7 +67,7 @@ def test_a_window_in_the_last_layer_stays_a_window(tmp_path: Path, family: str) 
     torch.testing.assert_close(short, whole, atol=1e-5, rtol=0)
 
 
-def test_what_follows_the_keys_is_computed_for_few_tokens(tmp_path: Path) -> None:
+def test_all_after_the_keys_is_computed_for_few_tokens(tmp_path: Path) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu")
     rows = seen_by_linear_layers(module)  # one pass with the layer short, one whole
     tokens = rows["layers.0.mlp.up_proj"][0]
@@ -107,7 +107,7 @@ def test_gradients_stay(tmp_path: Path, family: str, options: dict[str, Any], ch
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_what_each_response_alone_gives_is_what_all_give_together(tmp_path: Path) -> None:
+def test_rewards_alone_and_together_are_equal(tmp_path: Path) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "qwen3"), dtype="float32", device="cpu")
     groups = groups_of(module.base.config.vocab_size)
     with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_what_each_response_alone_gives_is_what_all_give_together(tmp_path: Path
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-def test_a_layer_that_does_not_let_itself_be_cut_stays_whole_and_says_so(tmp_path: Path) -> None:
+def test_a_layer_that_cannot_be_cut_stays_whole_and_says_so(tmp_path: Path) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     tokens: list[int] = []
 

@@ -103,7 +103,7 @@ def test_they_can_be_compiled_around(tmp_path: Path) -> None:
 
 
 @always
-def test_what_cannot_be_saved_or_trained_says_so(tmp_path: Path) -> None:
+def test_saving_and_training_packed_weights_are_refused(tmp_path: Path) -> None:
     module = loaded(tiny_checkpoint(tmp_path, "qwen3"), "float32", pack=True)
     with pytest.raises(ModelError, match="loaded for training"):
         module.classifier.save_pretrained(tmp_path / "copy")

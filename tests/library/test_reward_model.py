@@ -200,7 +200,7 @@ def test_two_labels_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["weights", "truncated weights", "tokenizer", "configuration", "everything"])
-def test_what_is_missing_or_broken_is_named(checkpoint: Path, part: str) -> None:
+def test_a_missing_or_broken_part_is_named(checkpoint: Path, part: str) -> None:
     if part == "weights":
         (checkpoint / "model.safetensors").unlink()
     elif part == "truncated weights":

@@ -48,7 +48,7 @@ def test_a_model_s_budget_is_measured(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_what_it_is_measured_with_is_as_large_as_it_says_and_shares_nothing(tmp_path: Path, family: str) -> None:
+def test_trial_groups_have_their_size_and_share_nothing(tmp_path: Path, family: str) -> None:
     model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "model", family))
     groups = trial_groups(model.encoder, 4096)
     length = len(groups[0][0].ids)
@@ -59,7 +59,7 @@ def test_what_it_is_measured_with_is_as_large_as_it_says_and_shares_nothing(tmp_
         assert all(one.type_ids is not None and len(one.type_ids) == length for (one,) in groups)
 
 
-def test_other_errors_of_the_trial_are_no_matter_of_size() -> None:
+def test_other_errors_of_the_trial_are_raised() -> None:
     def seconds(tokens: int) -> float:
         if tokens > 1024:
             raise RuntimeError("another")

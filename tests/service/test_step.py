@@ -26,7 +26,7 @@ def test_a_packed_step_is_one_forward_with_the_cost_of_each_group():
     assert (len(model.steps), result.faults) == (1, 0)
 
 
-def test_what_requests_share_is_counted_once():
+def test_a_prefix_that_requests_share_is_counted_once():
     prompt = list(range(1, 41))
     result = run_step(FakeModel(), [group([*prompt, 50], [*prompt, 51]), group([*prompt, 52], [*prompt, 53])])
     assert result.computed == [42, 2]
