@@ -10,7 +10,7 @@ client = RewardClient("http://127.0.0.1:8000")  # needs no torch
 client.score("What is 2 + 2?", ["4", "5"])
 ```
 
-Names are imported when they are first used, so that a client starts without torch.
+Names are imported on first use, so that a client starts without torch.
 """
 
 from __future__ import annotations

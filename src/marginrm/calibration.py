@@ -1,8 +1,8 @@
-"""Margins -> temperature, and how far the resulting confidences can be trusted. Pure numpy.
+"""Margins -> temperature, and the quality of the resulting confidences. Pure numpy.
 
 A pair's margin d = reward(chosen) - reward(rejected) gives P(chosen is better) = sigmoid(d / T). The temperature is
-fitted on held-out pairs (Guo et al. 2017, arXiv 1706.04599); training with target margins stretches d, so an unfitted
-sigmoid(d) is no probability.
+fitted on held-out pairs (Guo et al. 2017, arXiv 1706.04599). Training with target margins stretches d, so sigmoid(d)
+without a fitted T is not a probability.
 
 Two views of a pair are measured. *P(chosen)* against its label, which is "chosen is better" or a soft target: `nll`
 and `brier`. *Confidence* sigmoid(|d| / T), which is at least 0.5, against "ranked right" (d > 0, and half at d = 0):
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]  # shapes are given where it is used
 
 T_MIN, T_MAX = 1 / 64, 64.0
 _NORMAL_975 = 1.96  # the normal distribution's 97.5% point
-_VAGUE = 2.0  # an upper end this many times the lower one is told to the user
+_VAGUE = 2.0  # an interval whose upper end is this many times the lower one gets a note
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _COVERAGES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
@@ -47,19 +47,19 @@ def sigmoid(x: ArrayLike) -> Floats:
 def fit_temperature(margins: ArrayLike, targets: ArrayLike | None = None) -> float:
     """Fits T by minimising the negative log likelihood over log T.
 
-    With x = 1/T the loss softplus(-d x) + (1 - p) d x is convex, so it has one valley in log T as well, which bisection
-    on its slope finds to machine precision.
+    With x = 1/T the loss softplus(-d x) + (1 - p) d x is convex, so it has a single minimum in log T too. Bisection on
+    the slope finds it to machine precision.
 
     Args:
-        margins: Rewards' differences, [n].
+        margins: reward(chosen) - reward(rejected) of each pair, [n].
         targets: P(chosen is better) of each pair, [n]; 1 by default.
 
     Returns:
-        T in [1/64, 64]. A bound is returned where the data would go beyond: T -> 0 if every margin has its label's
-        sign, T -> infinity if the margins tell nothing. 1 if all margins are 0, since any T fits then.
+        T in [1/64, 64]. A bound is returned where the likelihood has no maximum inside: T -> 0 if every margin has its
+        label's sign, T -> infinity if the margins are unrelated to the labels. 1 if all margins are 0, which any T fits.
 
     Raises:
-        CalibrationError: There are no margins, or the targets do not fit them.
+        CalibrationError: There are no margins, or targets that do not match them.
         NonFiniteRewardError: A margin is NaN or infinite.
     """
     d, p = _checked(margins, targets)
@@ -72,7 +72,7 @@ def fit_temperature(margins: ArrayLike, targets: ArrayLike | None = None) -> flo
         return float(np.mean(d * (sigmoid(d * math.exp(-log_t)) - p)))
 
     low, high = math.log(T_MIN), math.log(T_MAX)
-    if slope(low) <= 0:  # even the sharpest T wants a larger x
+    if slope(low) <= 0:  # the loss still falls at the smallest T
         return T_MIN
     if slope(high) >= 0:
         return T_MAX
@@ -86,11 +86,11 @@ def temperature_interval(margins: ArrayLike, temperature: float) -> tuple[float,
     """Returns the 95% interval of a fitted T, by the curvature of the likelihood in log T (Wald's).
 
     Args:
-        margins: Rewards' differences that it was fitted on, [n].
+        margins: reward(chosen) - reward(rejected) of the pairs that T was fitted on, [n].
         temperature: The fitted T.
 
     Returns:
-        Lower and upper end; None where T is a bound or the margins say nothing of it, such as when all are 0.
+        Lower and upper end; None if T is a bound or if the likelihood does not depend on T, as when all margins are 0.
     """
     d, _ = _checked(margins, None)
     z = d / _positive(temperature)
@@ -104,12 +104,12 @@ def temperature_interval(margins: ArrayLike, temperature: float) -> tuple[float,
 def calibrate(
     margins: ArrayLike, temperature: float | None = None, bins: int = 15, targets: ArrayLike | None = None
 ) -> Calibration:
-    """Fits a temperature, or takes one, and measures before (T = 1) and after.
+    """Fits a temperature, or takes the given one, and measures confidences before (T = 1) and after.
 
     Args:
-        margins: Rewards' differences of held-out pairs, [n].
-        temperature: T to measure, such as one fitted on other pairs; by default it is fitted here.
-        bins: Of the reliability diagram and the ECE.
+        margins: reward(chosen) - reward(rejected) of held-out pairs, [n].
+        temperature: T to measure, such as one fitted on other pairs; fitted on these by default.
+        bins: Number of bins of the reliability diagram and the ECE.
         targets: As for `fit_temperature`.
 
     Raises:
@@ -139,20 +139,20 @@ def calibrate(
 
 
 def nll(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | None = None) -> float:
-    """Mean negative log likelihood of the labels in nats: -p log s - (1 - p) log(1 - s), s = sigmoid(d / T)."""
+    """Returns the mean negative log likelihood of the labels in nats: -p log s - (1 - p) log(1 - s), s = sigmoid(d / T)."""
     d, p = _checked(margins, targets)
     logits = d / _positive(temperature)
     return float(np.mean(np.logaddexp(0.0, -logits) + (1 - p) * logits))
 
 
 def brier(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | None = None) -> float:
-    """Mean squared difference of P(chosen) and the label, in [0, 1] (Brier 1950); 0.25 for a coin."""
+    """Returns the mean squared difference of P(chosen) and the label, in [0, 1] (Brier 1950); 0.25 for a constant 0.5."""
     d, p = _checked(margins, targets)
     return float(np.mean((sigmoid(d / _positive(temperature)) - p) ** 2))
 
 
 def expected_calibration_error(margins: ArrayLike, temperature: float = 1.0, bins: int = 15) -> float:
-    """ECE in [0, 1]: mean over pairs of |accuracy - confidence| of the bin that a pair is in (Naeini et al. 2015)."""
+    """Returns the ECE in [0, 1]: the mean over pairs of their bin's |accuracy - confidence| (Naeini et al. 2015)."""
     table = reliability_bins(margins, temperature, bins)
     total = sum(row.count for row in table)
     return sum(
@@ -165,8 +165,8 @@ def expected_calibration_error(margins: ArrayLike, temperature: float = 1.0, bin
 def reliability_bins(margins: ArrayLike, temperature: float = 1.0, bins: int = 15) -> list[ReliabilityBin]:
     """Sorts pairs by confidence into equal-width bins over [0, 1].
 
-    Confidence is at least 0.5, so that the lower half of the bins stays empty; the bins are those of the literature, so
-    that its figures compare. A bin holds its lower edge; the last holds both.
+    Confidence is at least 0.5, so the lower half of the bins stays empty; these are the bins of the literature, which
+    makes figures comparable. A bin includes its lower edge; the last includes both edges.
 
     Raises:
         ValueError: `bins` is less than 1 or the temperature is not positive.
@@ -195,7 +195,7 @@ def reliability_bins(margins: ArrayLike, temperature: float = 1.0, bins: int = 1
 def risk_coverage(margins: ArrayLike, temperature: float = 1.0) -> list[RiskCoveragePoint]:
     """Returns the error rate among the most confident share of pairs, for shares of 5%, 10%, ... 100%.
 
-    Pairs of equal confidence at the edge of a share count by their mean, so that the order of the input does not matter.
+    Pairs of equal confidence at the edge of a share count by their mean error, so the order of the input does not matter.
     """
     d, _ = _checked(margins, None)
     magnitude, wrong = np.abs(d), 1.0 - correctness(d)
@@ -222,13 +222,13 @@ def _note(d: Floats, temperature: float, interval: tuple[float, float] | None) -
     if not np.any(d):
         return "All margins are 0, so any temperature fits; T = 1 was kept."
     if temperature <= T_MIN:
-        return "T is at its lower bound: every pair was ranked right, or nearly. Calibrate on more or harder pairs."
+        return "T is at its lower bound: nearly every pair was ranked right. Calibrate on more or harder pairs."
     if temperature >= T_MAX:
-        return "T is at its upper bound: the margins say next to nothing about these labels."
+        return "T is at its upper bound: the margins are almost unrelated to these labels."
     if interval and interval[1] > _VAGUE * interval[0]:
         return (
-            f"These {len(d):,} pairs say no more of T than that it is between {interval[0]:.2f} and {interval[1]:.2f} "
-            "(95%). Calibrate on more pairs, like those to be scored."
+            f"These {len(d):,} pairs determine T only to between {interval[0]:.2f} and {interval[1]:.2f} (95%). Calibrate "
+            "on more pairs, similar to those to be scored."
         )
     return None
 

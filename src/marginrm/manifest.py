@@ -1,7 +1,7 @@
-"""`reward_manifest.json`: what a checkpoint says of itself, so that a server can tell whether it reads as trained.
+"""`reward_manifest.json`: the record of a checkpoint, by which a server checks that it computes as training did.
 
-The file lies beside the weights. `Manifest.save` writes it atomically, `Manifest.load` refuses what it does not fully
-understand, and `revision_of` names the content of the whole checkpoint.
+The file lies beside the weights. `Manifest.save` writes it atomically, `Manifest.load` refuses unknown fields and
+versions, and `revision_of` hashes the content of the whole checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from marginrm.errors import ManifestError
 MANIFEST_NAME = "reward_manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
 
-# What decides a reward: weights, tokenizer, template, configuration and calibration. A README does not.
+# The files that determine a reward: weights, tokenizer, template, configuration and calibration.
 _REVISION_GLOBS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -43,30 +43,32 @@ class _Strict(BaseModel):
 
 
 class EncodingInfo(_Strict):
-    """How texts become token ids, and where the reward is read."""
+    """The encoding of texts, and the position at which the reward is read."""
 
     architecture: Literal["decoder", "encoder"]
-    template_hash: str | None = Field(description="Of the chat template, `sha256:<12 hex>`; null without a template.")
-    max_length: int = Field(ge=1, description="The most tokens that a sequence may have, special tokens included.")
+    template_hash: str | None = Field(
+        description="Hash of the chat template, `sha256:<12 hex>`; null without a template."
+    )
+    max_length: int = Field(ge=1, description="Most tokens of a sequence, special tokens included.")
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
     pooling: Literal["last", "first"] = Field(description="The position whose hidden state gives the reward.")
     truncation: Literal["error", "drop", "prompt_left"] = Field(
-        default="error", description="What training did with a sequence that was too long."
+        default="error", description="Treatment of sequences that were too long in training."
     )
 
 
 class MethodInfo(_Strict):
-    """The loss that the checkpoint was trained with, and what it did."""
+    """The loss that the checkpoint was trained with, and statistics of its target margins."""
 
     preset: str
     loss: str
-    estimator: str | None = Field(default=None, description="Where the target margin came from.")
-    filter: str | None = Field(default=None, description="Which pairs of a batch got it.")
+    estimator: str | None = Field(default=None, description="Source of the target margin.")
+    filter: str | None = Field(default=None, description="Rule for the pairs of a batch that get one.")
     scale: float | None = Field(default=None, description="lambda, the factor on the estimated margin.")
     cap: float | None = Field(default=None, description="The largest target margin (m_max); null without one.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Label smoothing, centring, EMA and the like.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Label smoothing, centring, EMA and similar.")
     fire_rate: float | None = Field(default=None, description="Share of training pairs that got a target margin.")
     mean_target_margin: float | None = Field(default=None, description="Mean target margin over all training pairs.")
 
@@ -87,15 +89,15 @@ class ReliabilityBin(_Strict):
     upper: float
     count: int = Field(ge=0)
     confidence: float | None = Field(description="Mean confidence of the bin's pairs.")
-    accuracy: float | None = Field(description="Share of them that the model ranked right.")
+    accuracy: float | None = Field(description="Share of the pairs that the model ranked right.")
 
 
 class RiskCoveragePoint(_Strict):
-    """What abstaining buys: the error rate among the `coverage` most confident pairs."""
+    """The error rate among the `coverage` most confident pairs."""
 
     coverage: float = Field(ge=0, le=1)
     risk: float = Field(ge=0, le=1)
-    confidence: float = Field(description="The smallest confidence among the pairs that are kept.")
+    confidence: float = Field(description="The smallest confidence among those pairs.")
 
 
 class BestOfNMeasure(_Strict):
@@ -112,16 +114,16 @@ class BestOfNMeasure(_Strict):
 
 
 class Calibration(_Strict):
-    """Temperature, and how far the confidences can be trusted. `before` is T = 1, `after` is this temperature.
+    """The temperature and the quality of its confidences. `before` is T = 1, `after` is this temperature.
 
     `ece` is on confidence = sigmoid(abs(margin) / T) against "ranked right"; `brier` and `nll` are on P(chosen).
     """
 
     temperature: float = Field(gt=0)
     temperature_interval: tuple[float, float] | None = Field(
-        default=None, description="95% interval; null where T was given or is a bound."
+        default=None, description="95% interval; null if T was given or is a bound."
     )
-    n: int = Field(ge=1, description="Pairs that it was fitted or measured on.")
+    n: int = Field(ge=1, description="Pairs that T was fitted or measured on.")
     ece_before: float
     ece_after: float
     brier_before: float
@@ -132,9 +134,9 @@ class Calibration(_Strict):
     reliability_before: list[ReliabilityBin] = Field(default_factory=list, description="The same at T = 1.")
     risk_coverage: list[RiskCoveragePoint] = Field(default_factory=list)
     margin_quantiles: dict[str, float] = Field(
-        default_factory=dict, description="Quantile, such as `0.05`, to margin: the reference for drift."
+        default_factory=dict, description="Quantile, such as `0.05`, to margin; the reference for drift."
     )
-    note: str | None = Field(default=None, description="What to know before relying on the temperature.")
+    note: str | None = Field(default=None, description="Caution about the temperature, if any.")
 
 
 class GoldenSample(_Strict):
@@ -147,7 +149,7 @@ class GoldenSample(_Strict):
 
 
 class Manifest(_Strict):
-    """Everything that a checkpoint records of itself."""
+    """The record of a checkpoint."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str
@@ -165,7 +167,7 @@ class Manifest(_Strict):
     versions: dict[str, str] = Field(default_factory=dict, description="Library to version.")
     golden: list[GoldenSample] = Field(default_factory=list)
     golden_tolerance: dict[str, float] = Field(
-        default_factory=dict, description="dtype to the largest difference that a golden reward may show."
+        default_factory=dict, description="dtype to the largest allowed difference of a golden reward."
     )
     training: dict[str, Any] = Field(default_factory=dict, description="The configuration, as it was run.")
 
@@ -180,7 +182,7 @@ class Manifest(_Strict):
             The manifest, or None if the checkpoint has none.
 
         Raises:
-            ManifestError: It cannot be read, or was written by a marginrm that knows other fields.
+            ManifestError: The file cannot be read, or another version of marginrm wrote it.
         """
         path = Path(directory) / MANIFEST_NAME
         try:
@@ -209,7 +211,7 @@ class Manifest(_Strict):
             ) from error
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the manifest into a checkpoint, all or nothing: a reader never sees half a file.
+        """Writes the manifest into a checkpoint atomically: a reader never sees half a file.
 
         Returns:
             The file's path.
@@ -225,7 +227,7 @@ class Manifest(_Strict):
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from a server of another user
+            Path(temporary).chmod(0o644)  # a server may run as another user, and mkstemp sets 0600
             target = folder / MANIFEST_NAME
             Path(temporary).replace(target)
         except BaseException:
@@ -240,7 +242,7 @@ def template_hash(text: str) -> str:
 
 
 def revision_of(directory: str | Path) -> str:
-    """Names the content of a checkpoint: equal names mean equal rewards and confidences.
+    """Returns a content hash of a checkpoint: equal hashes mean equal rewards and confidences.
 
     Streams a SHA-256 over the sorted names and the bytes of weights, configuration, tokenizer, templates and manifest.
 
@@ -251,16 +253,16 @@ def revision_of(directory: str | Path) -> str:
         `sha256:<12 hex>`.
 
     Raises:
-        ManifestError: The folder holds none of those files, or one cannot be read.
+        ManifestError: The folder holds no such file, or one cannot be read.
     """
     folder = Path(directory)
     files = sorted({path for pattern in _REVISION_GLOBS for path in folder.glob(pattern) if path.is_file()})
     if not files:
-        raise ManifestError(f"{folder}: holds no checkpoint (no weights, configuration or tokenizer).")
+        raise ManifestError(f"{folder}: is not a checkpoint (no weights, configuration or tokenizer).")
     digest = hashlib.sha256()
     try:
         for path in files:
-            # The name and the size go before the bytes, so that no two different folders read the same.
+            # Name and size precede the bytes, so that different folders cannot give the same stream.
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK_BYTES):

@@ -1,8 +1,8 @@
-"""Rewards -> margins, confidences, verdicts and rankings. Pure functions, used alike by library, server and reports.
+"""Rewards -> margins, confidences, verdicts and rankings. Pure functions for library, service and reports.
 
-The confidence is the Bradley-Terry probability that one response is better than the other, sharpened or softened by
-the checkpoint's temperature: P = sigmoid(margin / T) (Guo et al. 2017, arXiv 1706.04599, for the temperature). Among N
-candidates it generalises to Luce's choice probability, P(i is best) = exp(r_i / T) / sum_j exp(r_j / T).
+The confidence is the Bradley-Terry probability that one response is better than the other, scaled by the checkpoint's
+temperature: P = sigmoid(margin / T) (temperature scaling: Guo et al. 2017, arXiv 1706.04599). For N candidates it
+generalises to Luce's choice probability, P(i is best) = exp(r_i / T) / sum_j exp(r_j / T).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Comparison:
     Attributes:
         margin: reward(chosen) - reward(rejected); negative if the model disagrees with the labels.
         confidence: Calibrated P(chosen is better), in [0, 1].
-        verdict: Which one the model prefers, or `tie`.
+        verdict: The response that the model prefers, or `tie`.
         chosen: Reward of the chosen response.
         rejected: Reward of the rejected response.
     """
@@ -38,13 +38,13 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class RankedCandidate:
-    """One candidate's place.
+    """One candidate in a ranking.
 
     Attributes:
         candidate: Index of the candidate as it was given, from 0.
         rank: 1 for the best. Equal rewards get different ranks, the lower index first.
-        reward: Its reward.
-        p_best: Luce choice probability that it is the best of all candidates.
+        reward: Reward of the candidate.
+        p_best: Luce choice probability that the candidate is the best of all.
     """
 
     candidate: int
@@ -61,7 +61,7 @@ class Ranking:
         best: Index of the best candidate.
         margin: Reward of the best minus that of the runner-up; None with a single candidate.
         confidence: P(best is better than the runner-up); None with a single candidate.
-        tie: Whether that confidence is too low to call, or the two rewards are equal.
+        tie: True if that confidence is below `tie_below`, or if the two rewards are equal.
         ranking: The first `top_k` candidates, or all.
         mean: Mean reward over all candidates.
         std: Population standard deviation of the rewards of all candidates.
@@ -93,18 +93,18 @@ def confidence(margin: float, temperature: float = 1.0) -> float:
         ValueError: The temperature is not a positive number.
     """
     if not math.isfinite(margin):
-        raise NonFiniteRewardError(f"A margin of {margin} has no confidence.")
+        raise NonFiniteRewardError(f"The margin is {margin}; a confidence needs a finite one.")
     _check_temperature(temperature)
     return sigmoid(margin / temperature)
 
 
 def verdict(margin: float, temperature: float = 1.0, tie_below: float = 0.5) -> Verdict:
-    """Returns which response the model prefers.
+    """Returns the response that the model prefers, or `tie`.
 
     Args:
         margin: reward(chosen) - reward(rejected).
         temperature: T of the confidence.
-        tie_below: Both ways' confidence must reach this, else it is a tie; at 0.5 only a margin of 0 is one.
+        tie_below: The result is a tie if the confidence is below this in both directions; at 0.5, only for a margin of 0.
 
     Raises:
         NonFiniteRewardError: The margin is NaN or infinite.
@@ -141,10 +141,10 @@ def rank(
     """Ranks the candidates of one prompt by reward.
 
     Args:
-        rewards: One reward per candidate, at least one.
+        rewards: One reward per candidate; at least one.
         temperature: T of the confidences.
         tie_below: As for `verdict`, between the best and the runner-up.
-        top_k: How many places to return; all by default. `mean`, `std` and `p_best` are over all in any case.
+        top_k: Number of candidates in `ranking`; all by default. `mean`, `std` and `p_best` are always over all.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.

@@ -1,8 +1,8 @@
 """The wire shapes of `/score`, `/best-of-n`, `/v1/models` and of errors, with the examples of the OpenAPI page.
 
-Requests are strict: an unknown field or a wrong shape refuses the whole request. Texts alone are taken as they come,
-since a text that cannot be scored is the error of its own item and must not fail the neighbours; whoever encodes them
-judges them. Replies carry no NaN: a reward that is no finite number is an item's error, never a number.
+Requests are strict: an unknown field or a wrong shape refuses the whole request. Texts are the exception: they are
+checked when they are encoded, so that an unusable text is an error of its own item and not of its neighbours. Replies
+carry no NaN: a reward that is not finite is an item's error.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ Prompt = Annotated[
 
 
 def _well_formed(text: str) -> str:
-    """An id is written back as UTF-8, which has no lone surrogates."""
+    """Checks that an id can be repeated as UTF-8, which has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("has a lone surrogate, which is no valid Unicode") from None
+        raise ValueError("has a lone surrogate, which is not valid Unicode") from None
     return text
 
 
 Id = Annotated[str, AfterValidator(_well_formed)]
 
 _PROMPT = "One user message as a string, or a list of messages that ends before the response."
-_ID = "Yours; the answer repeats it."
+_ID = "Chosen by the client; repeated in the reply."
 _INDEX = "Position in the request's list, from 0."
 _MODEL = "Name of a served model, as `/v1/models` lists them."
 _TRUNCATION = (
-    "What to do with a sequence over the model's limit: `error` makes it an item error, `prompt_left` cuts the "
-    "prompt from its left and never the response."
+    "Treatment of a sequence over the model's limit: `error` makes it an item error; `prompt_left` cuts the prompt "
+    "from its left and never the response."
 )
-_TIE_BELOW = "Below this confidence both ways a comparison is a tie. At 0.5 only a margin of exactly 0 is one."
+_TIE_BELOW = "A comparison is a tie if its confidence is below this in both directions. At 0.5 only a margin of exactly 0 is one."
 
 
 class _Request(BaseModel):
@@ -80,8 +80,8 @@ class PairIn(_Request):
 
     id: Id | None = Field(default=None, description=_ID)
     prompt: Prompt = Field(description=_PROMPT)
-    chosen: Text = Field(description="The response that is said to be better.")
-    rejected: Text = Field(description="The response that is said to be worse.")
+    chosen: Text = Field(description="The response that is labelled as better.")
+    rejected: Text = Field(description="The response that is labelled as worse.")
 
 
 class ItemIn(_Request):
@@ -100,8 +100,8 @@ class ScoreRequest(_Request):
     model: str = Field(default="default", description=_MODEL)
     truncation: Truncation = Field(default="error", description=_TRUNCATION)
     tie_below: float = Field(default=0.5, ge=0.5, lt=1.0, description=_TIE_BELOW)
-    pairs: list[PairIn] = Field(default_factory=list, description="May be left out if there are items.")
-    items: list[ItemIn] = Field(default_factory=list, description="May be left out if there are pairs.")
+    pairs: list[PairIn] = Field(default_factory=list, description="Optional if there are items.")
+    items: list[ItemIn] = Field(default_factory=list, description="Optional if there are pairs.")
 
     @model_validator(mode="after")
     def _holds_something(self) -> ScoreRequest:
@@ -122,48 +122,48 @@ class PromptIn(_Request):
 
 
 class BestOfNRequest(_Request):
-    """Prompts, each with its candidates to rank."""
+    """Prompts, each with candidates to rank."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.BEST_OF_N_REQUEST]})
 
     model: str = Field(default="default", description=_MODEL)
     truncation: Truncation = Field(default="error", description=_TRUNCATION)
     tie_below: float = Field(default=0.5, ge=0.5, lt=1.0, description=_TIE_BELOW)
-    top_k: int | None = Field(default=None, ge=1, description="Places to return per prompt; all by default.")
-    return_text: bool = Field(default=False, description="Whether to repeat the candidates' texts in the ranking.")
+    top_k: int | None = Field(default=None, ge=1, description="Number of candidates in each ranking; all by default.")
+    return_text: bool = Field(default=False, description="Repeat the candidates' texts in the ranking.")
     prompts: list[PromptIn] = Field(min_length=1)
 
 
 class ModelInfo(_Reply):
-    """The model that made an answer."""
+    """The model that computed a reply."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.MODEL]})
 
     name: str
-    revision: str = Field(description="Names the content: the checkpoint's hash, or the commit on the Hub.")
+    revision: str = Field(description="Identifies the content: the checkpoint's hash, or the commit on the Hub.")
     base_model: str
     dtype: str
-    calibrated: bool = Field(description="Whether a temperature was fitted. If not, T = 1 and confidences are rough.")
+    calibrated: bool = Field(description="True if a temperature was fitted. If not, T = 1 and confidences are rough.")
     temperature: float = Field(description="T of confidence = sigmoid(margin / T).")
 
 
 class Usage(_Reply):
-    """What an answer cost."""
+    """The cost of a reply."""
 
-    responses: int = Field(description="Responses that were scored.")
-    tokens: int = Field(description="Their tokens, each with its whole prompt.")
+    responses: int = Field(description="Number of responses that were scored.")
+    tokens: int = Field(description="Tokens of these responses, each with its whole prompt.")
     tokens_computed: int = Field(
-        description="Tokens that the model had to compute, as shared prompts count once and rewards that are kept not at all."
+        description="Tokens that the model computed: a shared prompt counts once, a cached reward not at all."
     )
 
 
 class ErrorBody(_Reply):
-    """What went wrong. `code` is stable; `message` is for people."""
+    """An error. `code` is stable; `message` is for people."""
 
     code: str
     message: str
-    param: str | None = Field(default=None, description="The field that is wrong; left out if there is none.")
-    request_id: str | None = Field(default=None, description="Of the HTTP request; left out inside items.")
+    param: str | None = Field(default=None, description="The field that is wrong; absent if there is none.")
+    request_id: str | None = Field(default=None, description="Id of the HTTP request; absent inside items.")
 
     @model_serializer(mode="wrap")
     def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class ErrorReply(_Reply):
 
 
 class ItemError(_Reply):
-    """A pair, item or prompt that could not be scored; its neighbours were."""
+    """A pair, item or prompt that could not be scored. Its neighbours are not affected."""
 
     id: str | None = None
     index: int = Field(description=_INDEX)
@@ -189,9 +189,11 @@ class ItemError(_Reply):
 class ResponseOut(_Reply):
     """One response's reward."""
 
-    reward: float = Field(description="Unbounded; only differences within one prompt and one model mean something.")
+    reward: float = Field(
+        description="Unbounded; only differences between responses to one prompt, by one model, are meaningful."
+    )
     tokens: int = Field(description="Length of the encoded sequence, prompt included.")
-    truncated: bool = Field(description="Whether the prompt was cut.")
+    truncated: bool = Field(description="True if the prompt was cut.")
 
 
 class PairOut(_Reply):
@@ -214,7 +216,7 @@ class ItemOut(ResponseOut):
 
 
 class ScoreResponse(_Reply):
-    """Outcomes in the order asked."""
+    """Outcomes in the order of the request."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.SCORE_RESPONSE]})
 
@@ -225,14 +227,14 @@ class ScoreResponse(_Reply):
 
 
 class RankedOut(_Reply):
-    """One candidate's place."""
+    """One candidate in the ranking."""
 
     candidate: int = Field(description="Index of the candidate as it was given, from 0.")
     rank: int = Field(ge=1, description="1 for the best; equal rewards keep the lower index first.")
     reward: float
     p_best: float = Field(ge=0, le=1, description="Luce choice probability exp(r / T) / sum, over all candidates.")
-    text: str | None = Field(default=None, description="The candidate, if `return_text` was asked for.")
-    truncated: bool = Field(default=False, description="Whether its prompt was cut; left out if not.")
+    text: str | None = Field(default=None, description="The candidate's text, if the request set `return_text`.")
+    truncated: bool = Field(default=False, description="True if its prompt was cut; absent otherwise.")
 
     @model_serializer(mode="wrap")
     def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -241,7 +243,7 @@ class RankedOut(_Reply):
 
 
 class CandidateError(_Reply):
-    """A candidate that could not be scored; the others were ranked without it."""
+    """A candidate that could not be scored. The others are ranked without it."""
 
     candidate: int = Field(description="Index of the candidate as it was given, from 0.")
     error: ErrorBody
@@ -255,12 +257,12 @@ class PromptOut(_Reply):
     best: int = Field(description="Index of the best candidate.")
     margin: float | None = Field(description="Best minus runner-up; null with a single candidate.")
     confidence: float | None = Field(description="P(best beats the runner-up); null with a single candidate.")
-    tie: bool = Field(description="Whether that is below `tie_below`.")
-    ranking: list[RankedOut] = Field(description="Best first, `top_k` at most.")
+    tie: bool = Field(description="True if that is below `tie_below`.")
+    ranking: list[RankedOut] = Field(description="Best first, at most `top_k`.")
     mean: float = Field(description="Mean reward of all candidates.")
     std: float = Field(description="Population standard deviation of their rewards.")
     errors: list[CandidateError] = Field(
-        default_factory=list, description="Candidates that could not be scored; left out if there are none."
+        default_factory=list, description="Candidates that could not be scored; absent if there are none."
     )
 
     @model_serializer(mode="wrap")
@@ -269,7 +271,7 @@ class PromptOut(_Reply):
 
 
 class BestOfNResponse(_Reply):
-    """Outcomes in the order asked."""
+    """Outcomes in the order of the request."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.BEST_OF_N_RESPONSE]})
 
@@ -279,33 +281,33 @@ class BestOfNResponse(_Reply):
 
 
 class StreamEnd(_Reply):
-    """Last line of a streamed answer: what the plain answer says beside its prompts."""
+    """Last line of a streamed reply: the fields of a plain reply other than its prompts."""
 
     model: ModelInfo
     usage: Usage
 
 
 class StreamError(_Reply):
-    """Last line of a streamed answer whose rest will not come: the status that a plain answer would have had, and why."""
+    """Last line of a streamed reply that cannot be completed: the status of a plain reply, and the error."""
 
     status: int
     error: ErrorBody
 
 
 class ModelCard(ModelInfo):
-    """A served model, in the shape that OpenAI's clients read, and how it runs."""
+    """A served model, in the shape of OpenAI's models, with facts about its forward pass."""
 
-    id: str = Field(description="The name again.")
+    id: str = Field(description="The name, repeated for OpenAI's clients.")
     object: Literal["model"] = "model"
-    created: int = Field(default=0, description="When it was loaded, in seconds since 1970.")
+    created: int = Field(default=0, description="Time of loading, in seconds since 1970.")
     owned_by: str = "marginrm"
-    forward_path: Literal["packed", "padded"] = Field(description="How it computes.")
-    forward_reason: str = Field(description="Why that way.")
-    max_length: int = Field(description="The most tokens a sequence may have.")
+    forward_path: Literal["packed", "padded"] = Field(description="Layout of its batches.")
+    forward_reason: str = Field(description="Reason for that layout and the other optimisations in use.")
+    max_length: int = Field(description="Most tokens of a sequence.")
 
 
 class ModelList(_Reply):
-    """Answer of `GET /v1/models`."""
+    """Reply of `GET /v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

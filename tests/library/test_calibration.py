@@ -56,8 +56,8 @@ def test_too_few_pairs_for_a_temperature_are_told_so() -> None:
     assert few.temperature_interval is not None
     low, high = few.temperature_interval
     assert few.note == (
-        f"These 40 pairs say no more of T than that it is between {low:.2f} and {high:.2f} (95%). "
-        "Calibrate on more pairs, like those to be scored."
+        f"These 40 pairs determine T only to between {low:.2f} and {high:.2f} (95%). "
+        "Calibrate on more pairs, similar to those to be scored."
     )
     assert many.note is None
 

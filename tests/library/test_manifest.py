@@ -81,7 +81,7 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
 
 
 def test_the_revision_names_the_content(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="no checkpoint"):
+    with pytest.raises(ManifestError, match="is not a checkpoint"):
         revision_of(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     first = revision_of(tmp_path)

@@ -1,7 +1,7 @@
 """The command `marginrm`. Its subcommands come from the entry-point group `marginrm.commands`.
 
-So the library knows neither the service nor the training package, and what is not installed still shows in the help,
-with the extra that it needs.
+The library therefore imports neither the service nor the training package. A command whose package is not installed is
+listed in the help with the extra that installs it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,34 @@ from marginrm.allocator import keep_memory
 from marginrm.errors import MarginRMError
 
 GROUP = "marginrm.commands"
-# The extra that installs what a package of ours imports. The library's own commands need a model, as the service does.
+# Import package to the extra that installs its dependencies. The library's own commands load models, as the service does.
 _EXTRAS = {"marginrm": "service", "marginrm_service": "service", "marginrm_training": "training"}
 
-_ORDER = ("serve", "key", "score", "train", "evaluate", "calibrate", "compare", "best-of-n", "ablate", "demo")
+_ORDER = (
+    "serve",
+    "key",
+    "score",
+    "inspect",
+    "train",
+    "evaluate",
+    "calibrate",
+    "compare",
+    "best-of-n",
+    "ablate",
+    "demo",
+)
 
 
 def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
     """Builds the command with one subcommand per entry point.
 
     Args:
-        commands: Entry points to offer; by default those of the group `marginrm.commands`.
+        commands: Entry points of the subcommands; by default those of the group `marginrm.commands`.
     """
     app = typer.Typer(
         name="marginrm",
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # rich would read the extras in square brackets as markup
+        rich_markup_mode=None,  # rich would parse the square brackets of extras as markup
         context_settings={"help_option_names": ["-h", "--help"]},
         help="Margin-aware reward models: train, calibrate, score and serve.",
     )
@@ -48,15 +60,15 @@ def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None, command: typer.Typer | None = None) -> NoReturn:
-    """Runs the command and exits: 0 done, 1 a marginrm error (one line on stderr), 2 wrong usage.
+    """Runs the command and exits with 0 (done), 1 (a marginrm error, one line on stderr) or 2 (wrong usage).
 
     Args:
         argv: Arguments without the program's name; by default those of the process.
-        command: What to run; by default `app`.
+        command: The command to run; by default `app`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     keep_memory()
-    debug = "--debug" in arguments  # taken before and after the subcommand's name, as people type it
+    debug = "--debug" in arguments  # accepted before and after the name of the subcommand
     try:
         (command or app)(args=[argument for argument in arguments if argument != "--debug"], prog_name="marginrm")
     except MarginRMError as error:
@@ -74,7 +86,7 @@ def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    del debug  # read by main, which is where errors arrive
+    del debug  # read by main, which handles errors
     if show_version:
         typer.echo(f"marginrm {version('marginrm')}")
         raise typer.Exit
@@ -102,7 +114,7 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
 
 
 def _explaining_imports(command: Callable[..., Any], entry: EntryPoint) -> Callable[..., Any]:
-    """Commands import torch and the like when they run: a module that is missing then names its extra, too."""
+    """Wraps a command so that a module missing at run time, such as torch, is reported with its extra."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:

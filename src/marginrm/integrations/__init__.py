@@ -1,1 +1,1 @@
-"""Reward functions for trainers that have no URL to set: `trl` and `verl`. Neither needs torch here."""
+"""Reward functions for trainers that take a function instead of a URL: `trl` and `verl`. Neither imports torch."""

@@ -1,4 +1,4 @@
-"""verl's custom reward function: name its `compute_score` in its configuration.
+"""verl's custom reward function: set `compute_score` in verl's configuration.
 
 ```
 reward.custom_reward_function.path=pkg://marginrm.integrations.verl
@@ -18,7 +18,7 @@ from marginrm.client import ItemScoreError, RewardClient
 from marginrm.errors import ConfigError
 from marginrm.text import Truncation
 
-_making = threading.Lock()
+_lock = threading.Lock()
 
 
 def compute_score(
@@ -37,37 +37,37 @@ def compute_score(
 ) -> dict[str, float]:
     """Returns the reward of one of verl's responses.
 
-    verl does not hand the prompt to a reward function, so the data must hold it in `extra_info`. Threads may call it
-    at the same time; they share one client.
+    verl passes no prompt to a reward function, so the data must hold it in `extra_info`. The function is thread-safe;
+    all threads share one client.
 
     Args:
-        data_source: Not read.
+        data_source: Ignored.
         solution_str: The response.
-        ground_truth: Not read.
-        extra_info: Holds the prompt, a text or a list of messages, under `prompt_key`.
-        base_url: Where the server is.
+        ground_truth: Ignored.
+        extra_info: Mapping that holds the prompt, a text or a list of messages, under `prompt_key`.
+        base_url: Address of the server.
         model: Name of the served model.
-        api_key: Sent as a bearer token.
+        api_key: API key, sent as a bearer token.
         truncation: As for `RewardClient`.
-        prompt_key: Name of the prompt in `extra_info`.
-        unscorable: Your reward for a response that cannot be scored, as an empty one; by default it raises.
-        **others: What verl adds for its own reward models; not read.
+        prompt_key: Key of the prompt in `extra_info`.
+        unscorable: Reward of a response that cannot be scored, such as an empty one; by default it raises.
+        **others: Arguments that verl adds for its own reward models; ignored.
 
     Raises:
         ConfigError: `extra_info` holds no prompt.
         ItemScoreError: The response cannot be scored, and `unscorable` is not set.
-        RewardClientError: No answer, or a refusal.
+        RewardClientError: The server refused the call or did not answer.
     """
     prompt = (extra_info or {}).get(prompt_key)
     if prompt is None:
         raise ConfigError(
-            f"extra_info[{prompt_key!r}] is missing: verl gives a reward function no prompt, so each row of the data "
+            f"extra_info[{prompt_key!r}] is missing. verl passes no prompt to a reward function, so each row of the data "
             "needs it there. Set reward_kwargs.prompt_key if it has another name."
         )
-    # A Parquet file's list of messages comes as an array.
+    # A list of messages from a Parquet file arrives as an array.
     asked = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     try:
-        with _making:  # `cache` alone lets threads that come at once make a client each
+        with _lock:  # without the lock, concurrent first calls would each make a client
             client = _client(base_url, model, api_key, truncation)
         (reward,) = client.score(asked, [solution_str])
     except ItemScoreError:
