@@ -14,6 +14,7 @@ from marginrm.loading import load_for_training
 from marginrm.preferences import PreferencePair
 from marginrm_training.config import parse_config
 from marginrm_training.data.splits import EncodedPair
+from marginrm_training.run.train import tune
 from marginrm_training.run.trainer import MarginTrainer
 
 
@@ -55,7 +56,9 @@ class MarginrmTrainer:
             given = 0.8 if self._config.method.method().estimator in ("column", "strength") else None
             pair = PreferencePair(group.prompt, group.responses[0], group.responses[1], strength=given)
             pairs.append(EncodedPair(chosen, rejected, given, pair))
-        return MarginTrainer(self._module, pairs, self._config, Path(self._directory.name), progress=False)
+        trainer = MarginTrainer(self._module, pairs, self._config, Path(self._directory.name), progress=False)
+        tune(trainer, self._module)
+        return trainer
 
     def score(self, work: MarginTrainer) -> list[float]:
         """Trains for an epoch and returns the loss of every step."""

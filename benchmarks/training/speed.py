@@ -29,8 +29,8 @@ from benchmarks.harness.worker_process import ContenderProcess
 from benchmarks.harness.workloads import WORKLOADS, Portions
 from benchmarks.models import MINILM, NAMES, build
 from benchmarks.throughput.studies import shared_prefix
+from marginrm_training.method.losses import preference_losses
 from marginrm_training.method.margins import Reference, named, target_margins
-from marginrm_training.run.trainer import preference_losses
 
 _LONGEST = 256  # tokens of a sequence as it comes, in both workloads
 SHORT, LONG = "short prompts", "prompt two thirds"

@@ -81,6 +81,7 @@ from marginrm_training.method.losses import margin_loss
 from marginrm_training.method.margins import PRESETS, Reference, target_margins
 from marginrm_training.run.lora import with_lora
 from marginrm_training.run.step_log import StepLog
+from marginrm_training.run.train import tune
 from marginrm_training.run.trainer import MarginTrainer
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
 from support.training import config_file, rows
@@ -115,7 +116,9 @@ def trainer(folder: Path, tmp_path: Path) -> Callable[..., Trainer]:
         if lora:
             module = with_lora(module, LoraSection(rank=4), encoder.max_length)
         pairs = encoded([row | {"margin": 0.5} for row in rows(64)], encoder, preset)
-        return MarginTrainer(module, pairs, config, tmp_path / "steps", progress=False), module, pairs
+        training = MarginTrainer(module, pairs, config, tmp_path / "steps", progress=False)
+        tune(training, module)
+        return training, module, pairs
 
     return make
 
@@ -165,7 +168,7 @@ def test_trap_a_margin_is_one_number_a_pair(folder: Path) -> None:
         parse_pair(row | {"margin": [0.5]}, "pairs.jsonl:7")
     module, encoder = load_for_training(folder / "base", seed=0)
     pairs = encoded([one | {"margin": 1} for one in rows(8)], encoder, "column")
-    given = PairCollator(module)(pairs)["batch"].given
+    given = PairCollator(module)(pairs)["batch"].labels
     assert given is not None
     assert (given.dtype, given.shape) == (torch.float32, (8,))
 
@@ -190,7 +193,7 @@ def test_trap_an_uncapped_margin_feeds_on_itself() -> None:
 
 def test_trap_batches_are_drawn_by_the_seed_and_not_by_length(trainer: Callable[..., Trainer]) -> None:
     def order(seed: int) -> list[tuple[str, ...]]:
-        return [batch["batch"].places for batch in trainer(seed=seed)[0].get_train_dataloader()]
+        return [batch["batch"].sources for batch in trainer(seed=seed)[0].get_train_dataloader()]
 
     first, again, other = order(1), order(1), order(2)
     assert first == again
@@ -198,7 +201,7 @@ def test_trap_batches_are_drawn_by_the_seed_and_not_by_length(trainer: Callable[
     assert {place for batch in first for place in batch} == {place for batch in other for place in batch}
     training, _, pairs = trainer()
     lengths = {pair.pair.source: len(pair.chosen.ids) for pair in pairs}
-    spread = [{lengths[place] for place in batch["batch"].places} for batch in training.get_train_dataloader()]
+    spread = [{lengths[place] for place in batch["batch"].sources} for batch in training.get_train_dataloader()]
     assert all(len(batch) > 1 for batch in spread)
 
 
@@ -220,7 +223,7 @@ def test_trap_every_preset_logs_the_same_bt_nll(trainer: Callable[..., Trainer])
         training, module, pairs = trainer(preset)
         with torch.no_grad():
             losses.append(float(training.compute_loss(module, training.data_collator(pairs[:16]))))
-        logged.append(training.steps.sums["bt_nll"])
+        logged.append(training.step_log.sums["bt_nll"])
     assert logged == pytest.approx([logged[0]] * len(logged), abs=1e-6)
     assert max(losses) - min(losses) > 0.05
 

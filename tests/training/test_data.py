@@ -177,7 +177,7 @@ def test_hh_rlhf_dialogues_become_messages() -> None:
 @pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data/hh_harmless_test.jsonl.gz")
 def test_hh_rlhf_as_published_is_read_whole_and_its_odd_rows_are_counted() -> None:
     source = read_source("hh", str(HH), "hh_rlhf")
-    assert source.dropped.counts == {"answers to different prompts": 5}
+    assert source.excluded.counts == {"answers to different prompts": 5}
     assert (len(source.pairs), source.rows) == (2307, 2312)
 
 
@@ -211,7 +211,7 @@ def test_what_teaches_nothing_is_left_out_and_counted_by_reason(tmp_path: Path, 
     ]
     split = encode_pairs("train", read(str(write_jsonl(tmp_path / "x.jsonl", rows))), encoder, MarginMethod())
     assert len(split.pairs) == 1
-    assert split.dropped.counts == {"duplicates": 2, "with equal responses": 1, "too long": 1, "empty text": 1}
+    assert split.excluded.counts == {"duplicates": 2, "with equal responses": 1, "too long": 1, "empty text": 1}
     assert f"2 duplicates ({tmp_path}/x.jsonl:5, {tmp_path}/x.jsonl:6)" in split.summary()
 
 
@@ -219,7 +219,7 @@ def test_trap_pairs_equal_after_encoding_are_left_out(tmp_path_factory: pytest.T
     # A lower-casing tokenizer makes these two responses the same: loss ln 2, no gradient.
     _, encoder = load_for_training(tiny_checkpoint(tmp_path_factory.mktemp("bert"), "bert"), seed=0)
     split = encode_pairs("train", [PreferencePair("p", "Red", "red", source="f:1")], encoder, MarginMethod())
-    assert split.dropped.places == {"equal after encoding": ["f:1"]}
+    assert split.excluded.sources == {"equal after encoding": ["f:1"]}
 
 
 def test_cut_prompts_are_counted_and_responses_stay_whole(encoder: Any) -> None:
@@ -278,12 +278,12 @@ def test_prompts_never_leak_between_splits(tmp_path: Path, encoder: Any) -> None
     splits = load_splits(config, encoder, PRESETS["bt"], 0)
     kept = [{pair.pair.prompt for pair in split.pairs} for split in (splits.train, splits.calibration, splits.test)]
     assert kept == [{"p1", "p2", "p5"}, {"p3", "p7"}, {"p4", "p6", "p8"}]
-    assert splits.train.dropped.counts == {"with a held-out prompt": 2}
-    assert splits.calibration.dropped.places == {"with a held-out prompt": [f"{tmp_path}/calibration.jsonl:2"]}
+    assert splits.train.excluded.counts == {"with a held-out prompt": 2}
+    assert splits.calibration.excluded.sources == {"with a held-out prompt": [f"{tmp_path}/calibration.jsonl:2"]}
     assert [(file.rows, file.pairs_used) for file in splits.files] == [(5, 3), (3, 2), (3, 3)]
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path: Path, encoder: Any) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"p{i}", "chosen": "a", "rejected": "a"} for i in range(3)])
-    with pytest.raises(DataError, match=r"nothing is left of it\. test: 0 pairs; left out: 1 with equal responses"):
+    with pytest.raises(DataError, match=r"no usable pairs are left\. test: 0 pairs; left out: 1 with equal responses"):
         load_splits(DataConfig(train=str(path)), encoder, PRESETS["bt"], 0)

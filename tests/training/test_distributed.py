@@ -19,8 +19,8 @@ from marginrm import RewardModel
 from marginrm.errors import ConfigError
 from marginrm_training.ablation.cli import ablate
 from marginrm_training.config import load_config
+from marginrm_training.run.distributed import check_sharding
 from marginrm_training.run.train import train
-from marginrm_training.run.trainer_arguments import check_sharding
 from support.models import tiny_checkpoint
 from support.training import config_file
 
@@ -39,10 +39,10 @@ from functools import partial
 from pathlib import Path
 import torch
 from marginrm.loading import load_for_training
-from marginrm_training.run.trainer_arguments import ranks
+from marginrm_training.run.distributed import ranks, shut_down_process_group
 from marginrm_training.config import load_config
 from marginrm_training.data.splits import load_splits
-from marginrm_training.run.train import leave_ranks
+from marginrm_training.run.train import tune
 from marginrm_training.run.trainer import MarginTrainer
 
 assert ranks() == 2
@@ -55,10 +55,11 @@ for path in map(Path, sys.argv[1:]):
         splits = load_splits(config.data, encoder, config.method.method(), config.seed)
         held_out = splits.calibration.pairs
         trainer = MarginTrainer(module, splits.train.pairs, config, steps, held_out=held_out, progress=False)
+        tune(trainer, module)
         trainer.train(resume_from_checkpoint=start and str(start))
         kept.append((trainer.history, module.state_dict()))
     torch.save(kept, path.with_suffix(f".rank{trainer.args.process_index}"))
-leave_ranks(trainer)
+shut_down_process_group(trainer)
 """
 
 

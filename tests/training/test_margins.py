@@ -56,7 +56,7 @@ def test_the_threshold_moves_by_standard_deviations(c: float, fired: float) -> N
 
 def test_graded_labels_become_llama_2s_margins() -> None:
     strengths = torch.tensor([0.99, 0.85, 0.7, 0.55])
-    assert strengths_to_margins(strengths, PRESETS["llama2_large"].steps).tolist() == [3, 2, 1, 0]
+    assert strengths_to_margins(strengths, PRESETS["llama2_large"].grades).tolist() == [3, 2, 1, 0]
     assert margins(PRESETS["llama2_small"], strengths) == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
 

@@ -23,7 +23,8 @@ from marginrm_training.config import TrainConfig, parse_config
 from marginrm_training.data.splits import encode_pairs, load_splits, read
 from marginrm_training.evaluation.pairs import evaluate, score_pairs
 from marginrm_training.method.margins import PRESETS
-from marginrm_training.run.train import last_step, train
+from marginrm_training.run.resume import resume_checkpoint
+from marginrm_training.run.train import train, tune
 from marginrm_training.run.trainer import MarginTrainer
 from support.models import tiny_checkpoint
 from support.training import rows, write
@@ -61,6 +62,7 @@ def test_every_preset_overfits_64_pairs(tmp_path: Path, make: Make, preset: str)
     module, encoder = load_for_training(config.model.path, seed=0)
     pairs = encode_pairs("train", read(str(data)), encoder, config.method.method()).pairs
     trainer = MarginTrainer(module, pairs, config, tmp_path / "steps", progress=False)
+    tune(trainer, module)
     trainer.train()
     assert (score_pairs(RewardModel.from_module(module, encoder), pairs).d > 0).all()
     assert {"loss", "bt_nll", "accuracy", "d_mean", "d_std", "mu_B", "target_margin", "fire_rate", "grad_norm"} <= set(
@@ -183,30 +185,30 @@ def test_an_evaluation_of_no_pairs_is_refused(tmp_path: Path, make: Make) -> Non
 
 def test_a_run_goes_on_under_a_version_with_new_settings(tmp_path: Path, make: Make) -> None:
     config = make()
-    last_step(config, tmp_path / "steps", resume=True)
+    resume_checkpoint(config, tmp_path / "steps", resume=True)
     note = tmp_path / "steps" / "run.json"
     old = json.loads(note.read_text())
     del old["eval_every"], old["model"]["head_std"]
     note.write_text(json.dumps(old))
-    assert last_step(config, tmp_path / "steps", resume=True) is None
+    assert resume_checkpoint(config, tmp_path / "steps", resume=True) is None
     note.write_text(json.dumps(old | {"a_setting": "that is gone"}))
     with pytest.raises(ConfigError, match="other settings"):
-        last_step(config, tmp_path / "steps", resume=True)
+        resume_checkpoint(config, tmp_path / "steps", resume=True)
 
 
 def test_starting_over_clears_the_steps_of_the_run_before(tmp_path: Path, make: Make) -> None:
     steps = tmp_path / "steps"
     config = make()
-    assert last_step(config, steps, resume=True) is None
+    assert resume_checkpoint(config, steps, resume=True) is None
     saved = steps / "checkpoint-4"
     saved.mkdir()
     (saved / "trainer_state.json").write_text("{}", encoding="utf-8")
     (saved / "margin_state.json").write_text("{}", encoding="utf-8")
-    assert last_step(config, steps, resume=True) == str(saved)
-    assert last_step(make(preset="bt"), steps, resume=False) is None
+    assert resume_checkpoint(config, steps, resume=True) == str(saved)
+    assert resume_checkpoint(make(preset="bt"), steps, resume=False) is None
     assert not saved.exists()
     with pytest.raises(ConfigError, match="other settings"):
-        last_step(config, steps, resume=True)
+        resume_checkpoint(config, steps, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from marginrm.calibration import Floats, correctness
 from marginrm.errors import DataError
 from marginrm_training.ablation.plan import Ablation, Evaluation, Run, plan
 from marginrm_training.evaluation.bootstrap import Estimate, seeds_estimate
+from marginrm_training.files import replace_file
 
 Result = Mapping[str, Any]
 Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes
@@ -52,9 +53,7 @@ def keep_result(path: Path, result: Result) -> None:
     rows = {row["digest"]: row for row in read_results(path)} | {result["digest"]: result}
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_bytes(gzip.compress(text.encode(), mtime=0))
-    fresh.replace(path)
+    replace_file(path, gzip.compress(text.encode(), mtime=0))
 
 
 def finished(path: Path, runs: Sequence[Run]) -> list[Result]:

@@ -29,6 +29,7 @@ from marginrm_training.data.sources import read_source
 from marginrm_training.data.splits import encode_pairs
 from marginrm_training.evaluation.groups import score_groups
 from marginrm_training.evaluation.pairs import evaluate, score_pairs, spearman
+from marginrm_training.files import replace_file
 from marginrm_training.method.margins import MarginMethod
 from marginrm_training.run.train import train
 
@@ -48,9 +49,7 @@ def main(folder: Path) -> None:
     }
     if not spec["keep_checkpoints"]:
         shutil.rmtree(checkpoint)
-    fresh = folder / f".{RESULT}.new"
-    fresh.write_text(json.dumps(result), encoding="utf-8")
-    fresh.replace(folder / RESULT)
+    replace_file(folder / RESULT, json.dumps(result))
 
 
 def measure_all(

@@ -1,4 +1,4 @@
-"""Encoded pairs -> what one training step takes."""
+"""Encoded pairs -> the batch of one micro-step."""
 
 from __future__ import annotations
 
@@ -19,30 +19,35 @@ class PairBatch:
 
     Attributes:
         row: Chosen and rejected of each pair, one group a pair, laid out for the forward pass.
-        given: Margins or strengths of the data, [pairs] float32, or None where the method reads none.
-        places: `path:line` of each pair.
+        labels: The data's margins or strengths, [pairs] float32, or None where the method reads none.
+        sources: `path:line` of each pair.
     """
 
     row: PackedBatch | PaddedBatch
-    given: Tensor | None
-    places: tuple[str, ...]
+    labels: Tensor | None
+    sources: tuple[str, ...]
 
     def to(self, device: torch.device | str, **_: object) -> PairBatch:
         """Returns the batch on another device."""
-        return replace(self, row=self.row.to(device), given=None if self.given is None else self.given.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, row=self.row.to(device), labels=labels)
 
 
 @dataclass(frozen=True, slots=True)
 class PairCollator:
-    """Makes batches for one module; the rewards come out as chosen, rejected, chosen, rejected, ..."""
+    """Makes batches for one module, whose rewards are in the order chosen, rejected, chosen, rejected, ..."""
 
     module: RewardModule
 
     def __call__(self, pairs: Sequence[EncodedPair]) -> dict[str, PairBatch]:
-        """Lays pairs out; a margin that only some rows have is an error long before (see `data`)."""
+        """Lays pairs out for the forward pass.
+
+        Raises:
+            ValueError: Only some of the pairs have a label; `data.splits` refuses such rows with their place.
+        """
         row = self.module.collate([[pair.chosen, pair.rejected] for pair in pairs])
-        values = [pair.given for pair in pairs if pair.given is not None]
+        values = [pair.label for pair in pairs if pair.label is not None]
         if values and len(values) != len(pairs):
-            raise ValueError(f"{len(values)} of {len(pairs)} pairs have a margin")
-        given = torch.tensor(values, dtype=torch.float32) if values else None
-        return {"batch": PairBatch(row, given, tuple(pair.pair.source for pair in pairs))}
+            raise ValueError(f"{len(values)} of {len(pairs)} pairs have a label")
+        labels = torch.tensor(values, dtype=torch.float32) if values else None
+        return {"batch": PairBatch(row, labels, tuple(pair.pair.source for pair in pairs))}

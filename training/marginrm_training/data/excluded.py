@@ -1,4 +1,4 @@
-"""Rows that were left out, by reason, each with the place it was read from."""
+"""Rows that are excluded from a split, by reason, each with the `path:line` it was read from."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ _SHOWN = 3
 
 
 @dataclass(slots=True)
-class Drops:
-    """What was left out.
+class ExcludedRows:
+    """Rows that are excluded.
 
     Attributes:
-        places: `path:line` of every row, by reason.
+        sources: `path:line` of every row, by reason.
     """
 
-    places: dict[str, list[str]] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, reason: str, place: str) -> None:
-        """Notes one row."""
-        self.places.setdefault(reason, []).append(place)
+    def add(self, reason: str, source: str) -> None:
+        """Adds one row."""
+        self.sources.setdefault(reason, []).append(source)
 
-    def update(self, other: Drops) -> None:
-        """Takes over all rows of another list."""
-        for reason, places in other.places.items():
-            self.places.setdefault(reason, []).extend(places)
+    def update(self, other: ExcludedRows) -> None:
+        """Adds all rows of another record."""
+        for reason, sources in other.sources.items():
+            self.sources.setdefault(reason, []).extend(sources)
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How many rows, by reason, the most frequent first."""
+        """Number of rows by reason, the most frequent first."""
         return dict(
-            sorted(((reason, len(places)) for reason, places in self.places.items()), key=lambda item: -item[1])
+            sorted(((reason, len(sources)) for reason, sources in self.sources.items()), key=lambda item: -item[1])
         )
 
     def __str__(self) -> str:
-        """Returns every reason with its count and the first few places."""
+        """Returns every reason with its count and the first few sources."""
         return ", ".join(f"{count:,} {reason} ({self._first(reason)})" for reason, count in self.counts.items())
 
     def _first(self, reason: str) -> str:
-        places = self.places[reason]
-        return ", ".join(places[:_SHOWN]) + (", ..." if len(places) > _SHOWN else "")
+        sources = self.sources[reason]
+        return ", ".join(sources[:_SHOWN]) + (", ..." if len(sources) > _SHOWN else "")

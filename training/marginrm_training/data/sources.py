@@ -1,4 +1,4 @@
-"""Where pairs come from: a file, a folder or a Hugging Face data set. Every row keeps the `path:line` it was read from."""
+"""Sources of preference pairs: a file, a folder or a Hugging Face data set. Every row keeps its `path:line`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from marginrm.errors import DataError
 from marginrm.json_lines import read_rows
 from marginrm.preferences import PreferencePair
-from marginrm_training.data.excluded import Drops
+from marginrm_training.data.excluded import ExcludedRows
 from marginrm_training.data.formats import PARSERS, Form, UnusableRowError
 
 Row = tuple[dict[str, Any], str]
@@ -30,27 +30,27 @@ class Source:
     """The pairs of one file, folder or data set.
 
     Attributes:
-        name: As given in the configuration.
+        name: The place as the configuration has it.
         pairs: Its pairs, in order.
-        rows: How many rows it has, or how many were read of a stream.
-        sha256: Of a file's bytes, of a folder's files' hashes, or of a data set's rows as they were read.
-        dropped: Rows that are known to be no pairs.
+        rows: Number of rows, or of those that were read of a stream.
+        sha256: SHA-256 of a file's bytes, of the names and hashes of a folder's files, or of a data set's rows.
+        excluded: Rows that are known not to be usable pairs.
     """
 
     name: str
     pairs: list[PreferencePair]
     rows: int
     sha256: str
-    dropped: Drops
+    excluded: ExcludedRows
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """How much of a data set to take without downloading all of it.
+    """A part of a data set that is read without downloading all of it.
 
     Attributes:
-        rows: How many rows.
-        seed: Of their draw, from a sliding window over the stream.
+        rows: Number of rows.
+        seed: Seed of their draw, from a sliding window over the stream.
     """
 
     rows: int
@@ -65,8 +65,8 @@ def read_source(name: str, path: str, form: Form = "pairs", stream: Stream | Non
         path: The same with variables expanded: a `.jsonl`, `.parquet` or `.csv` file (`.gz` too), a folder of such
             files, a folder that `save_to_disk` wrote, or a data set on the Hub: `owner/name`, `owner/name:split` or
             `owner/name:subset:split`.
-        form: What the rows look like.
-        stream: For data sets: take so many rows as they come.
+        form: Format of the rows.
+        stream: For data sets: read this many rows as they come.
 
     Raises:
         DataError: There is no such place, it cannot be read, or a row is malformed.
@@ -79,7 +79,7 @@ def read_source(name: str, path: str, form: Form = "pairs", stream: Stream | Non
     rows = _file_rows(files) if files else _data_set_rows(path, stream)
     parse = PARSERS[form]
     pairs: list[PreferencePair] = []
-    dropped = Drops()
+    excluded = ExcludedRows()
     count, digest = 0, hashlib.sha256()
     for row, source in rows:
         count += 1
@@ -88,9 +88,9 @@ def read_source(name: str, path: str, form: Form = "pairs", stream: Stream | Non
         try:
             pairs.append(parse(row, source))
         except UnusableRowError as error:
-            dropped.add(error.reason, source)
+            excluded.add(error.reason, source)
     fingerprint = file_hash(files) if files else digest.hexdigest()
-    return Source(name, pairs, count, fingerprint, dropped)
+    return Source(name, pairs, count, fingerprint, excluded)
 
 
 def read_raw(path: str) -> Iterator[Row]:
@@ -117,7 +117,7 @@ def _files(path: Path) -> list[Path]:
         found = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
         if not found:
             raise DataError(f"{path}: no file in this folder ends in {', '.join(_READERS)} (or .gz after it).")
-        # A .json file beside data of another kind says something about the data, and is none itself.
+        # Beside data of another kind, a .json file describes them and holds no rows.
         return [file for file in found if ".json" not in file.suffixes] or found
     if path.is_file():
         return [path]

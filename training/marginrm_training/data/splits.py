@@ -1,4 +1,4 @@
-"""Preference files -> encoded pairs: checked before a step is taken, and every pair left out is counted by its reason."""
+"""Preference files -> encoded pairs: checked before training starts, and every excluded pair is counted by its reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from marginrm.manifest import DataFile
 from marginrm.preferences import PreferencePair
 from marginrm.text import Prompt, Truncation
 from marginrm_training.config import DataConfig, expand
-from marginrm_training.data.excluded import Drops
+from marginrm_training.data.excluded import ExcludedRows
 from marginrm_training.data.sources import Stream, read_source
 from marginrm_training.method.margins import MarginMethod
 
@@ -27,13 +27,13 @@ class EncodedPair:
     Attributes:
         chosen: Encoding of the preferred response.
         rejected: Encoding of the other.
-        given: The row's margin or strength where the method reads one, else None.
+        label: The row's margin or strength where the method reads one, otherwise None.
         pair: The row itself, for evaluation by strength, length and the like.
     """
 
     chosen: EncodedResponse
     rejected: EncodedResponse
-    given: float | None
+    label: float | None
     pair: PreferencePair
 
 
@@ -44,25 +44,25 @@ class Split:
     Attributes:
         name: `train`, `calibration` or `test`.
         pairs: The pairs.
-        dropped: The rows that were left out.
-        truncated: How many pairs had their prompt cut.
+        excluded: The rows that are left out.
+        truncated: Number of pairs whose prompt was cut.
     """
 
     name: str
     pairs: list[EncodedPair]
-    dropped: Drops = field(default_factory=Drops)
+    excluded: ExcludedRows = field(default_factory=ExcludedRows)
     truncated: int = 0
 
     def summary(self) -> str:
         """Returns one line for people."""
-        left_out = f"; left out: {self.dropped}" if self.dropped.places else ""
+        left_out = f"; left out: {self.excluded}" if self.excluded.sources else ""
         cut = f"; {self.truncated:,} prompts cut" if self.truncated else ""
         return f"{self.name}: {len(self.pairs):,} pairs{left_out}{cut}"
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """What a run trains, calibrates and reports on, and the files it came from."""
+    """The pairs that a run trains, calibrates and reports on, and their files."""
 
     train: Split
     calibration: Split
@@ -71,11 +71,11 @@ class Splits:
 
 
 def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed: int) -> Splits:
-    """Reads and encodes the data of a run; splits by prompt what has no file of its own.
+    """Reads and encodes the data of a run; splits without a file of their own are taken from the training file by prompt.
 
     Raises:
-        DataError: A file cannot be read, a row is malformed, a margin is missing in any row or comes from two sources,
-            or nothing is left.
+        DataError: A file cannot be read, a row is malformed, a margin is missing in any row or has two sources, or a split
+            has no usable pair.
     """
     places = {"train": config.train, "calibration": config.calibration, "test": config.test}
     stream = Stream(config.stream, seed) if config.stream else None
@@ -98,11 +98,11 @@ def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed
         used = method if name == "train" else MarginMethod()
         limit = config.limit if name == "train" else None
         splits[name] = encode_pairs(name, kept, encoder, used, config.too_long, limit)
-        splits[name].dropped.update(leaked)
+        splits[name].excluded.update(leaked)
         if name in sources:
-            splits[name].dropped.update(sources[name].dropped)
+            splits[name].excluded.update(sources[name].excluded)
         if not splits[name].pairs:
-            raise DataError(f"{places[name] or config.train}: nothing is left of it. {splits[name].summary()}")
+            raise DataError(f"{places[name] or config.train}: no usable pairs are left. {splits[name].summary()}")
         held_out |= {prompt_key(pair.prompt) for pair in kept}
     files = tuple(
         DataFile(path=source.name, sha256=source.sha256, rows=source.rows, pairs_used=len(splits[name].pairs))
@@ -124,19 +124,21 @@ def check_margins(pairs: Sequence[PreferencePair], method: MarginMethod, *, igno
             takes its own, which `ignore` allows.
     """
     for pair in pairs:
-        _given(pair, method)
+        _label(pair, method)
     own = method.estimator not in ("column", "none")
     conflicting = next((pair for pair in pairs if pair.margin is not None), None)
     if own and conflicting and not ignore:
         raise DataError(
             f"{conflicting.source}: this row has a 'margin', and the method takes its margins from {method.estimator!r}: "
-            'one source, please. Choose the preset "column", or set data.ignore_margins = true.'
+            'use only one source of margins. Choose the preset "column", or set data.ignore_margins = true.'
         )
 
 
-def without_prompts(pairs: Sequence[PreferencePair], held_out: AbstractSet[str]) -> tuple[list[PreferencePair], Drops]:
-    """Returns the pairs whose prompts are not held out for another split, and the others as drops."""
-    leaked = Drops()
+def without_prompts(
+    pairs: Sequence[PreferencePair], held_out: AbstractSet[str]
+) -> tuple[list[PreferencePair], ExcludedRows]:
+    """Returns the pairs whose prompts are not held out for another split, and the others as excluded rows."""
+    leaked = ExcludedRows()
     kept = []
     for pair in pairs:
         if prompt_key(pair.prompt) in held_out:
@@ -154,7 +156,7 @@ def encode_pairs(
     too_long: str = "drop",
     limit: int | None = None,
 ) -> Split:
-    """Encodes pairs, up to `limit` usable ones, and leaves out, counted, those that teach nothing.
+    """Encodes pairs, up to `limit` usable ones; excludes and counts pairs without a training signal.
 
     Raises:
         DataError: The method reads margins or strengths, and a row (any row, named) has none.
@@ -165,23 +167,23 @@ def encode_pairs(
     for pair in pairs:
         if limit is not None and len(split.pairs) >= limit:
             break
-        given = _given(pair, method)
+        label = _label(pair, method)
         outcomes = encoder.encode_group(pair.prompt, [pair.chosen, pair.rejected], truncation)
         reason = _unusable(pair, outcomes, seen)
         if reason:
-            split.dropped.add(reason, pair.source)
+            split.excluded.add(reason, pair.source)
             continue
         chosen, rejected = (outcome for outcome in outcomes if isinstance(outcome, EncodedResponse))
         seen.add((chosen.ids, rejected.ids))
         split.truncated += chosen.truncated or rejected.truncated
-        split.pairs.append(EncodedPair(chosen, rejected, given, pair))
+        split.pairs.append(EncodedPair(chosen, rejected, label, pair))
     return split
 
 
 def split_by_prompt(
     pairs: Sequence[PreferencePair], share: float, *, seed: str
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Splits off about this share of the prompts, with all their pairs; returns what was split off and the rest."""
+    """Splits off about this share of the prompts with all their pairs; returns the pairs split off and the rest."""
     keys = sorted({prompt_key(pair.prompt) for pair in pairs})
     random.Random(seed).shuffle(keys)
     taken = set(keys[: max(1, math.ceil(share * len(keys)))])
@@ -191,11 +193,11 @@ def split_by_prompt(
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Returns a text that is equal for equal prompts, strings or messages."""
+    """Returns a key that is equal for equal prompts, strings or messages."""
     return prompt if isinstance(prompt, str) else json.dumps([dict(message) for message in prompt], sort_keys=True)
 
 
-def _given(pair: PreferencePair, method: MarginMethod) -> float | None:
+def _label(pair: PreferencePair, method: MarginMethod) -> float | None:
     if method.estimator not in ("column", "strength"):
         return None
     name = "margin" if method.estimator == "column" else "strength"

@@ -1,14 +1,34 @@
 """Preference losses: pure functions of reward differences, in float32.
 
 Shapes: `d` holds reward(chosen) - reward(rejected) of the batch's pairs, [pairs]; a target margin `m` has the same shape.
-Every loss divides by the number of pairs, never by how many a filter let through, since that would change the learning
-rate from step to step.
+The mean loss is over all pairs, not over those that a filter selects: that would change the learning rate from step to
+step.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from marginrm_training.method.margins import MarginMethod, Targets
+
+
+def preference_losses(method: MarginMethod, d: Tensor, targets: Targets, smoothing: float) -> Tensor:
+    """Returns the method's loss of each pair, [pairs].
+
+    Args:
+        method: The method; `loss` chooses the form.
+        d: Differences of the pairs, [pairs].
+        targets: Their target margins, weights or strengths.
+        smoothing: Share of labels taken to be wrong, for the margin loss.
+    """
+    if method.loss == "scaled_bt":
+        return scaled_bt(d, targets.margins)
+    if method.loss == "soft_label":
+        return soft_label(d, targets.margins)
+    if smoothing:
+        return smoothed(d, targets.margins, smoothing)
+    return margin_loss(d, targets.margins)
 
 
 def bradley_terry(d: Tensor) -> Tensor:
@@ -42,13 +62,13 @@ def smoothed(d: Tensor, m: Tensor, smoothing: float) -> Tensor:
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     """(chosen + rejected)^2 of each pair, [pairs]: pins the rewards' free offset near 0 (arXiv 2312.09244).
 
-    It does not bound d, so it is no cure for margins that grow.
+    It does not bound d, so margins can grow all the same.
     """
     return (_checked(chosen) + _checked(rejected, like=chosen)).square()
 
 
 def _checked(values: Tensor, like: Tensor | None = None) -> Tensor:
-    """Refuses what would broadcast: [pairs, 1] - [pairs] is [pairs, pairs], silently wrong."""
+    """Returns the values in float32; refuses shapes that would broadcast: [pairs, 1] - [pairs] is [pairs, pairs]."""
     if values.ndim != 1 or (like is not None and values.shape != like.shape):
         expected = "one value per pair" if like is None else f"shape {tuple(like.shape)}"
         raise ValueError(f"expected {expected}, got shape {tuple(values.shape)}")

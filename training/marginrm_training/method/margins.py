@@ -1,7 +1,7 @@
-"""Target margins: how large a difference the loss asks of each pair, and which pairs it asks.
+"""Target margins: the difference that the loss asks of each pair, and the filter that selects the pairs.
 
-The method (arXiv 2404.04932) takes the batch's own mean difference, its *reward confidence*, as the margin, and asks it
-only of pairs below that mean. Nothing here carries a gradient: estimators and filters see detached values.
+The method (arXiv 2404.04932) uses the batch's own mean difference, its *reward confidence*, as the margin, and asks it
+only of pairs below that mean. No gradient flows through margins: estimators and filters get detached values.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SMALLEST_REFERENCE_BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class MarginMethod:
-    """What the loss asks of each pair.
+    """The form of the loss, the source of its target margins, and the filter.
 
     Attributes:
         loss: `margin` softplus(m - d); `scaled_bt` m * softplus(-d); `soft_label` with p = strength.
-        estimator: Where m comes from; exactly one source.
+        estimator: The one source of m.
         filter: `below_mean` asks m only of pairs with d < mu_B + c * std; the others keep plain Bradley-Terry.
         scale: lambda, the factor on an estimated mean.
         cap: m_max, the largest margin asked, or None for no cap.
         fixed: The margin of the `fixed` estimator.
         threshold_std: c of the filter.
         ema: Decay of the running mean for reference batches that are too small, or None to refuse those.
-        steps: (smallest strength, margin) pairs, highest first, that turn graded labels into margins.
+        grades: (smallest strength, margin) pairs, highest first, that turn graded labels into margins.
     """
 
     loss: LossName = "margin"
@@ -47,7 +47,7 @@ class MarginMethod:
     fixed: float = 0.0
     threshold_std: float = 0.0
     ema: float | None = None
-    steps: tuple[tuple[float, float], ...] = ()
+    grades: tuple[tuple[float, float], ...] = ()
 
 
 # Strength at which Llama 2's annotators' four grades begin: significantly better, better, slightly, negligibly. The
@@ -61,9 +61,9 @@ PRESETS: dict[str, MarginMethod] = {
     "margin": MarginMethod(estimator="batch_mean", filter="below_mean", cap=1.0),
     # Llama 2, table 27.
     "llama2_small": MarginMethod(
-        estimator="strength", steps=tuple(zip(_GRADES, (1.0, 2 / 3, 1 / 3, 0.0), strict=True))
+        estimator="strength", grades=tuple(zip(_GRADES, (1.0, 2 / 3, 1 / 3, 0.0), strict=True))
     ),
-    "llama2_large": MarginMethod(estimator="strength", steps=tuple(zip(_GRADES, (3.0, 2.0, 1.0, 0.0), strict=True))),
+    "llama2_large": MarginMethod(estimator="strength", grades=tuple(zip(_GRADES, (3.0, 2.0, 1.0, 0.0), strict=True))),
     "column": MarginMethod(estimator="column"),
     "scaled_bt": MarginMethod(loss="scaled_bt", estimator="strength"),
     "soft_label": MarginMethod(loss="soft_label", estimator="strength"),
@@ -85,7 +85,7 @@ class RunningMean:
     weight: float = 0.0
 
     def update(self, mean: float) -> float:
-        """Takes in one batch's mean and returns the average."""
+        """Adds one batch's mean and returns the average."""
         self.total = self.decay * self.total + (1 - self.decay) * mean
         self.weight = self.decay * self.weight + (1 - self.decay)
         return self.total / self.weight
@@ -93,7 +93,7 @@ class RunningMean:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the reference batch says: the pairs of one micro-step, gathered over all ranks.
+    """Statistics of the reference batch: the pairs of one micro-step, gathered over all ranks.
 
     Attributes:
         mean: mu_B, the mean difference.
@@ -114,11 +114,11 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The margins asked in one step.
+    """The target margins of one micro-step.
 
     Attributes:
         margins: m of each pair after the filter, [pairs], float32, without gradient.
-        fired: Share of the pairs that the filter let through; 1 without a filter, 0 without a margin.
+        fired: Share of the pairs that the filter selected; 1 without a filter, 0 without a margin.
         mean: The mean target margin.
     """
 
@@ -128,22 +128,22 @@ class Targets:
 
 
 def target_margins(
-    method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None = None, warmup: float = 1.0
+    method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None = None, warmup: float = 1.0
 ) -> Targets:
-    """Returns the margin that each pair is asked for.
+    """Returns the target margin of each pair.
 
     Args:
         method: Estimator, filter, scale and cap.
         d: Differences of this rank's pairs, [pairs]; detached here.
         reference: Mean and deviation of the reference batch (for `ema_mean`, the running mean in its place).
-        given: The data's margins or strengths, [pairs], for `column` and `strength`.
+        labels: The data's margins or strengths, [pairs], for `column` and `strength`.
         warmup: Factor from 0 to 1 while the margin is faded in.
 
     Raises:
         ConfigError: The estimator needs a column that the batch does not have.
     """
     values = d.detach().float()
-    raw = _ESTIMATORS[method.estimator](method, values, reference, given)
+    raw = _ESTIMATORS[method.estimator](method, values, reference, labels)
     capped = raw.clamp(min=0.0, max=method.cap) * warmup
     passes = torch.ones_like(values, dtype=torch.bool)
     if method.filter == "below_mean":
@@ -154,25 +154,25 @@ def target_margins(
     return Targets(margins, float(passes.float().mean()), float(margins.mean()))
 
 
-def strengths_to_margins(strengths: Tensor, steps: tuple[tuple[float, float], ...]) -> Tensor:
-    """Turns graded labels into margins by the first step whose bound they reach, [pairs]; none: the strength itself."""
-    if not steps:
+def strengths_to_margins(strengths: Tensor, grades: tuple[tuple[float, float], ...]) -> Tensor:
+    """Returns the margin of the first grade whose bound a strength reaches, [pairs]; without grades the strength."""
+    if not grades:
         return strengths
     margins = torch.zeros_like(strengths)
-    for bound, margin in reversed(steps):
+    for bound, margin in reversed(grades):
         margins = torch.where(strengths >= bound, torch.full_like(margins, margin), margins)
     return margins
 
 
 def check_reference_batch(method: MarginMethod, pairs: int) -> None:
-    """Refuses reference batches in which the filter means nothing: with one pair, d is its own mean and never below it.
+    """Refuses reference batches that are too small for the filter: a single pair's d is its own mean, never below it.
 
     Raises:
-        ConfigError: The margin is estimated from fewer than 8 pairs and there is no running mean to lean on.
+        ConfigError: The margin is estimated from fewer than 8 pairs, without a running mean.
     """
     if method.estimator in ESTIMATED and pairs < SMALLEST_REFERENCE_BATCH and method.ema is None:
         raise ConfigError(
-            f"The margin is estimated from {pairs} pairs a step, too few to mean anything: raise `train_batch` (times "
+            f"The margin is estimated from {pairs} pairs a step, which is too few: raise `train_batch` (times "
             f"ranks) to {SMALLEST_REFERENCE_BATCH} or more, or set `ema = 0.9` under [method]."
         )
 
@@ -191,30 +191,30 @@ def named(preset: str, **changes: object) -> MarginMethod:
 EstimatorFn = Callable[[MarginMethod, Tensor, Reference, "Tensor | None"], Tensor]
 
 
-def _none(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+def _none(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
     return torch.zeros_like(d)
 
 
-def _fixed(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+def _fixed(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
     return torch.full_like(d, method.fixed)
 
 
-def _from_data(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
-    if given is None:
+def _from_data(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
+    if labels is None:
         column = "margin" if method.estimator == "column" else "strength"
         raise ConfigError(f"The method takes its margins from the data, whose rows have no {column!r}.")
-    return strengths_to_margins(given.float(), method.steps)
+    return strengths_to_margins(labels.float(), method.grades)
 
 
-def _batch_mean(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+def _batch_mean(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
     return torch.full_like(d, method.scale * reference.mean)
 
 
-def _deficit(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+def _deficit(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
     return method.scale * (reference.mean - d)
 
 
-def _zscore_exp(method: MarginMethod, d: Tensor, reference: Reference, given: Tensor | None) -> Tensor:
+def _zscore_exp(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
     """AMaPO's form (arXiv 2511.09385): larger margins for pairs further below the mean."""
     deviation = max(reference.std, 1e-6)
     return method.scale * torch.exp((reference.mean - d) / deviation)

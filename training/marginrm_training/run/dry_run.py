@@ -1,4 +1,4 @@
-"""What a dry run tells: steps, lengths, and what they will cost by a short measurement on this machine."""
+"""The plan that a dry run prints: steps, lengths, and estimates of memory and time, measured on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from marginrm_training.config import TrainConfig
 from marginrm_training.data.collate import PairCollator
 from marginrm_training.data.splits import EncodedPair, Splits
 from marginrm_training.method.losses import bradley_terry
-from marginrm_training.run.trainer_arguments import ranks
+from marginrm_training.run.distributed import ranks
 
 _BARS = 8
 _WIDTH = 30
@@ -27,7 +27,7 @@ class Measured:
     """One forward and backward pass over a typical batch, and the memory of the largest.
 
     Attributes:
-        seconds_per_token: Of forward and backward together.
+        seconds_per_token: Seconds of forward and backward pass for each computed token.
         activations: Bytes that the largest batch keeps for its backward pass.
     """
 

@@ -1,4 +1,4 @@
-"""LoRA: small trained matrices beside frozen weights. The head is trained whole and saved, and all is merged on export."""
+"""LoRA: small trained matrices beside frozen weights. The head is trained as a whole, and export merges the matrices."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from marginrm_training.config import LoraSection
 def with_lora(module: RewardModule, section: LoraSection, max_length: int) -> RewardModule:
     """Freezes a module's backbone, and puts LoRA matrices (arXiv 2106.09685) beside its linear layers.
 
-    Dropout stays off. The head is among `modules_to_save`, so it is trained whole; forgetting that loses it.
+    Dropout stays off. The head is among `modules_to_save`: it is trained as a whole, and is in the saved weights.
 
     Raises:
-        ConfigError: A target is no layer of this model.
+        ConfigError: A target is not a layer of this model.
     """
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -36,7 +36,7 @@ def with_lora(module: RewardModule, section: LoraSection, max_length: int) -> Re
 
 
 def merge_lora(module: RewardModule) -> None:
-    """Adds the LoRA matrices to the weights that they belong to, in place; without LoRA there is nothing to do."""
+    """Adds the LoRA matrices to the weights that they belong to, in place; does nothing without LoRA."""
     merge = getattr(module.classifier, "merge_and_unload", None)
     if merge is not None:
         module.classifier = merge()

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class PairProgress(TrainerCallback):
-    """A progress bar over optimiser steps that shows the quantities people watch."""
+    """A progress bar over optimiser steps, with loss, accuracy and fire rate beside it."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -18,7 +18,7 @@ class PairProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Draws the bar, at the step that a resumed run stands at."""
+        """Draws the bar, at the first step of a resumed run."""
         if state.is_world_process_zero:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 

@@ -1,11 +1,11 @@
-"""What a run has seen so far: the method's quantities between two log lines, the learning curve, and warnings."""
+"""The step log of a run: the method's quantities between two log lines, the learning curve, and warnings."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_FLAT = 0.01  # a gain of accuracy below this is none
+_FLAT = 0.01  # a smaller gain of accuracy counts as no gain
 
 
 @dataclass(slots=True)
@@ -14,7 +14,7 @@ class StepLog:
 
     Attributes:
         sums: Each quantity, summed over the micro-steps since the last log line.
-        micro_steps: How many there were.
+        micro_steps: Number of those micro-steps.
         history: All log lines: the learning curve.
         calm: Standard deviation of d and accuracy when accuracy last rose, or the spread last was warned of.
     """
@@ -25,34 +25,34 @@ class StepLog:
     calm: tuple[float, float] | None = None
 
     def add(self, values: dict[str, float]) -> None:
-        """Takes in one micro-step."""
+        """Adds one micro-step."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.micro_steps += 1
 
     def line(self, step: int, logs: dict[str, float]) -> dict[str, float]:
-        """Ends a log line: returns `logs` with the means since the last one, and notes it in the history."""
+        """Ends a log line: returns `logs` with the means since the last one, and adds it to the history."""
         logs = logs | {name: total / self.micro_steps for name, total in self.sums.items()}
         self.sums, self.micro_steps = {}, 0
         self.history.append({"step": float(step)} | logs)
         return logs
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds what an evaluation found to the line of its step, or as a line of its own."""
+        """Adds the metrics of an evaluation to the log line of its step, or as a log line of its own."""
         if not self.history or self.history[-1]["step"] != step:
             self.history.append({"step": float(step)})
         self.history[-1] |= metrics
 
     def warnings(self, line: dict[str, float], *, filtered: bool) -> list[str]:
-        """Returns what a person should look at after this log line.
+        """Returns the warnings that a log line calls for.
 
         Args:
-            line: The last one.
+            line: The last log line.
             filtered: Whether the method has a filter.
         """
         found = []
         if filtered and line["fire_rate"] == 0.0:
-            found.append("the filter let no pair through since the last log, so this is plain Bradley-Terry.")
+            found.append("the filter selected no pair since the last log, so this is plain Bradley-Terry.")
         spread, accuracy = line["d_std"], line["accuracy"]
         if self.calm is None or accuracy > self.calm[1] + _FLAT:
             self.calm = (spread, accuracy)

@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer over packed pairs, with the margin method as its loss and a log that shows it.
 
-Being a Trainer, it brings accelerate, FSDP, DeepSpeed, resuming and the loggers along. Margins live only in
-`compute_loss`: evaluation and serving never see one.
+Trainer brings accelerate, FSDP, DeepSpeed, resuming and the loggers. Target margins exist only in `compute_loss`:
+evaluation and serving never use one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from marginrm.calibration import correctness
 from marginrm.errors import ConfigError, NonFiniteRewardError
 from marginrm.forward.module import RewardModule
-from marginrm.tuning.tune import tune
 from marginrm_training.config import TrainConfig
 from marginrm_training.data.collate import PairBatch, PairCollator
 from marginrm_training.data.splits import EncodedPair
+from marginrm_training.files import replace_file
 from marginrm_training.method import losses
 from marginrm_training.method.margins import (
     ESTIMATED,
@@ -38,15 +47,15 @@ from marginrm_training.method.margins import (
     target_margins,
 )
 from marginrm_training.run.progress import PairProgress
+from marginrm_training.run.resume import MARGIN_STATE
 from marginrm_training.run.step_log import StepLog
 from marginrm_training.run.trainer_arguments import training_arguments
 
 _log = logging.getLogger(__name__)
-MARGIN_STATE = "margin_state.json"
 
 
 class PairDataset(Dataset[EncodedPair]):
-    """Encoded pairs as a data set."""
+    """Encoded pairs as a PyTorch data set."""
 
     def __init__(self, pairs: Sequence[EncodedPair]) -> None:
         self.pairs = pairs
@@ -64,16 +73,16 @@ class MarginTrainer(Trainer):
     """Trains a `RewardModule` on encoded pairs.
 
     Args:
-        module: The module; it is trained in place.
+        module: The module; it is trained in place, and moved to the device of the run.
         pairs: The training pairs.
         config: The run.
-        run_dir: Where checkpoints to resume from are written.
+        run_dir: Folder of the steps to resume from.
         held_out: Pairs to evaluate on every `eval_every` steps.
         progress: Whether to draw a progress bar.
 
     Raises:
-        ConfigError: The reference batch is too small for the method, no whole number of them makes a step, or there is
-            nothing to evaluate on.
+        ConfigError: The reference batch is too small for the method, a step does not consist of whole reference batches,
+            or there are no pairs to evaluate on.
     """
 
     def __init__(
@@ -87,9 +96,9 @@ class MarginTrainer(Trainer):
         progress: bool = True,
     ) -> None:
         self.method: MarginMethod = config.method.method()
-        self.section = config.method
-        self.running = RunningMean(self.method.ema if self.method.ema is not None else 0.9)
-        self.steps = StepLog()
+        self.method_config = config.method
+        self.running_mean = RunningMean(self.method.ema if self.method.ema is not None else 0.9)
+        self.step_log = StepLog()
         self.held_out = held_out
         self.collator = PairCollator(module)
         if config.eval_every and not held_out:
@@ -105,19 +114,32 @@ class MarginTrainer(Trainer):
             eval_dataset=PairDataset(held_out),
             data_collator=self.collator,
         )
-        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
-            # The weights are on their device only now. DeepSpeed follows the calls of a layer's modules.
-            tune(module, "training", whole_last_layer=self.is_deepspeed_enabled)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulation averages it
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.add_callback(_MarginStateSaver(self))
         if progress:
             self.add_callback(PairProgress())
 
     @property
     def history(self) -> list[dict[str, float]]:
         """The learning curve: one entry per log line, means over all ranks."""
-        return self.steps.history
+        return self.step_log.history
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, from a saved step if its folder is given.
+
+        Args:
+            resume_from_checkpoint: The saved step, as `resume_checkpoint` returns it.
+            *args: Trainer's.
+            **kwargs: Trainer's.
+
+        Raises:
+            ConfigError: The step lacks the state of the margin method.
+        """
+        if resume_from_checkpoint:
+            self.load_margin_state(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -126,7 +148,7 @@ class MarginTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the mean loss of one micro-step's pairs.
+        """Returns the mean loss of one micro-step's pairs: forward, target margins, losses.
 
         Raises:
             NonFiniteRewardError: A reward is NaN or infinite; the message names step and rows.
@@ -138,10 +160,10 @@ class MarginTrainer(Trainer):
         reference = self._reference(d)
         if not math.isfinite(reference.mean):
             self._stop_at(batch, rewards)
-        targets = target_margins(self.method, d, reference, batch.given, self._warmup())
-        each = preference_losses(self.method, d, targets, self.section.label_smoothing)
-        if self.section.centring:
-            each = each + self.section.centring * losses.centring(chosen, rejected)
+        targets = target_margins(self.method, d, reference, batch.labels, self._warmup())
+        each = losses.preference_losses(self.method, d, targets, self.method_config.label_smoothing)
+        if self.method_config.centring:
+            each = each + self.method_config.centring * losses.centring(chosen, rejected)
         loss = each.mean()
         self._record(d, targets, reference, batch.row.tokens)
         return (loss, {"rewards": rewards}) if return_outputs else loss
@@ -149,14 +171,14 @@ class MarginTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measures the held-out pairs, without any margin, and adds the figures to the learning curve.
+        """Measures the held-out pairs, without any target margin, and adds the figures to the learning curve.
 
-        Every rank measures all of them: they are few, and so no rank waits for another's batch.
+        Every rank measures all of them, since they are few: no rank waits for another's batch.
 
         Args:
             eval_dataset: Other encoded pairs to measure.
-            ignore_keys: Trainer's; there is nothing to ignore.
-            metric_key_prefix: What the figures' names begin with.
+            ignore_keys: Trainer's; unused.
+            metric_key_prefix: Prefix of the figures' names.
         """
         pairs: Sequence[EncodedPair] = self.held_out if eval_dataset is None else eval_dataset
         size = self.args.per_device_train_batch_size
@@ -173,40 +195,63 @@ class MarginTrainer(Trainer):
             f"{metric_key_prefix}_bt_nll": float(losses.bradley_terry(d).mean()),
             f"{metric_key_prefix}_accuracy": float(correctness(d.cpu().numpy()).mean()),
         }
-        self.steps.evaluated(self.state.global_step, metrics)
+        self.step_log.evaluated(self.state.global_step, metrics)
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the method's quantities, averaged over ranks and over the micro-steps since the last log."""
-        if "loss" in logs and self.steps.micro_steps:
+        if "loss" in logs and self.step_log.micro_steps:
             self._average_over_ranks()
-            logs = self.steps.line(self.state.global_step, logs)
-            for warning in self.steps.warnings(logs, filtered=self.method.filter != "none"):
+            logs = self.step_log.line(self.state.global_step, logs)
+            for warning in self.step_log.warnings(logs, filtered=self.method.filter != "none"):
                 _log.warning("Step %d: %s", self.state.global_step, warning)
         super().log(logs, start_time)
 
+    def save_margin_state(self, step: Path) -> None:
+        """Writes running mean and step log to a saved step, averaged over ranks; every rank must call this."""
+        self._average_over_ranks()
+        if self.args.should_save:
+            state = {"running": asdict(self.running_mean), "steps": self.step_log.state()}
+            replace_file(step / MARGIN_STATE, json.dumps(state))
+
+    def load_margin_state(self, step: Path) -> None:
+        """Takes running mean and step log from a saved step.
+
+        Raises:
+            ConfigError: The step has none.
+        """
+        path = step / MARGIN_STATE
+        if not path.is_file():
+            raise ConfigError(
+                f"{path} is missing, and with it the running mean of the margins. Start over with --no-resume; with "
+                "several machines, give all of them one output folder."
+            )
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.running_mean = RunningMean(**state["running"])
+        self.step_log = StepLog.from_state(state["steps"])
+
     def _reference(self, d: Tensor) -> Reference:
-        """Measures the reference batch over all ranks: sums before the division, since last batches differ in size."""
+        """Returns mean and deviation over all ranks' pairs, from sums, since the ranks' last batches may differ in size."""
         values = d.detach().double()
         count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
         sums = self.accelerator.reduce(torch.stack([values.sum(), values.square().sum(), count]), reduction="sum")
-        total, squares, pairs = sums.tolist()  # one wait for the device
+        total, squares, pairs = sums.tolist()  # one synchronisation with the device
         mean = total / pairs
         reference = Reference(mean, max(squares / pairs - mean**2, 0.0) ** 0.5, int(pairs))
         small = reference.pairs < SMALLEST_REFERENCE_BATCH and self.method.ema is not None
         if self.method.estimator == "ema_mean" or (small and self.method.estimator in ESTIMATED):
-            return Reference(self.running.update(mean), reference.std, reference.pairs)
+            return Reference(self.running_mean.update(mean), reference.std, reference.pairs)
         return reference
 
     def _warmup(self) -> float:
-        steps = self.section.warmup_ratio * max(self.state.max_steps, 1)
+        steps = self.method_config.warmup_ratio * max(self.state.max_steps, 1)
         return min(1.0, self.state.global_step / steps) if steps else 1.0
 
     def _record(self, d: Tensor, targets: Targets, reference: Reference, tokens: int) -> None:
         values = d.detach().float().cpu()
-        self.steps.add(
+        self.step_log.add(
             {
                 "bt_nll": float(losses.bradley_terry(values).mean()),
                 "accuracy": float(correctness(values.numpy()).mean()),
@@ -222,48 +267,29 @@ class MarginTrainer(Trainer):
     def _average_over_ranks(self) -> None:
         """Turns this rank's sums into the mean over all ranks, the same on each."""
         if self.args.world_size > 1:
-            names = list(self.steps.sums)
-            sums = torch.tensor([self.steps.sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+            names = list(self.step_log.sums)
+            sums = torch.tensor(
+                [self.step_log.sums[name] for name in names], dtype=torch.float64, device=self.args.device
+            )
             means = self.accelerator.reduce(sums, reduction="mean").tolist()
-            self.steps.sums = dict(zip(names, means, strict=True))
+            self.step_log.sums = dict(zip(names, means, strict=True))
 
     def _stop_at(self, batch: PairBatch, rewards: Tensor) -> None:
         finite = rewards.detach().isfinite()
-        places = [place for place, good in zip(batch.places, finite[0::2] & finite[1::2], strict=True) if not good]
-        where = f"the rewards of {', '.join(places[:4])} are" if places else "a reward on another rank is"
+        sources = [source for source, good in zip(batch.sources, finite[0::2] & finite[1::2], strict=True) if not good]
+        where = f"the rewards of {', '.join(sources[:4])} are" if sources else "a reward on another rank is"
         raise NonFiniteRewardError(
-            f"Step {self.state.global_step}: {where} not finite, so training stops here. Lower optim.learning_rate, or "
-            "train in float32; the last saved steps are good."
+            f"Step {self.state.global_step}: {where} not finite, so training stops. Lower optim.learning_rate, or train in "
+            "float32; the last saved steps can be resumed from."
         )
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        self._average_over_ranks()
-        if self.args.should_save:
-            state = {"running": asdict(self.running), "steps": self.steps.state()}
-            Path(output_dir, MARGIN_STATE).write_text(json.dumps(state), encoding="utf-8")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, MARGIN_STATE)
-        if not path.is_file():
-            raise ConfigError(
-                f"{path} is missing, and with it the running mean of the margins. Start over with --no-resume; with "
-                "several machines, give all of them one output folder."
-            )
-        state = json.loads(path.read_text(encoding="utf-8"))
-        self.running = RunningMean(**state["running"])
-        self.steps = StepLog.from_state(state["steps"])
+class _MarginStateSaver(TrainerCallback):
+    """Adds the state of the margin method to each step that Trainer has saved."""
 
+    def __init__(self, trainer: MarginTrainer) -> None:
+        self._trainer = trainer
 
-def preference_losses(method: MarginMethod, d: Tensor, targets: Targets, smoothing: float) -> Tensor:
-    """Returns the loss of each pair, [pairs], for any method."""
-    if method.loss == "scaled_bt":
-        return losses.scaled_bt(d, targets.margins)
-    if method.loss == "soft_label":
-        return losses.soft_label(d, targets.margins)
-    if smoothing:
-        return losses.smoothed(d, targets.margins, smoothing)
-    return losses.margin_loss(d, targets.margins)
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Saves it beside the weights; every rank comes here."""
+        self._trainer.save_margin_state(Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))

@@ -4,44 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils.environment import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from marginrm.errors import ConfigError
 from marginrm_training.config import TrainConfig
-
-
-def ranks() -> int:
-    """Returns how many processes train together; `accelerate launch` starts more than one."""
-    state: Any = PartialState(cpu=not torch.cuda.is_available())
-    return int(state.num_processes)
-
-
-def left_over(config: TrainConfig, pairs: int) -> int:
-    """Returns how many pairs an epoch leaves out, drawn anew each time: those that do not fill all ranks' last batch."""
-    return pairs % (config.optim.train_batch * ranks())
-
-
-def check_sharding(*, sharded: bool) -> None:
-    """Refuses to train unsharded where shards were asked for.
-
-    Raises:
-        ConfigError: accelerate was started for FSDP and does not do it on this device, which it does not say.
-    """
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not sharded:
-        raise ConfigError(
-            "accelerate was started with an FSDP configuration, and on CPUs it shards nothing. Start it on GPUs, or "
-            "with examples/accelerate/ddp_cpu.yaml."
-        )
+from marginrm_training.run.distributed import ranks
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Makes each of transformers' loggers once, since else a missing package shows after the data have been read.
+    """Makes each of transformers' loggers once, so that a missing package shows before the data are read.
 
     Raises:
         ConfigError: There is no such logger, or its package is not installed.
@@ -57,15 +31,20 @@ def check_loggers(names: Sequence[str]) -> None:
 def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> TrainingArguments:
     """Translates a run into transformers' arguments.
 
+    Args:
+        config: The run.
+        pairs: Number of training pairs.
+        run_dir: Folder of the steps to resume from.
+
     Raises:
-        ConfigError: A step cannot be made of whole forward passes on every rank, or the pairs do not fill one.
+        ConfigError: A step does not consist of whole forward passes on every rank, or the pairs do not fill one.
     """
     optim = config.optim
     reference = optim.train_batch * ranks()
     if optim.pairs_per_step % reference:
         raise ConfigError(
-            f"optim.pairs_per_step = {optim.pairs_per_step} is no multiple of train_batch x ranks = {reference}. "
-            "Change one of them: a step is made of whole forward passes."
+            f"optim.pairs_per_step = {optim.pairs_per_step} is not a multiple of train_batch x ranks = {reference}. "
+            "Change one of them: a step consists of whole forward passes."
         )
     if pairs < reference:
         raise ConfigError(
@@ -87,7 +66,7 @@ def training_arguments(config: TrainConfig, pairs: int, run_dir: Path) -> Traini
         warmup_steps=optim.warmup_ratio if optim.warmup_ratio < 1 else 0,
         per_device_train_batch_size=optim.train_batch,
         gradient_accumulation_steps=optim.pairs_per_step // reference,
-        # Else ranks would fill up their last batches with pairs they had before, which mu_B and loss would count twice.
+        # Otherwise ranks fill their last batches with pairs of this epoch again, which mu_B and loss would count twice.
         dataloader_drop_last=True,
         bf16=config.model.dtype == "bfloat16",
         logging_steps=config.log_every,
