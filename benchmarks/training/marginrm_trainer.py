@@ -14,7 +14,7 @@ from marginrm.loading import load_for_training
 from marginrm.preferences import PreferencePair
 from marginrm_training.config import parse_config
 from marginrm_training.data.splits import EncodedPair
-from marginrm_training.run.train import tune
+from marginrm_training.run.train import tune_for_training
 from marginrm_training.run.trainer import MarginTrainer
 
 
@@ -57,7 +57,7 @@ class MarginrmTrainer:
             pair = PreferencePair(group.prompt, group.responses[0], group.responses[1], strength=given)
             pairs.append(EncodedPair(chosen, rejected, given, pair))
         trainer = MarginTrainer(self._module, pairs, self._config, Path(self._directory.name), progress=False)
-        tune(trainer, self._module)
+        tune_for_training(trainer, self._module)
         return trainer
 
     def score(self, work: MarginTrainer) -> list[float]:

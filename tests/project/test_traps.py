@@ -72,7 +72,8 @@ from marginrm.errors import DataError, NonFiniteRewardError
 from marginrm.forward.module import RewardModule
 from marginrm.loading import load_for_training
 from marginrm.preferences import parse_pair
-from marginrm_training.checkpoint.export import model_card, recalibrated
+from marginrm_training.checkpoint.model_card import model_card
+from marginrm_training.checkpoint.recalibrate import recalibrated
 from marginrm_training.config import LoraSection, TrainConfig, load_config
 from marginrm_training.data.collate import PairCollator
 from marginrm_training.data.splits import EncodedPair, encode_pairs
@@ -81,7 +82,7 @@ from marginrm_training.method.losses import margin_loss
 from marginrm_training.method.margins import PRESETS, Reference, target_margins
 from marginrm_training.run.lora import with_lora
 from marginrm_training.run.step_log import StepLog
-from marginrm_training.run.train import tune
+from marginrm_training.run.train import tune_for_training
 from marginrm_training.run.trainer import MarginTrainer
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
 from support.training import config_file, rows
@@ -117,7 +118,7 @@ def trainer(folder: Path, tmp_path: Path) -> Callable[..., Trainer]:
             module = with_lora(module, LoraSection(rank=4), encoder.max_length)
         pairs = encoded([row | {"margin": 0.5} for row in rows(64)], encoder, preset)
         training = MarginTrainer(module, pairs, config, tmp_path / "steps", progress=False)
-        tune(training, module)
+        tune_for_training(training, module)
         return training, module, pairs
 
     return make

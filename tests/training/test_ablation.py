@@ -201,9 +201,9 @@ def test_a_run_is_measured_in_the_dtype_it_was_trained_in(small, tmp_path, monke
     write_spec(ablation, plan(ablation)[0], folder)
     measured = []
 
-    def watched(model, evaluation):
+    def watched(model, *arguments, **options):
         measured.append(model.info.dtype)
-        return measure_pairs(model, evaluation)
+        return measure_pairs(model, *arguments, **options)
 
     monkeypatch.setattr(worker, "measure_pairs", watched)
     worker.main(folder)

@@ -42,7 +42,7 @@ from marginrm.loading import load_for_training
 from marginrm_training.run.distributed import ranks, shut_down_process_group
 from marginrm_training.config import load_config
 from marginrm_training.data.splits import load_splits
-from marginrm_training.run.train import tune
+from marginrm_training.run.train import tune_for_training
 from marginrm_training.run.trainer import MarginTrainer
 
 assert ranks() == 2
@@ -55,7 +55,7 @@ for path in map(Path, sys.argv[1:]):
         splits = load_splits(config.data, encoder, config.method.method(), config.seed)
         held_out = splits.calibration.pairs
         trainer = MarginTrainer(module, splits.train.pairs, config, steps, held_out=held_out, progress=False)
-        tune(trainer, module)
+        tune_for_training(trainer, module)
         trainer.train(resume_from_checkpoint=start and str(start))
         kept.append((trainer.history, module.state_dict()))
     torch.save(kept, path.with_suffix(f".rank{trainer.args.process_index}"))

@@ -150,7 +150,7 @@ def test_plain_pairs_are_no_benchmark() -> None:
     assert recognised({"prompt": "a", "chosen": "b", "rejected": "c"}) is None
     assert recognised({"prompt": "a", "chosen": "b", "rejected": "c", "subset": "math"}) is None
     assert recognised({"prompt": "a", "chosen": ["b"], "rejected": ["c"], "domain": "other"}) is None
-    with pytest.raises(DataError, match=r"x:1: is no row of rmb"):
+    with pytest.raises(DataError, match=r"x:1: is not a row of rmb"):
         parse_cases("rmb", [({"prompt": "a"}, "x:1")])
     with pytest.raises(DataError, match="empty"):
         parse_cases("rmb", [])
@@ -304,7 +304,7 @@ def test_judgebench_counts_pairs() -> None:
     assert found["knowledge"] == pytest.approx(3 / 4)
     assert found["math"] == 0
     assert found["overall"] == pytest.approx(4 / 7)
-    with pytest.raises(DataError, match="no source of JudgeBench"):
+    with pytest.raises(DataError, match="not a source of JudgeBench"):
         score("judgebench", cases_of(("other", 1, 1)), [RIGHT])
 
 
@@ -346,4 +346,4 @@ def test_the_command_scores_a_benchmark_by_its_own_rule(tmp_path: Path) -> None:
     assert "no overall" in result.stderr
     wrong = runner.invoke(app, [*arguments[:-1], "--format", "rm-bench"])
     assert isinstance(wrong.exception, DataError)
-    assert "is no row of rm-bench" in str(wrong.exception)
+    assert "is not a row of rm-bench" in str(wrong.exception)

@@ -24,7 +24,7 @@ from marginrm_training.data.splits import encode_pairs, load_splits, read
 from marginrm_training.evaluation.pairs import evaluate, score_pairs
 from marginrm_training.method.margins import PRESETS
 from marginrm_training.run.resume import resume_checkpoint
-from marginrm_training.run.train import train, tune
+from marginrm_training.run.train import train, tune_for_training
 from marginrm_training.run.trainer import MarginTrainer
 from support.models import tiny_checkpoint
 from support.training import rows, write
@@ -62,7 +62,7 @@ def test_every_preset_overfits_64_pairs(tmp_path: Path, make: Make, preset: str)
     module, encoder = load_for_training(config.model.path, seed=0)
     pairs = encode_pairs("train", read(str(data)), encoder, config.method.method()).pairs
     trainer = MarginTrainer(module, pairs, config, tmp_path / "steps", progress=False)
-    tune(trainer, module)
+    tune_for_training(trainer, module)
     trainer.train()
     assert (score_pairs(RewardModel.from_module(module, encoder), pairs).d > 0).all()
     assert {"loss", "bt_nll", "accuracy", "d_mean", "d_std", "mu_B", "target_margin", "fire_rate", "grad_norm"} <= set(

@@ -1,24 +1,22 @@
-"""The commands of the training package. What needs torch is imported inside, so that --help is quick."""
+"""The commands of the training package: parse, call, print. Libraries are imported when a command runs."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from marginrm.errors import ConfigError
+
 if TYPE_CHECKING:
     from marginrm.manifest import Calibration
-    from marginrm.reward_model import RewardModel
-    from marginrm_training.data.splits import EncodedPair, Split
     from marginrm_training.evaluation.benchmarks.sections import Benchmark
     from marginrm_training.evaluation.best_of_n import BestOfNPoint
     from marginrm_training.evaluation.groups import ScoredGroups
-    from marginrm_training.report.run_report import Report
 
 Data = Annotated[
     Path, typer.Option("--data", help="Preference pairs: a file, a folder or a data set.", show_default=False)
@@ -48,7 +46,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
     ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the last saved step of this run.")] = True,
+    resume: Annotated[bool, typer.Option(help="Resume from the last saved step of this run.")] = True,
 ) -> None:
     """Train a reward model: checks the data, trains, calibrates, evaluates, and writes a checkpoint that serves.
 
@@ -57,7 +55,7 @@ def train(
     from marginrm_training.config import load_config
     from marginrm_training.run.train import train as run
 
-    _quiet()
+    _configure_logging()
     settings = load_config(config, overrides or ())
     manifest = run(settings, resume=resume, dry_run=dry_run)
     if manifest:
@@ -80,7 +78,7 @@ def evaluate(
     ] = None,
     candidates: Candidates = None,
     form: Annotated[
-        Format, typer.Option("--format", help="What the rows are; by default told by the first row's fields.")
+        Format, typer.Option("--format", help="Format of the rows; by default recognised by the first row's fields.")
     ] = "auto",
 ) -> None:
     """Measure a checkpoint on preference pairs: accuracy, NLL, calibration, by strength, and what length explains.
@@ -88,43 +86,45 @@ def evaluate(
     Rows of RewardBench, RewardBench 2, RM-Bench, RMB and JudgeBench are scored by those benchmarks' own rules.
     Intervals are 95% bootstrap intervals over pairs.
     """
-    from marginrm.errors import ConfigError
     from marginrm.reward_model import RewardModel
+    from marginrm_training.evaluation.benchmarks.measure import measure_benchmark
+    from marginrm_training.evaluation.measure import measure_candidates, measure_pairs
+    from marginrm_training.report.run_report import Report
 
-    _quiet()
+    _configure_logging()
     benchmark = _benchmark(data, form)
     if benchmark and (report or candidates):
-        raise ConfigError(f"--report and --candidates go with pairs, and this is {benchmark}. Leave them out.")
+        raise ConfigError(f"--report and --candidates are for pairs, and this is {benchmark}. Leave them out.")
     if candidates and not report:
         raise ConfigError("--candidates adds a figure to --report FILE.html; for the curve alone: marginrm best-of-n.")
     loaded = RewardModel.from_pretrained(model, max_length=max_length)
     if benchmark:
-        _show(_benchmark_metrics(loaded, benchmark, data), as_json=as_json)
+        scored = measure_benchmark(loaded, benchmark, str(data))
+        _tell(scored.notes)
+        _show(scored.metrics, as_json=as_json)
         return
-    measured = _measured(loaded, model, data)
-    _show(measured.metrics, as_json=as_json)
+    measured = measure_pairs(loaded, str(data))
+    metrics = measured.metrics | measured.intervals()
+    _tell([measured.split.summary()])
+    _show(metrics, as_json=as_json)
     if report:
-        replace(measured, best_of_n=_curve(_scored(loaded, candidates)) if candidates else ()).write(report)
-        typer.echo(f"report written to {report}", err=True)
+        curve = _curve(measure_candidates(loaded, str(candidates))) if candidates else []
+        subtitle, pairs = measured.split.summary(), measured.split.pairs
+        Report(model, subtitle, pairs, measured.rewards, measured.temperature, metrics, best_of_n=curve).write(report)
+        _tell([f"report written to {report}"])
 
 
 def calibrate(model: Model, data: Data) -> None:
-    """Fit the temperature of any reward model on preference pairs, and write it into its manifest."""
-    from marginrm.calibration import calibrate as fit
-    from marginrm.errors import ModelError
-    from marginrm.reward_model import RewardModel
-    from marginrm_training.checkpoint.export import recalibrated
-    from marginrm_training.evaluation.pairs import score_pairs
+    """Fit the temperature of any reward model on preference pairs, and write it into its manifest.
 
-    _quiet()
-    folder = Path(model)
-    if not folder.is_dir():
-        raise ModelError(f"{model} is no folder. The manifest is written beside the weights, so save the model first.")
-    loaded = RewardModel.from_pretrained(folder, dtype="float32")
-    split = _pairs(loaded, data)
-    calibration = fit(score_pairs(loaded, split.pairs, progress=True).d.tolist())
-    recalibrated(loaded, folder.name, calibration, split.pairs).save(folder)
-    _show_temperature(calibration)
+    A missing manifest is begun. So is one that cannot be read; the old file is kept beside it.
+    """
+    from marginrm_training.checkpoint.recalibrate import recalibrate
+
+    _configure_logging()
+    found = recalibrate(Path(model), str(data))
+    _tell(found.notes)
+    _show_temperature(found.calibration)
 
 
 def compare(
@@ -141,35 +141,20 @@ def compare(
     Pairs: both accuracies, a paired bootstrap of their difference and McNemar's test. Candidates: the win rate of the
     second's Best-of-N picks over the first's, over all prompts, a draw being half a win.
     """
-    from marginrm.errors import ConfigError
-    from marginrm.reward_model import RewardModel
-    from marginrm_training.evaluation.comparison import common, compare_picks
-    from marginrm_training.evaluation.comparison import compare as measure
+    from marginrm_training.evaluation.measure import measure_difference
     from marginrm_training.report.comparison_report import ComparisonReport
 
-    _quiet()
+    _configure_logging()
     if not data and not candidates:
         raise ConfigError("Nothing to compare on: give --data FILE (pairs), --candidates FILE (groups), or both.")
-    scored, groups = [], []
-    pairs: dict[str, EncodedPair] = {}
-    for path in (first, second):
-        model = RewardModel.from_pretrained(path, max_length=max_length)
-        if data:
-            margins, known = _margins(model, data)
-            scored.append(margins)
-            pairs |= known
-        if candidates:
-            groups.append(_scored(model, candidates))
-    both = common(*scored) if data else None
-    metrics = measure(*both) if both else {}
-    if groups:
-        metrics |= compare_picks(groups[0].rewards, groups[1].rewards, groups[0].gold)
-    _show(metrics, as_json=as_json)
+    pairs, groups = (str(path) if path else None for path in (data, candidates))
+    found = measure_difference(first, second, pairs=pairs, candidates=groups, max_length=max_length)
+    _tell(found.notes)
+    _show(found.metrics, as_json=as_json)
     if report:
-        shared = [pairs[source] for source in scored[0] if source in scored[1]] if scored else []
-        curves = (_curve(groups[0]), _curve(groups[1])) if groups else None
-        ComparisonReport(first, second, metrics, shared, both, curves).write(report)
-        typer.echo(f"report written to {report}", err=True)
+        curves = (_curve(found.groups[0]), _curve(found.groups[1])) if found.groups else None
+        ComparisonReport(first, second, found.metrics, found.pairs, found.margins, curves).write(report)
+        _tell([f"report written to {report}"])
 
 
 def best_of_n(model: Model, data: Groups, max_length: MaxLength = None, as_json: Json = False) -> None:
@@ -178,9 +163,12 @@ def best_of_n(model: Model, data: Groups, max_length: MaxLength = None, as_json:
     Beside it stand the longest text, the best candidate and a random one; in brackets a 95% interval over prompts.
     """
     from marginrm.reward_model import RewardModel
+    from marginrm_training.evaluation.measure import measure_candidates
 
-    _quiet()
-    points = _curve(_scored(RewardModel.from_pretrained(model, max_length=max_length), data))
+    _configure_logging()
+    scored = measure_candidates(RewardModel.from_pretrained(model, max_length=max_length), str(data))
+    _tell([scored.summary()])
+    points = _curve(scored)
     if as_json:
         typer.echo(json.dumps([{name: getattr(point, name) for name in point.__slots__} for point in points]))
         return
@@ -194,9 +182,9 @@ def best_of_n(model: Model, data: Groups, max_length: MaxLength = None, as_json:
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Where to write the checkpoint.")] = Path("checkpoints/demo"),
+    output: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("checkpoints/demo"),
     if_missing: Annotated[bool, typer.Option("--if-missing", help="Do nothing if there is one already.")] = False,
-    seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
 ) -> None:
     """Train the demo reward model: a tiny model on made-up graded preferences, in about two minutes on two cores."""
     from marginrm.manifest import MANIFEST_NAME
@@ -205,91 +193,34 @@ def demo(
         return
     from marginrm_training.demo.build import build_demo
 
-    _quiet()
-    report = build_demo(output, seed)
-    typer.echo(report)
+    _configure_logging()
+    typer.echo(build_demo(output, seed))
 
 
 def _benchmark(data: Path, form: Format) -> Benchmark | None:
-    """Returns whose rows these are, or None for plain pairs; what was told by the rows is said."""
-    from marginrm_training.data.sources import read_raw
-    from marginrm_training.evaluation.benchmarks.formats import recognised
+    """Returns the benchmark whose rows these are, or None for plain pairs; a recognised benchmark is printed."""
+    from marginrm_training.evaluation.benchmarks.measure import benchmark_of
 
     if form != "auto":
         return None if form == "pairs" else form
-    first = next(iter(read_raw(str(data))), None)
-    found = recognised(first[0]) if first else None
+    found = benchmark_of(str(data))
     if found:
-        typer.echo(f"{data}: recognised as {found}, scored by its rule; --format pairs takes it as pairs", err=True)
+        _tell([f"{data}: recognised as {found}, scored by its rule; --format pairs reads it as pairs"])
     return found
 
 
-def _benchmark_metrics(model: RewardModel, benchmark: Benchmark, data: Path) -> dict[str, float]:
-    from marginrm_training.data.sources import read_raw
-    from marginrm_training.evaluation.benchmarks.formats import parse_cases
-    from marginrm_training.evaluation.benchmarks.measure import score_cases
-    from marginrm_training.evaluation.benchmarks.scoring import score
-
-    cases = parse_cases(benchmark, read_raw(str(data)))
-    rewards, counts = score_cases(model, cases)
-    found = score(benchmark, cases, rewards)
-    if found.missing:
-        typer.echo(f"no overall: {len(found.missing)} subsets are missing: {', '.join(found.missing)}", err=True)
-    if counts["unreadable"]:
-        typer.echo(f"{counts['unreadable']:,.0f} cases are too long for the model, and count as wrong", err=True)
-    return counts | found.metrics
-
-
-def _scored(model: RewardModel, data: Path) -> ScoredGroups:
-    from marginrm_training.evaluation.groups import load_groups, score_groups
-
-    scored = score_groups(model, load_groups(data))
-    typer.echo(scored.summary(), err=True)
-    return scored
-
-
-def _curve(scored: ScoredGroups) -> list[BestOfNPoint]:
-    """Returns the curve, and says where it ends and why."""
-    from marginrm_training.evaluation.best_of_n import best_of_n_curve, curve_end
-
-    points = best_of_n_curve(scored.rewards, scored.gold, scored.lengths)
-    if end := curve_end(points, scored.gold):
-        typer.echo(end, err=True)
+def _curve(scored: ScoredGroups) -> Sequence[BestOfNPoint]:
+    """Returns the Best-of-N curve, and prints where it ends early and why."""
+    points = scored.curve()
+    if end := scored.curve_end(points):
+        _tell([end])
     return points
 
 
-def _margins(model: RewardModel, data: Path) -> tuple[dict[str, float], dict[str, EncodedPair]]:
-    """Returns each pair's margin and the pair itself, both by `path:line`."""
-    from marginrm_training.evaluation.pairs import score_pairs
-
-    pairs = {pair.pair.source: pair for pair in _pairs(model, data).pairs}
-    d = score_pairs(model, list(pairs.values()), progress=True).d.tolist()
-    return dict(zip(pairs, d, strict=True)), pairs
-
-
-def _measured(model: RewardModel, name: str, data: Path) -> Report:
-    """Measures a model on pairs; what it finds is a report, whether or not that is written."""
-    from marginrm_training.evaluation.bootstrap import evaluation_intervals
-    from marginrm_training.evaluation.pairs import evaluate as measure
-    from marginrm_training.evaluation.pairs import score_pairs
-    from marginrm_training.report.run_report import Report
-
-    split = _pairs(model, data)
-    rewards = score_pairs(model, split.pairs, progress=True)
-    metrics = measure(rewards, split.pairs, model.temperature) | evaluation_intervals(rewards.d, model.temperature)
-    return Report(name, split.summary(), split.pairs, rewards, model.temperature, metrics)
-
-
-def _pairs(model: RewardModel, data: Path) -> Split:
-    from marginrm.errors import DataError
-    from marginrm_training.data.splits import encode_pairs, read
-    from marginrm_training.method.margins import MarginMethod
-
-    split = encode_pairs(data.name, read(str(data)), model.encoder, MarginMethod())
-    typer.echo(split.summary(), err=True)
-    if not split.pairs:
-        raise DataError(f"{data}: no usable pairs. {split.summary()}")
-    return split
+def _tell(lines: Iterable[str]) -> None:
+    """Prints lines for people on stderr, where they do not mix with --json."""
+    for line in lines:
+        typer.echo(line, err=True)
 
 
 def _show(metrics: Mapping[str, float], *, as_json: bool = False) -> None:
@@ -313,8 +244,8 @@ def _show_temperature(fitted: Calibration) -> None:
         typer.echo(fitted.note)
 
 
-def _quiet() -> None:
-    """Leaves the terminal to our own progress bars."""
+def _configure_logging() -> None:
+    """Shows warnings and our own messages, and leaves progress bars to us."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)

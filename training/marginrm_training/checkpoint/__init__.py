@@ -1,1 +1,1 @@
-"""What a run exports."""
+"""The checkpoint of a run: export, golden samples, model card, calibration."""

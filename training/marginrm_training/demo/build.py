@@ -10,12 +10,11 @@ from transformers import GPTNeoXForSequenceClassification
 
 from marginrm.reward_model import RewardModel
 from marginrm_training.config import TrainConfig, parse_config
-from marginrm_training.data.splits import encode_pairs, read
 from marginrm_training.demo.model import build_model, build_tokenizer
 from marginrm_training.demo.preferences import DemoData, generate_pairs, write_jsonl
 from marginrm_training.demo.recipe import RECIPE, DemoRecipe
-from marginrm_training.evaluation.pairs import score_pairs, spearman
-from marginrm_training.method.margins import MarginMethod
+from marginrm_training.evaluation.measure import measure_pairs
+from marginrm_training.evaluation.pairs import true_margin_correlation
 from marginrm_training.run.train import train
 
 
@@ -44,7 +43,8 @@ def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:
     shutil.rmtree(start)
     assert manifest is not None  # this was no dry run
     assert manifest.calibration is not None
-    rank = margin_correlation(RewardModel.from_pretrained(output, dtype="float32"), paths["test"])
+    measured = measure_pairs(RewardModel.from_pretrained(output, dtype="float32"), str(paths["test"]))
+    rank = true_margin_correlation(measured.rewards.d, measured.split.pairs)
     return (
         f"On {manifest.metrics['pairs']:.0f} pairs of prompts it never saw: accuracy {manifest.metrics['accuracy']:.3f}, "
         f"Spearman of margin and true margin {rank:.3f}, ECE {manifest.metrics['ece_before']:.3f} before and "
@@ -98,10 +98,3 @@ def demo_config(output: Path, start: Path, paths: dict[str, Path], seed: int, re
         },
     }
     return parse_config(raw, "demo")
-
-
-def margin_correlation(model: RewardModel, path: Path) -> float:
-    """Returns the rank correlation of the model's margins with the true ones in a file of demo pairs."""
-    pairs = encode_pairs("test", read(str(path)), model.encoder, MarginMethod()).pairs
-    margins = score_pairs(model, pairs).d
-    return spearman(margins.tolist(), [float(pair.pair.extra["true_margin"]) for pair in pairs])

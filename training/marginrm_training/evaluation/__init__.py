@@ -1,1 +1,1 @@
-"""Measures of a checkpoint on files."""
+"""Metrics of a checkpoint on files."""

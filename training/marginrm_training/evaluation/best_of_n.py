@@ -1,4 +1,4 @@
-"""Best-of-N: how good the candidate is that a reward model picks among n, for every n up to the number at hand."""
+"""Best-of-N: the quality of the candidate that a reward model picks among n, for every n up to the group's size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class BestOfNPoint:
 
     Attributes:
         n: Number of candidates.
-        kl: log n - (n - 1) / n nats, an upper bound on how far Best-of-n moves from the base policy.
-        model: With the reward model's pick.
+        kl: log n - (n - 1) / n nats, an upper bound on the KL divergence of Best-of-n from the base policy.
+        model: Quality of the reward model's pick.
         model_low: Lower end of its 95% bootstrap interval over prompts.
         model_high: Upper end.
-        longest: With the longest text.
-        oracle: With the best by gold quality.
-        random: With any candidate.
+        longest: Quality of the longest text.
+        oracle: Quality of the best candidate.
+        random: Mean quality of all candidates.
     """
 
     n: int
@@ -70,7 +70,7 @@ def best_of_n_curve(
 ) -> list[BestOfNPoint]:
     """Returns the curve over prompts for every n that all prompts have candidates for.
 
-    So every point is a mean over the same prompts, and the curve ends at the shortest group: see `shortest_group`.
+    Every point is thus a mean over the same prompts, and the curve ends at the smallest group (`shortest_group`).
 
     Args:
         rewards: For each prompt, the candidates' rewards.
@@ -105,12 +105,12 @@ def best_of_n_curve(
 
 
 def shortest_group(gold: Sequence[Sequence[float]]) -> int:
-    """Returns the number of candidates of the prompt that has the fewest, where the curve ends."""
+    """Returns the number of candidates of the smallest group, where the curve ends."""
     return min(len(group) for group in gold)
 
 
 def curve_end(points: Sequence[BestOfNPoint], gold: Sequence[Sequence[float]]) -> str | None:
-    """Returns in words where a curve ends before the last of `DEFAULT_NS`, and why; None if it does not."""
+    """Returns a sentence on where a curve ends before the last of `DEFAULT_NS`, and why; None if it does not."""
     last = points[-1].n
     if last >= DEFAULT_NS[-1]:
         return None
@@ -122,7 +122,7 @@ def curve_end(points: Sequence[BestOfNPoint], gold: Sequence[Sequence[float]]) -
 
 
 def _expected(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], n: int) -> Floats:
-    """Returns each prompt's expected quality of the pick, [prompts]."""
+    """Returns the expected quality of the pick of each prompt, [prompts]."""
     return np.array([expected_best_of_n(group, truth, n) for group, truth in zip(scores, gold, strict=True)])
 
 

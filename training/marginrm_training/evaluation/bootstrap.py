@@ -1,4 +1,4 @@
-"""Bootstrap intervals (Efron, 1979): how far a figure would move with other pairs or prompts from the same source."""
+"""Bootstrap intervals (Efron, 1979): the spread of a figure over other pairs or prompts from the same source."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 from marginrm.calibration import Floats, brier, correctness, nll
 
-Estimate = tuple[float, float, float]  # a figure, and from where to where it may lie
+Estimate = tuple[float, float, float]  # a figure, and the lower and the upper end of its interval
 RESAMPLES = 2000
 _LEVELS = (0.025, 0.975)
 
 
 def mean_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95% percentile interval of the mean of values [n]. The same values and seed give the same interval."""
+    """Returns the 95% percentile interval of the mean of values [n]; equal values and seeds give equal intervals."""
     generator = np.random.default_rng(seed)
     means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, _LEVELS)
@@ -20,9 +20,9 @@ def mean_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) 
 
 
 def seeds_estimate(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Returns the mean of values [seeds, items] and its 95% percentile interval, drawing both again.
+    """Returns the mean of values [seeds, items] and its 95% percentile interval, with seeds and items resampled.
 
-    With few seeds the interval understates what another seed would do; show the seeds' own deviation beside it.
+    With few seeds the interval understates the spread over seeds; show the seeds' own deviation beside it.
     """
     generator = np.random.default_rng(seed)
     seeds, items = values.shape
@@ -37,16 +37,16 @@ def seeds_estimate(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0)
 def evaluation_intervals(
     d: Floats, temperature: float, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, float]:
-    """Returns `NAME_low` and `NAME_high` of the main figures of `evaluation.evaluate`, pairs drawn again.
+    """Returns `NAME_low` and `NAME_high` of the main figures of `pairs.evaluate`, with pairs resampled.
 
-    None for the ECE: its estimate is biased upwards, the more the fewer different pairs there are, and drawing again
-    leaves fewer, so that the percentiles would lie above the figure itself.
+    The ECE has no interval: its estimate is biased upwards, more so with fewer different pairs, and a resample has
+    fewer, so the percentiles would lie above the figure itself.
 
     Args:
         d: Margins, [pairs].
         temperature: T of the confidence.
         resamples: Bootstrap samples.
-        seed: Of their draw.
+        seed: Seed of their draw.
     """
     generator = np.random.default_rng(seed)
     samples: dict[str, list[float]] = {}

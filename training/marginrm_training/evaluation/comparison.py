@@ -1,4 +1,4 @@
-"""Two checkpoints on the same pairs: is the difference more than chance?"""
+"""Two checkpoints on the same pairs or candidates: the difference, its interval, and an exact test against chance."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from marginrm_training.evaluation.bootstrap import mean_interval
 
 
 def common(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[Floats, Floats]:
-    """Returns two models' margins of the pairs that both could read, in one order.
+    """Returns two models' margins of the pairs that both can read, in one order.
 
     Args:
-        first: Source (`path:line`) of each pair to the first model's margin.
-        second: The second model's.
+        first: The first model's margins by the pair's source, `path:line`.
+        second: The second model's margins.
 
     Raises:
         DataError: They have no pair in common.
     """
     shared = [source for source in first if source in second]
     if not shared:
-        raise DataError("The two models could read no pair in common; their limits of length may be too far apart.")
+        raise DataError("The two models can read no pair in common. Use pairs that fit into the length limits of both.")
     return np.array([first[source] for source in shared]), np.array([second[source] for source in shared])
 
 
@@ -37,7 +37,7 @@ def compare(first: Floats, second: Floats) -> dict[str, float]:
 
     Returns:
         Both accuracies (ties half), their difference (second - first) with a 95% paired-bootstrap interval, and the
-        two-sided exact McNemar p-value over the pairs on which just one of them is right (a tie is not right there).
+        two-sided exact McNemar p-value over the pairs that only one model ranks right (a tie is not right there).
     """
     if first.shape != second.shape:
         raise ValueError(f"{first.shape} and {second.shape}: not the same pairs")
@@ -69,10 +69,9 @@ def compare_picks(
         gold: The candidates' gold qualities.
 
     Returns:
-        `win_rate` of the second's picks over the first's: its wins and half of the draws over `prompts`, all prompts,
-        those with the same pick too. Beside it the counts that it is made of (`draws` hold the `same_pick`), the mean
-        quality of both models' picks with the difference, 95% paired-bootstrap intervals over prompts, and the
-        sign test's p, which is McNemar's, over the prompts that are no draw.
+        `win_rate` of the second's picks over the first's: its wins and half of the draws, over all `prompts`. Also its
+        counts (`draws` include `same_pick`), the mean quality of both models' picks and the difference, 95%
+        paired-bootstrap intervals over prompts, and the p of a sign test (McNemar's) over the prompts without a draw.
     """
     picks = [np.array([int(np.argmax(group)) for group in rewards]) for rewards in (first, second)]
     quality = [np.array([truth[int(one)] for truth, one in zip(gold, pick, strict=True)]) for pick in picks]
@@ -100,12 +99,12 @@ def compare_picks(
 
 
 def discordant(first: Floats, second: Floats) -> tuple[int, int]:
-    """Returns how many pairs only the first model ranks right, and only the second; a tie is not right."""
+    """Returns the numbers of pairs that only the first and only the second model ranks right; a tie is not right."""
     return int(((first > 0) & (second <= 0)).sum()), int(((second > 0) & (first <= 0)).sum())
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Returns the exact two-sided p-value that the discordant pairs fall like a fair coin (McNemar, 1947)."""
+    """Returns McNemar's exact two-sided p-value (1947): each model wins a discordant pair with probability 1/2."""
     total, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(total, count) for count in range(fewer + 1)) / (1 << total)
     return min(1.0, 2 * tail)

@@ -1,4 +1,4 @@
-"""What a reward model is worth on pairs that it never saw; margins of the training loss have no part in it."""
+"""Metrics of a reward model on held-out preference pairs; target margins are not used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def evaluate(rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: fl
     """Measures a model on scored pairs.
 
     Args:
-        rewards: What the model gave.
+        rewards: The model's rewards.
         pairs: The pairs, for strengths and lengths.
         temperature: T of the confidence; ECE and Brier are given with T = 1 and with this one.
 
@@ -71,7 +71,7 @@ def evaluate(rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: fl
 
 
 def length_diagnostics(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-    """Tells how far length explains the margins: its correlation with them, and a scorer that just picks the longer."""
+    """Measures the part of length in the margins: their correlation, and the accuracy of picking the longer text."""
     longer = np.array([len(pair.pair.chosen) - len(pair.pair.rejected) for pair in pairs], dtype=np.float64)
     correct = correctness(d)
     found = {"pick_longest_accuracy": float(correctness(longer).mean())}
@@ -85,7 +85,7 @@ def length_diagnostics(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, flo
 
 
 def by_strength(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-    """Returns the accuracy in each range of preference strength, and its pairs; none unless every pair has one."""
+    """Returns accuracy and number of pairs for each range of preference strength, if every pair has a strength."""
     if any(pair.pair.strength is None for pair in pairs):
         return {}
     strength = np.array([pair.pair.strength for pair in pairs], dtype=np.float64)
@@ -99,6 +99,14 @@ def by_strength(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:
     return found
 
 
+def true_margin_correlation(d: Floats, pairs: Sequence[EncodedPair]) -> float | None:
+    """Returns the rank correlation of margins with the rows' `true_margin`; None unless every row has one."""
+    truth = [pair.pair.extra.get("true_margin") for pair in pairs]
+    if not truth or None in truth:
+        return None
+    return spearman(d.tolist(), [float(value) for value in truth if value is not None])
+
+
 def skew(values: Floats) -> float:
     """Returns the third standardised moment, 0 for a constant."""
     deviation = values.std()
@@ -106,7 +114,7 @@ def skew(values: Floats) -> float:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Returns the rank correlation, ties at their mean rank."""
+    """Returns Spearman's rank correlation, with ties at their mean rank."""
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 

@@ -1,4 +1,4 @@
-"""Two checkpoints as one HTML page: their figures, margins, Best-of-N curves, and the pairs on which they differ most."""
+"""Two checkpoints as one self-contained HTML page: metrics, margins, Best-of-N curves, and the pairs that tell them apart."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class ComparisonReport:
-    """What a comparison shows; a part that was not measured is empty.
+    """The content of a comparison; a part that was not measured is empty.
 
     Attributes:
         first: Name of the first checkpoint.
         second: Name of the second.
-        metrics: As `comparison.compare` and `compare_picks` give them.
-        pairs: The pairs that both could read.
+        metrics: As `comparison.compare` and `compare_picks` return them.
+        pairs: The pairs that both can read.
         margins: Both models' margins of them, each [pairs].
         curves: Both models' Best-of-N curves.
     """
@@ -57,7 +57,7 @@ class ComparisonReport:
         write_page(path, f"{self.first} and {self.second}", subtitle, self.metrics, sections, examples)
 
     def _only(self, name: str, right: Floats, wrong: Floats) -> Examples:
-        """Returns the pairs that only one model ranks right, those first on which the other is most wrong for it."""
+        """Returns the pairs that only one model ranks right, sorted by the other's margin, the lowest first."""
         found = np.flatnonzero((right > 0) & (wrong <= 0))
         order = found[np.argsort(wrong[found], kind="stable")][:_SHOWN]
         note = f"{len(order)} of {len(found):,} pairs, those first on which the other model is the most wrong."

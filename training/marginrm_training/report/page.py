@@ -1,4 +1,4 @@
-"""The frame of every report: one HTML file that needs nothing outside it and lets no text of the data run."""
+"""The frame of every report: one self-contained HTML file in which texts of the data are escaped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 4_000  # characters of one text
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading, a sentence, and drawings as SVG text."""
+    """A heading, a note, and drawings as SVG text."""
 
     title: str
     note: str
@@ -28,11 +28,11 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Texts of pairs, folded until a reader opens one.
+    """Texts of pairs, each folded until it is opened.
 
     Attributes:
-        title: What they have in common.
-        note: How many there are of how many, and what to keep in mind.
+        title: Heading.
+        note: Their number of how many, and their order.
         pairs: Each with its headline.
     """
 
@@ -49,7 +49,7 @@ def write_page(
     sections: Sequence[Section],
     examples: Sequence[Examples],
 ) -> None:
-    """Writes a page. The same arguments give the same bytes.
+    """Writes a page; equal arguments give equal bytes.
 
     Raises:
         OSError: It cannot be written.
@@ -92,6 +92,6 @@ def write_page(
 
 
 def _text(value: str | Sequence[Mapping[str, str]]) -> str:
-    """Returns a text or a dialogue to be read, with what is left out counted."""
+    """Returns a text or a dialogue for the page, cut at `_SHOWN` characters with the rest counted."""
     text = value if isinstance(value, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}\n[{len(text) - _SHOWN:,} more characters]"

@@ -1,4 +1,4 @@
-"""The reports' figures: what was measured in, SVG text out, drawn as the server's pages draw it."""
+"""The figures of the reports, as SVG text, drawn by the functions that draw the server's pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CURVES = (
 
 
 def learning_curves(history: Sequence[Mapping[str, float]]) -> list[str]:
-    """Draws what the step log holds, one figure for each unit."""
+    """Draws the learning curve, one figure for each unit."""
     figures = []
     for title, names, unit in _CURVES:
         curves = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names}
@@ -33,7 +33,7 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def margin_distribution(margins: Mapping[str, Floats]) -> str:
-    """Draws histograms of margins over each other, by name; of a model before and after training it should move right."""
+    """Draws histograms of margins over each other, by name; training should move a model's histogram to the right."""
     low, high = np.quantile(np.concatenate(list(margins.values())), [0.002, 0.998])
     edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
     counts = {name: np.histogram(np.clip(values, low, high), edges)[0].tolist() for name, values in margins.items()}
@@ -46,20 +46,20 @@ def estimates(
     """Draws values with their intervals, a line for each name, in panels side by side.
 
     Args:
-        panels: By title: by name, which all panels share, a value and its interval, or None for nothing to draw.
-        zero: Titles of the panels in which 0 is where nothing differs.
+        panels: By title, a value with its interval for each name, or None to draw nothing; all panels share the names.
+        zero: Titles of the panels that show differences, with a line at 0.
         standalone: Whether the figure becomes a file of its own.
     """
     return drawings.estimates(panels, zero=zero, standalone=standalone)
 
 
 def reliability(before: Sequence[ReliabilityBin], after: Sequence[ReliabilityBin]) -> str:
-    """Draws accuracy against confidence, before and after calibration; on the diagonal a confidence is what it says."""
+    """Draws accuracy against confidence, before and after calibration; a calibrated model lies on the diagonal."""
     return drawings.reliability({"T = 1": before, "calibrated": after})
 
 
 def strength_bars(metrics: Mapping[str, float]) -> str | None:
-    """Draws the accuracy in each range of preference strength; None where the data has no strengths."""
+    """Draws the accuracy in each range of preference strength; returns None if the metrics have no strengths."""
     return drawings.strength_bars(metrics)
 
 

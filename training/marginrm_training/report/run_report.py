@@ -1,4 +1,4 @@
-"""A run or a measurement as one HTML file without anything outside it: figures, numbers and the worst mistakes."""
+"""A run or a measurement as one self-contained HTML file: figures, numbers and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _MISTAKES = 20
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a report shows.
+    """The content of a report.
 
     Attributes:
-        title: The checkpoint.
-        subtitle: What it was measured on.
+        title: The checkpoint's name.
+        subtitle: The data.
         pairs: The pairs.
-        rewards: What the checkpoint gave them.
+        rewards: The checkpoint's rewards of them.
         temperature: T of its confidence.
-        metrics: As `evaluation.evaluate` gives them.
-        history: The step log of the training, if it is at hand.
+        metrics: Metrics by name, as `pairs.evaluate` returns them, with or without intervals.
+        history: The learning curve of the training, if there is one.
         before: Margins of the same pairs before training, [pairs].
-        best_of_n: The curve, if it was measured.
+        best_of_n: The Best-of-N curve, if it was measured.
     """
 
     title: str
@@ -81,7 +81,7 @@ class Report:
         d = self.rewards.d
         order = [int(index) for index in np.argsort(d, kind="stable")[:_MISTAKES] if d[index] < 0]
         note = (
-            f"{len(order)} of {(d < 0).sum():,} pairs that are ranked wrong, the surest first. "
+            f"{len(order)} of {(d < 0).sum():,} pairs that are ranked wrong, the most confident first. "
             "A mistake may be the label's."
         )
         return Examples("The worst mistakes", note, [(self._headline(index), self.pairs[index]) for index in order])
@@ -95,7 +95,7 @@ class Report:
 
 
 def best_of_n_section(curves: Mapping[str, Sequence[BestOfNPoint]]) -> Section:
-    """Returns the Best-of-N curves of one or more models on the same prompts, with what bounds their end."""
+    """Returns the Best-of-N curves of one or more models on the same prompts, and says where the curves end."""
     last = max(point.n for points in curves.values() for point in points)
     note = (
         "The mean quality of the candidate that is picked among N, over all choices of N candidates; the band is a 95% "

@@ -1,4 +1,4 @@
-"""Figures by name -> lines for people: counts without decimals, p by its size, an interval beside its figure."""
+"""Metrics by name -> lines for people: counts without decimals, p with two digits, an interval beside its metric."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COUNTS = {
 
 
 def lines(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Returns each figure's name and text; `NAME_low` and `NAME_high` stand in brackets behind NAME."""
+    """Returns each metric's name and text; `NAME_low` and `NAME_high` follow NAME in brackets."""
     edges = {f"{name}_{edge}" for name in metrics for edge in ("low", "high")}
     found = []
     for name, value in metrics.items():

@@ -14,8 +14,7 @@ from marginrm.forward.module import RewardModule
 from marginrm.loading import load_for_training
 from marginrm.manifest import Manifest, MethodInfo
 from marginrm.reward_model import RewardModel
-from marginrm.tuning.attention import choose_attention
-from marginrm.tuning.last_layer import shorten_last_layer
+from marginrm.tuning.tune import tune
 from marginrm_training.checkpoint.export import RunRecord, export
 from marginrm_training.config import TrainConfig, expand
 from marginrm_training.data.splits import load_splits
@@ -71,7 +70,7 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
             f"each epoch leaves out {rest:,} training pairs, drawn anew: they do not fill a forward pass on every rank"
         )
     trainer = MarginTrainer(module, splits.train.pairs, config, steps, held_out=splits.calibration.pairs)
-    tune(trainer, module)
+    tune_for_training(trainer, module)
     print_once(f"forward path: {module.forward_reason}")
     check_sharding(sharded=trainer.is_fsdp_enabled)
     if dry_run:
@@ -118,13 +117,10 @@ def load(config: TrainConfig) -> tuple[RewardModule, Encoder]:
     return module, encoder
 
 
-def tune(trainer: MarginTrainer, module: RewardModule) -> None:
-    """Chooses how the module computes in training, on the device and in the dtype that the trainer has set."""
-    device = trainer.args.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=trainer.args.bf16):
-        choose_attention(module, gradients=True)
-        if not trainer.is_deepspeed_enabled:  # DeepSpeed traces modules, and a shortened last layer runs twice a pass
-            shorten_last_layer(module)
+def tune_for_training(trainer: MarginTrainer, module: RewardModule) -> None:
+    """Tunes the module on the device and in the dtype of the trainer, which has moved its weights there."""
+    with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+        tune(module, "training", whole_last_layer=trainer.is_deepspeed_enabled)  # DeepSpeed follows a layer's calls
 
 
 def method_info(config: TrainConfig, method: MarginMethod, history: list[dict[str, float]]) -> MethodInfo:

@@ -1,1 +1,1 @@
-"""Published reward-model benchmarks: their files as published, and each one's own rule of scoring."""
+"""Published reward-model benchmarks: their file formats, and the scoring rule of each."""

@@ -1,4 +1,4 @@
-"""Rows of the published benchmark files -> cases: a prompt, the responses that are right and those that are not."""
+"""Rows of the published benchmark files -> cases: a prompt with its right and its wrong responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case:
         prompt: One user message, or messages.
         chosen: The right responses, at least one.
         rejected: The wrong ones, at least one.
-        subset: What its result is averaged with first.
+        subset: The subset in which its result is averaged first.
         source: `path:line`, or the number of the row in the file.
         key: The row's own id, where the score needs it (RewardBench 2's ties).
     """
@@ -35,9 +35,9 @@ class Case:
 
 
 def recognised(row: Mapping[str, Any]) -> Benchmark | None:
-    """Tells which benchmark a row is of, by its fields and the name of its subset; None if of none of them.
+    """Returns the benchmark of a row, by its fields and the name of its subset; None for other data.
 
-    Other pairs may well have a column `subset` or `domain`, so that fields alone do not tell.
+    Other pairs may have a column `subset` or `domain` too, so the fields alone do not decide.
     """
     for name, needed in _FIELDS.items():
         if not any(set(row) >= one for one in needed):
@@ -55,11 +55,11 @@ def parse_cases(benchmark: Benchmark, rows: Iterable[tuple[Mapping[str, Any], st
     """Returns the cases of a benchmark's rows.
 
     Args:
-        benchmark: Whose rows they are.
+        benchmark: The benchmark.
         rows: Each row and its `path:line`.
 
     Raises:
-        DataError: A row is not of that benchmark, or there is none.
+        DataError: A row is not of that benchmark, or there are no rows.
     """
     parse = _PARSERS[benchmark]
     cases = []
@@ -67,11 +67,11 @@ def parse_cases(benchmark: Benchmark, rows: Iterable[tuple[Mapping[str, Any], st
         if not any(set(row) >= needed for needed in _FIELDS[benchmark]):
             wanted = " or ".join(str(sorted(needed)) for needed in _FIELDS[benchmark])
             raise DataError(
-                f"{source}: is no row of {benchmark}, which has {wanted}; this one has {sorted(map(str, row))[:12]}."
+                f"{source}: is not a row of {benchmark}, which has {wanted}; this one has {sorted(map(str, row))[:12]}."
             )
         cases.append(parse(row, source))
     if not cases:
-        raise DataError(f"No row to read for {benchmark}. Is the file empty?")
+        raise DataError(f"There is no row to read for {benchmark}. Is the file empty?")
     return cases
 
 
@@ -158,7 +158,7 @@ def _answer(value: Any, source: str, name: str) -> str:
     return str(value["answer"])
 
 
-# The fields that tell one benchmark's rows from another's, the more particular first.
+# The fields that identify a benchmark's rows, the most specific set first.
 _FIELDS: dict[Benchmark, tuple[frozenset[str], ...]] = {
     "judgebench": (frozenset({"question", "response_A", "response_B", "label", "source"}),),
     "rmb": (

@@ -1,21 +1,60 @@
-"""A checkpoint on a benchmark: read, scored with the same call that serving uses, and judged by the benchmark's rule."""
+"""A checkpoint on a benchmark's file -> the benchmark's score, with rewards from the same call that serving uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
 from marginrm.encoding import EncodedResponse
 from marginrm.reward_model import RewardModel
-from marginrm_training.evaluation.benchmarks.formats import Case
-from marginrm_training.evaluation.benchmarks.scoring import UNREADABLE, Rewards
+from marginrm_training.data.sources import read_raw
+from marginrm_training.evaluation.benchmarks.formats import Case, parse_cases, recognised
+from marginrm_training.evaluation.benchmarks.scoring import UNREADABLE, Rewards, score
+from marginrm_training.evaluation.benchmarks.sections import Benchmark
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredBenchmark:
+    """A checkpoint's score on a benchmark.
+
+    Attributes:
+        metrics: Counts, `overall`, sections and subsets by name, with the ends of their intervals.
+        notes: Sentences for people on what limits the score.
+    """
+
+    metrics: dict[str, float]
+    notes: Sequence[str]
+
+
+def benchmark_of(data: str) -> Benchmark | None:
+    """Returns the benchmark whose rows a file or data set holds, by its first row; None for plain pairs."""
+    first = next(iter(read_raw(data)), None)
+    return recognised(first[0]) if first else None
+
+
+def measure_benchmark(model: RewardModel, benchmark: Benchmark, data: str) -> MeasuredBenchmark:
+    """Scores a checkpoint on a benchmark by the benchmark's own rule.
+
+    Raises:
+        DataError: The place cannot be read, or a row is not of this benchmark.
+    """
+    cases = parse_cases(benchmark, read_raw(data))
+    rewards, counts = score_cases(model, cases)
+    found = score(benchmark, cases, rewards)
+    notes = []
+    if found.missing:
+        notes.append(f"no overall: {len(found.missing)} subsets are missing: {', '.join(found.missing)}")
+    if counts["unreadable"]:
+        notes.append(f"{counts['unreadable']:,.0f} cases are too long for the model, and count as wrong")
+    return MeasuredBenchmark(counts | found.metrics, notes)
 
 
 def score_cases(model: RewardModel, cases: Sequence[Case]) -> tuple[list[Rewards], dict[str, float]]:
     """Scores all responses of all cases, cutting prompts from the left where that makes a response fit.
 
-    A case with a response that the model cannot read counts as wrong: leaving it out would make the benchmark easier.
+    A case with a response over the model's limit counts as wrong: leaving it out would make the benchmark easier.
 
     Returns:
         The rewards of each case's chosen and rejected responses, and counts: `cases`, `truncated` (with a cut prompt)

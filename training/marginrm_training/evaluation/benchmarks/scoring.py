@@ -17,7 +17,7 @@ from marginrm.errors import DataError
 from marginrm_training.evaluation.benchmarks.formats import STYLES, Case
 from marginrm_training.evaluation.benchmarks.sections import SECTIONS, Benchmark
 
-Rewards = tuple[Sequence[float], Sequence[float]]  # of the right responses, and of the wrong ones
+Rewards = tuple[Sequence[float], Sequence[float]]  # the right responses' and the wrong ones'
 Means = Mapping[str, Floats]  # subset -> mean value, [..., values of a case]
 UNREADABLE = ((0.0,), (1.0,))  # rewards that are wrong under every rule
 
@@ -35,7 +35,7 @@ class Score:
 
     Attributes:
         metrics: Subsets, sections and `overall` by name, each in [0, 1], with `_low` and `_high` of its 95% interval.
-        missing: Subsets that the data does not have; then there is no `overall`, since it would be another number.
+        missing: Subsets that the data lacks; then there is no `overall`, since it would not be comparable.
     """
 
     metrics: dict[str, float]
@@ -48,11 +48,11 @@ def score(
     """Scores a benchmark by its own rule.
 
     Args:
-        benchmark: Which.
+        benchmark: The benchmark.
         cases: Its cases.
         rewards: For each case, the rewards of its chosen and of its rejected responses.
         resamples: Bootstrap samples: cases drawn again within their subset.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         DataError: A subset is not of this benchmark, or half of a pair of ties is missing.
@@ -111,7 +111,7 @@ def best_of_k(chosen: float, rejected: Sequence[float]) -> float:
 
 
 def tie_score(reference: Rewards, tied: Rewards) -> float:
-    """RewardBench 2's rule for a prompt of Ties, of which the subset's score is the mean.
+    """RewardBench 2's rule for a prompt of Ties; the subset's score is the mean over its prompts.
 
     With the gap = lowest right reward - highest wrong reward, and the spread = highest - lowest right reward of the
     version with many right answers: 0.3 each for a gap over 0 in both versions, 0.2 each for the gap, and for the
@@ -132,14 +132,14 @@ def _sections(benchmark: Benchmark, values: Mapping[str, Floats]) -> Mapping[str
         for name, rows in values.items():
             kind = next((kind for prefix, kind in _JUDGE_BENCH.items() if name.startswith(prefix)), None)
             if kind is None:
-                raise DataError(f"{name!r} is no source of JudgeBench; they begin with {', '.join(_JUDGE_BENCH)}.")
+                raise DataError(f"{name!r} is not a source of JudgeBench; these begin with {', '.join(_JUDGE_BENCH)}.")
             grouped[kind][name] = len(rows)
         return {name: parts for name, parts in grouped.items() if parts}
     sections = SECTIONS[benchmark]
     known = [name for parts in sections.values() for name in parts]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise DataError(f"{unknown[0]!r} is no subset of {benchmark}; known: {', '.join(known)}.")
+        raise DataError(f"{unknown[0]!r} is not a subset of {benchmark}; known: {', '.join(known)}.")
     return sections
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks are made of: sections, the subsets in them, and each subset's weight in its section."""
+"""Sections of the benchmarks, their subsets, and the weight of each subset in its section."""
 
 from __future__ import annotations
 

@@ -1,0 +1,92 @@
+"""`marginrm calibrate`: a temperature for plain checkpoints, and the cure that a broken manifest's error promises."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from marginrm import RewardModel
+from marginrm.cli.main import build_app
+from marginrm.errors import ManifestError, ModelError
+from marginrm.manifest import MANIFEST_NAME, Manifest
+from marginrm_training.checkpoint.recalibrate import BROKEN, recalibrate
+from support.models import tiny_checkpoint
+from support.training import rows, write
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows(40))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, pairs: Path) -> Path:
+    folder = tiny_checkpoint(tmp_path / "model", "llama")
+    recalibrate(folder, str(pairs))
+    return folder
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+def edited(text: str) -> str:
+    return json.dumps(json.loads(text) | {"a_field": "of another version"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"schema_version": 1', '"schema_version": 9'),
+        edited,
+    ],
+    ids=["half a file", "another schema version", "an unknown field"],
+)
+def test_the_cure_that_a_broken_manifest_names_works(
+    checkpoint: Path, pairs: Path, damage: Callable[[str], str]
+) -> None:
+    path = checkpoint / MANIFEST_NAME
+    before = Manifest.load(checkpoint)
+    broken = damage(path.read_text(encoding="utf-8"))
+    path.write_text(broken, encoding="utf-8")
+    with pytest.raises(ManifestError) as refused:
+        RewardModel.from_pretrained(checkpoint)
+    advice = re.search(r"`marginrm (\w+)", str(refused.value))
+    assert advice is not None
+
+    code, told = run(advice[1], "--model", checkpoint, "--data", pairs)
+
+    assert code == 0
+    assert f"the old one is kept as {checkpoint / BROKEN}" in told
+    assert (checkpoint / BROKEN).read_text(encoding="utf-8") == broken
+    model = RewardModel.from_pretrained(checkpoint, dtype="float32")
+    assert model.info.calibrated
+    assert model.verify_golden() == pytest.approx(0, abs=1e-5)
+    assert model.manifest is not None
+    assert before is not None
+    assert model.manifest.calibration == before.calibration
+
+
+def test_a_manifest_that_can_be_read_keeps_all_but_its_calibration(checkpoint: Path, pairs: Path) -> None:
+    path = checkpoint / MANIFEST_NAME
+    recorded = json.loads(path.read_text(encoding="utf-8")) | {"training": {"seed": 7}, "calibration": None}
+    path.write_text(json.dumps(recorded), encoding="utf-8")
+    code, told = run("calibrate", "--model", checkpoint, "--data", pairs)
+    assert code == 0
+    assert "temperature" in told
+    assert not (checkpoint / BROKEN).exists()
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again["calibration"]["n"] == 40
+    assert again | {"calibration": None} == recorded
+
+
+def test_a_hub_name_is_refused_with_the_reason(pairs: Path) -> None:
+    with pytest.raises(ModelError, match="owner/name is not a folder"):
+        recalibrate(Path("owner/name"), str(pairs))

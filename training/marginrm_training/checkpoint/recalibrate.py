@@ -1,0 +1,98 @@
+"""`marginrm calibrate`: a temperature for any reward model, written into its manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from marginrm.calibration import calibrate
+from marginrm.errors import ManifestError, ModelError
+from marginrm.manifest import MANIFEST_NAME, Calibration, Manifest
+from marginrm.reward_model import RewardModel
+from marginrm_training.checkpoint.export import library_versions, utc_now
+from marginrm_training.checkpoint.golden import GOLDEN_PAIRS, golden_samples, tolerances
+from marginrm_training.data.splits import EncodedPair
+from marginrm_training.evaluation.measure import usable_pairs
+from marginrm_training.evaluation.pairs import score_pairs
+
+BROKEN = f"{MANIFEST_NAME}.broken"  # the copy of a manifest that could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibrated:
+    """The outcome of a calibration.
+
+    Attributes:
+        calibration: The calibration as the manifest has it.
+        notes: Lines for people: the pairs, and a manifest that could not be read.
+    """
+
+    calibration: Calibration
+    notes: Sequence[str]
+
+
+def recalibrate(folder: Path, data: str) -> Recalibrated:
+    """Fits the temperature of a checkpoint on preference pairs and writes it into the checkpoint's manifest.
+
+    A checkpoint without a manifest gets one. So does a checkpoint whose manifest cannot be read: the new one lacks what
+    the old one recorded of the training, so the old file is kept as `BROKEN`.
+
+    Args:
+        folder: The checkpoint.
+        data: Preference pairs: a file, a folder or a data set.
+
+    Raises:
+        ModelError: It is not a folder, or does not hold a reward model.
+        DataError: No pair is usable.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is not a folder. The manifest is written beside the weights, so save the model first."
+        )
+    model, fault = _load(folder)
+    split = usable_pairs(model, data)
+    notes = [split.summary()]
+    calibration = calibrate(score_pairs(model, split.pairs, progress=True).d.tolist())
+    manifest = recalibrated(model, folder.resolve().name, calibration, split.pairs)
+    if fault:
+        shutil.copyfile(folder / MANIFEST_NAME, folder / BROKEN)
+        notes.append(
+            f"the old manifest could not be read, so a new one was begun, without a record of the training; the old "
+            f"one is kept as {folder / BROKEN}"
+        )
+    manifest.save(folder)
+    return Recalibrated(calibration, notes)
+
+
+def recalibrated(model: RewardModel, name: str, calibration: Calibration, pairs: Sequence[EncodedPair]) -> Manifest:
+    """Returns a checkpoint's manifest with another calibration, or a new manifest if the checkpoint has none.
+
+    Args:
+        model: The checkpoint.
+        name: The checkpoint's name in a new manifest.
+        calibration: The calibration.
+        pairs: Pairs whose responses become the golden samples of a new manifest.
+    """
+    if model.manifest:
+        return model.manifest.model_copy(update={"calibration": calibration})
+    rewards = score_pairs(model, pairs[:GOLDEN_PAIRS])
+    return Manifest(
+        name=name,
+        created=utc_now(),
+        base_model=model.info.base_model,
+        encoding=model.encoder.describe(),
+        versions=library_versions(),
+        golden=golden_samples(rewards, pairs),
+        golden_tolerance=tolerances(rewards),
+        calibration=calibration,
+    )
+
+
+def _load(folder: Path) -> tuple[RewardModel, ManifestError | None]:
+    """Returns the model, and the fault of its manifest if that cannot be read."""
+    try:
+        return RewardModel.from_pretrained(folder, dtype="float32"), None
+    except ManifestError as error:
+        return RewardModel.from_pretrained(folder, dtype="float32", ignore_manifest=True), error

@@ -1,0 +1,163 @@
+"""A checkpoint and a file -> metrics, from plain arguments: shared by `evaluate`, `compare`, `calibrate` and ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from marginrm.calibration import Floats
+from marginrm.errors import DataError
+from marginrm.reward_model import RewardModel
+from marginrm_training.config import expand
+from marginrm_training.data.formats import Form
+from marginrm_training.data.sources import read_source
+from marginrm_training.data.splits import EncodedPair, Split, encode_pairs
+from marginrm_training.evaluation.bootstrap import evaluation_intervals
+from marginrm_training.evaluation.comparison import common, compare, compare_picks
+from marginrm_training.evaluation.groups import ScoredGroups, load_groups, score_groups
+from marginrm_training.evaluation.pairs import PairRewards, evaluate, score_pairs
+from marginrm_training.method.margins import MarginMethod
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPairs:
+    """A checkpoint's measures on preference pairs.
+
+    Attributes:
+        split: The usable pairs, and the rows that are excluded.
+        rewards: The checkpoint's rewards.
+        temperature: T of its confidence.
+        metrics: Metrics by name, as `evaluate` returns them.
+    """
+
+    split: Split
+    rewards: PairRewards
+    temperature: float
+    metrics: dict[str, float]
+
+    @property
+    def unusable(self) -> int:
+        """Number of well-formed pairs that were left out: too long, equal, or duplicates."""
+        return sum(self.split.excluded.counts.values())
+
+    def intervals(self) -> dict[str, float]:
+        """Returns `NAME_low` and `NAME_high` of the main metrics, the ends of 95% bootstrap intervals over pairs."""
+        return evaluation_intervals(self.rewards.d, self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredDifference:
+    """Two checkpoints' measures on the same pairs, the same candidates, or both; a part without data is empty.
+
+    Attributes:
+        metrics: As `compare` and `compare_picks` return them.
+        pairs: The pairs that both checkpoints can read.
+        margins: Both checkpoints' margins of these pairs, each [pairs].
+        groups: Both checkpoints' rewards of the candidates.
+        notes: One line for people on each file and checkpoint.
+    """
+
+    metrics: dict[str, float]
+    pairs: Sequence[EncodedPair]
+    margins: tuple[Floats, Floats] | None
+    groups: tuple[ScoredGroups, ScoredGroups] | None
+    notes: Sequence[str]
+
+
+def measure_pairs(
+    model: RewardModel,
+    data: str,
+    *,
+    form: Form = "pairs",
+    too_long: str = "drop",
+    limit: int | None = None,
+    progress: bool = True,
+) -> MeasuredPairs:
+    """Measures a checkpoint on preference pairs. Arguments and errors as for `usable_pairs`.
+
+    Args:
+        model: The checkpoint.
+        data: The file, folder or data set.
+        form: Format of its rows.
+        too_long: `drop` pairs that are too long, or cut the prompt (`prompt_left`).
+        limit: Read the first rows only.
+        progress: Whether to draw a progress bar.
+    """
+    split = usable_pairs(model, data, form=form, too_long=too_long, limit=limit)
+    rewards = score_pairs(model, split.pairs, progress=progress)
+    return MeasuredPairs(split, rewards, model.temperature, evaluate(rewards, split.pairs, model.temperature))
+
+
+def usable_pairs(
+    model: RewardModel, data: str, *, form: Form = "pairs", too_long: str = "drop", limit: int | None = None
+) -> Split:
+    """Reads preference pairs and encodes them for a checkpoint.
+
+    Raises:
+        DataError: The place cannot be read, a row is malformed, or no pair is usable.
+    """
+    source = read_source(data, expand(data), form)
+    split = encode_pairs(Path(data).name, source.pairs[:limit], model.encoder, MarginMethod(), too_long)
+    if not split.pairs:
+        raise DataError(f"{data}: no usable pairs. {split.summary()}")
+    return split
+
+
+def measure_candidates(model: RewardModel, data: str, *, limit: int | None = None) -> ScoredGroups:
+    """Scores candidate groups with gold qualities.
+
+    Args:
+        model: The checkpoint.
+        data: A `.jsonl` file, `.gz` too.
+        limit: Read the first groups only.
+
+    Raises:
+        DataError: The file cannot be read, has no group, or a group has no gold qualities.
+    """
+    return score_groups(model, load_groups(expand(data))[:limit])
+
+
+def measure_difference(
+    first: str, second: str, *, pairs: str | None, candidates: str | None, max_length: int | None = None
+) -> MeasuredDifference:
+    """Compares two checkpoints, loaded one after the other, on the same pairs, the same candidates, or both.
+
+    Args:
+        first: Folder or Hub name.
+        second: Folder or Hub name.
+        pairs: Preference pairs: a file, a folder or a data set.
+        candidates: Candidate groups with gold qualities.
+        max_length: Most tokens that a sequence may have; the checkpoints' own limits if None.
+
+    Raises:
+        DataError: A file is unusable, or the checkpoints can read no pair in common.
+        ModelError: A checkpoint cannot be loaded.
+    """
+    known: dict[str, EncodedPair] = {}
+    margins: list[dict[str, float]] = []
+    groups: list[ScoredGroups] = []
+    notes: list[str] = []
+    for path in (first, second):
+        model = RewardModel.from_pretrained(path, max_length=max_length)
+        if pairs:
+            split = usable_pairs(model, pairs)
+            by_source = {pair.pair.source: pair for pair in split.pairs}
+            d = score_pairs(model, list(by_source.values()), progress=True).d.tolist()
+            margins.append(dict(zip(by_source, d, strict=True)))
+            known |= by_source
+            notes.append(split.summary())
+        if candidates:
+            groups.append(measure_candidates(model, candidates))
+            notes.append(groups[-1].summary())
+    both = common(*margins) if pairs else None
+    metrics = compare(*both) if both else {}
+    if groups:
+        metrics |= compare_picks(groups[0].rewards, groups[1].rewards, groups[0].gold)
+    return MeasuredDifference(
+        metrics=metrics,
+        pairs=[known[source] for source in margins[0] if source in margins[1]] if pairs else [],
+        margins=both,
+        groups=(groups[0], groups[1]) if groups else None,
+        notes=notes,
+    )
