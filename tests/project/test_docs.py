@@ -76,6 +76,12 @@ def test_paths_on_a_page_exist(page: Path) -> None:
     assert sorted(path for path in ours if not list(ROOT.glob(path.rstrip("/")))) == []
 
 
+@pytest.mark.parametrize("page", PROSE, ids=[str(page.relative_to(ROOT)) for page in PROSE])
+def test_tests_on_a_page_exist(page: Path) -> None:
+    named = re.findall(r"(tests/\w+/test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8"))
+    assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text("utf-8")] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_on_a_page_exist(page: Path) -> None:
     text = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
