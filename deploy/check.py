@@ -1,6 +1,6 @@
 """Checks the deployment files without starting anything: Compose, Dockerfile, Kubernetes, Prometheus.
 
-Run by `make check`. Every check says what was run; one that cannot run here says why, and never passes in silence.
+`make check` runs it. Each check prints its command. A check that cannot run here prints the reason.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PROMETHEUS = ("docker/prometheus.yml", "docker/prometheus.keys.yml")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one check came to.
+    """The result of one check.
 
     Attributes:
-        status: `ok`, `failed`, or `not checked` when its tool is not on this machine.
-        what: The command that ran, or the check that could not.
-        detail: The tool's complaint, or the reason why nothing ran.
+        status: `ok`, `failed`, or `not checked` if its tool is not on this machine.
+        what: The command that ran, or the check that could not run.
+        detail: The output of the tool, or the reason why it did not run.
     """
 
     status: Literal["ok", "failed", "not checked"]
@@ -37,12 +37,12 @@ class Outcome:
 
 
 def find_tool(name: str) -> str | None:
-    """Returns the path of a tool of this environment, or else of the machine."""
+    """Returns the path of a tool in this environment, or else on this machine."""
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 def run_tool(tool: str, *arguments: str) -> Outcome:
-    """Runs a tool of the dev extra from the repository's root; a missing one is a failure, since setup installs it."""
+    """Runs a tool of the dev extra in the repository root. A missing tool is a failure, because setup installs it."""
     path = find_tool(tool)
     what = " ".join([tool, *arguments])
     if path is None:
@@ -52,7 +52,7 @@ def run_tool(tool: str, *arguments: str) -> Outcome:
 
 
 def has_compose_plugin() -> bool:
-    """Says whether `docker compose` works here; it needs no engine to check a file."""
+    """Returns whether `docker compose` works here; checking a file needs no engine."""
     docker = find_tool("docker")
     if docker is None:
         return False
@@ -60,7 +60,7 @@ def has_compose_plugin() -> bool:
 
 
 def check_compose() -> list[Outcome]:
-    """Checks Compose's files against its specification, and together with Compose itself where it is installed."""
+    """Checks the Compose files against the specification, and with Compose itself if it is installed."""
     outcomes = [run_tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file) for file in COMPOSE]
     if has_compose_plugin():
         files = [argument for file in COMPOSE for argument in ("--file", file)]
@@ -79,7 +79,7 @@ def check_dockerfile() -> list[Outcome]:
 
 
 def check_kubernetes() -> list[Outcome]:
-    """Checks the manifests strictly: as kustomize renders them where kubectl is installed, else file by file."""
+    """Checks the manifests strictly: rendered by kustomize if kubectl is installed, else file by file."""
     kubectl = find_tool("kubectl")
     if kubectl is None:
         resources = [f for f in sorted((ROOT / MANIFESTS).glob("*.yaml")) if f.name != "kustomization.yaml"]
@@ -93,7 +93,7 @@ def check_kubernetes() -> list[Outcome]:
 
 
 def check_rendered(kubectl: str, folder: str) -> list[Outcome]:
-    """Renders a folder with kustomize and checks what comes out."""
+    """Renders a folder with kustomize and checks the result."""
     what = f"kubectl kustomize {folder}"
     rendered = subprocess.run([kubectl, "kustomize", folder], cwd=ROOT, capture_output=True, text=True, check=False)
     if rendered.returncode:
@@ -105,7 +105,7 @@ def check_rendered(kubectl: str, folder: str) -> list[Outcome]:
 
 
 def check_prometheus() -> list[Outcome]:
-    """Checks Prometheus' configurations with its own tool where it is installed."""
+    """Checks the Prometheus configurations with promtool, if it is installed."""
     if find_tool("promtool") is None:
         return [Outcome("not checked", f"promtool check config {PROMETHEUS[0]}", "promtool is not installed")]
     return [run_tool("promtool", "check", "config", *PROMETHEUS)]
@@ -115,7 +115,7 @@ CHECKS: Sequence[Callable[[], list[Outcome]]] = (check_compose, check_dockerfile
 
 
 def main() -> int:
-    """Prints every outcome; returns 1 when a check failed."""
+    """Prints every outcome; returns 1 if a check failed."""
     outcomes = [outcome for check in CHECKS for outcome in check()]
     for outcome in outcomes:
         print(f"{outcome.status:<12} {outcome.what}")

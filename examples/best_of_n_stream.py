@@ -1,9 +1,9 @@
-"""Rank the candidates of many prompts, and write each ranking as soon as it is there.
+"""Rank the candidates of many prompts, and write each ranking as soon as it arrives.
 
     python examples/best_of_n_stream.py groups.jsonl rankings.jsonl --url http://127.0.0.1:8000
 
-A line of the input is {"prompt": ..., "candidates": [...]}; a line of the output {"index", "best", "margin",
-"confidence"}, or {"index", "error"}. `index` is the input's line, from 0 on.
+A line of the input is {"prompt": ..., "candidates": [...]}. A line of the output is {"index", "best", "margin",
+"confidence"}, or {"index", "error"}. `index` is the line number in the input, from 0.
 """
 
 from __future__ import annotations

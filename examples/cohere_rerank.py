@@ -1,4 +1,4 @@
-"""Reranks answers with Cohere's own SDK against a running server: the base URL is all that changes.
+"""Reranks answers with Cohere's own SDK against a running server. Only the base URL changes.
 
     marginrm serve --model checkpoints/demo
     python examples/cohere_rerank.py

@@ -1,9 +1,9 @@
-"""Asks a running server for rewards as OpenRLHF does: to try a URL before a training run.
+"""Asks a running server for rewards as OpenRLHF does, to try a URL before a training run.
 
     marginrm serve --model checkpoints/demo
     python examples/openrlhf_remote_rm.py http://127.0.0.1:8000/get_reward
 
-With OpenRLHF installed it calls OpenRLHF's own `SingleTurnAgentExecutor._fetch_rewards_via_http`. Without it, it sends the
+If OpenRLHF is installed, it calls OpenRLHF's own `SingleTurnAgentExecutor._fetch_rewards_via_http`. Without it, it sends the
 same requests as that function (openrlhf/utils/agent.py) with aiohttp: texts split over the URLs given, 180 s, `json=`.
 In a training run the URL goes to `--remote_rm_url`; its name in newer versions is `--reward.remote_url`.
 """
@@ -45,7 +45,7 @@ async def fetch(urls: list[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Prints what each URL answered."""
+    """Prints the answer of each URL."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("urls", nargs="+")
     for reply in asyncio.run(fetch(parser.parse_args().urls)):

@@ -1,10 +1,10 @@
-"""Reranks a Best-of-N file through a running server, and says what the picks are worth.
+"""Reranks a Best-of-N file through a running server, and prints the quality of the picks.
 
     marginrm serve --model checkpoints/alpaca_eval --max-length 512
     python examples/rerank_file.py $MARGINRM_DATA/alpaca_eval_best_of_n_test.jsonl.gz
 
-Rows are `{"prompt", "candidates": [{"text", "win_prob"}, ...]}` (`gold` and `quality` are read, too). A candidate that the
-model cannot read is never picked; it stays in the comparison with the longest text and with chance.
+Rows are `{"prompt", "candidates": [{"text", "win_prob"}, ...]}`; `gold` and `quality` are accepted too. A candidate over
+the model's limit is never picked. It stays in the comparison with the longest text and with chance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from marginrm.preferences import read_groups
 
 
 def main() -> None:
-    """Asks the server for its picks and prints their mean quality beside the trivial rules'."""
+    """Asks the server for its picks, and prints their mean quality beside that of trivial rules."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:8000")

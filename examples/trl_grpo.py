@@ -1,9 +1,9 @@
-"""A few steps of GRPO with TRL, whose rewards come from a running server.
+"""A few steps of GRPO with TRL, with rewards from a running server.
 
     marginrm serve --model checkpoints/demo
     python examples/trl_grpo.py --policy Qwen/Qwen3-0.6B
 
-Needs `pip install trl` beside marginrm. Any small causal language model will do as the policy.
+Needs `pip install trl` beside marginrm. Any small causal language model works as the policy.
 """
 
 from __future__ import annotations

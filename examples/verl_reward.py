@@ -3,7 +3,7 @@
     marginrm serve --model checkpoints/demo
     python examples/verl_reward.py
 
-In a training run verl calls it by itself, with these settings:
+In a training run, verl calls it with these settings:
 
     reward.custom_reward_function.path=pkg://marginrm.integrations.verl
     reward.custom_reward_function.name=compute_score
