@@ -1,1 +1,1 @@
-"""The HTTP server: routes, micro-batching, metrics."""
+"""The HTTP server: routes, queues, models and metrics."""

@@ -1,24 +1,26 @@
-"""The application, put together."""
+"""Creates the application: its middleware, routes and lifespan."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from marginrm_service.api import adapters, admin, errors, health, model_detail, native, pages, streaming
 from marginrm_service.api.middleware import tracing
-from marginrm_service.api.middleware.auth import KeyCheck
-from marginrm_service.api.middleware.context import BodyLimit, RequestContext
-from marginrm_service.api.middleware.early_rejection import FullHouse
+from marginrm_service.api.middleware.auth import ApiKeyAuth
+from marginrm_service.api.middleware.body_limit import BodyLimit
+from marginrm_service.api.middleware.context import RequestContext
+from marginrm_service.api.middleware.early_rejection import EarlyRejection
 from marginrm_service.errors import OverloadedError
 from marginrm_service.keys import KeyFile, RateLimit
 from marginrm_service.settings import Settings
@@ -34,20 +36,27 @@ the shape `{"error": {"code", "message", "param", "request_id"}}`.
 """
 
 
-def create_app(settings: Settings | None = None, *, traces: TracerProvider | None = None) -> FastAPI:
-    """Builds the application. It answers at once, and is ready when its models are.
+def create_app(
+    settings: Settings | None = None,
+    *,
+    traces: TracerProvider | None = None,
+    on_ready: Callable[[], None] | None = None,
+    on_failure: Callable[[], None] | None = None,
+) -> FastAPI:
+    """Creates the application. It answers at once, and is ready when its models are.
 
-    If a model cannot be served, the app stays up, unready, and `/readyz` says why; whoever runs it can end the process
-    by `app.state.service.registry.on_failure`.
+    If a model cannot be served, the app stays up, not ready, and `/readyz` reports the reason.
 
     Args:
-        settings: By default read from the environment.
-        traces: Where OpenTelemetry's spans go; by default what the environment's `OTEL_*` say, if they say something.
+        settings: The settings; by default those of the environment.
+        traces: Exports OpenTelemetry's spans; by default as the environment's `OTEL_*` variables say.
+        on_ready: Called once all models are loaded.
+        on_failure: Called when a model cannot be served.
 
     Raises:
         ConfigError: A setting in the environment, or a key file, is not acceptable.
     """
-    service = Service(settings or Settings.load())
+    service = Service(settings or Settings.load(), on_ready=on_ready, on_failure=on_failure)
     traces = traces or tracing.configured(os.environ)
 
     @contextlib.asynccontextmanager
@@ -59,38 +68,23 @@ def create_app(settings: Settings | None = None, *, traces: TracerProvider | Non
             loading.cancel()
             await service.close()
             if traces:
-                await asyncio.to_thread(traces.shutdown)  # sends what it holds
+                await asyncio.to_thread(traces.shutdown)  # sends the spans that it holds
 
     app = _App(
         title="marginrm",
         version=version("marginrm"),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        middleware=_middleware(service, traces),
         docs_url=None,
         redoc_url=None,
         telemetry=tracing.FASTAPI_OFF,
-        separate_input_output_schemas=False,  # of answers with a serializer of their own it would say nothing
+        separate_input_output_schemas=False,  # the output schema of a model with its own serializer would be empty
     )
     app.state.service = service
-    app.add_middleware(FullHouse, service=service, routes=_scoring_routes(service.settings))
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
-    app.add_middleware(
-        KeyCheck,
-        metrics=service.metrics,
-        keys=_keys(service.settings.key_file),
-        admin_keys=_keys(service.settings.admin_key_file),
-        limit=RateLimit(service.settings.rate_limit) if service.settings.rate_limit else None,
-    )
-    if traces:
-        app.add_middleware(tracing.Tracing, provider=traces)
-    app.add_middleware(RequestContext, metrics=service.metrics)  # the outermost
     errors.install(app)
-    app.include_router(native.router)
-    app.include_router(model_detail.router)
-    app.include_router(adapters.router)
-    app.include_router(health.router)
-    app.include_router(admin.router)
-    app.include_router(pages.router)
+    for module in (native, model_detail, adapters, health, admin, pages):
+        app.include_router(module.router)
     return app
 
 
@@ -102,8 +96,22 @@ class _App(FastAPI):
         return streaming.describe(super().openapi())
 
 
+def _middleware(service: Service, traces: TracerProvider | None) -> list[Middleware]:
+    """Returns the middleware, outermost first."""
+    settings = service.settings
+    limit = RateLimit(settings.rate_limit) if settings.rate_limit else None
+    keys, admin_keys = _keys(settings.key_file), _keys(settings.admin_key_file)
+    return [
+        Middleware(RequestContext, metrics=service.metrics),
+        *([Middleware(tracing.Tracing, provider=traces)] if traces else []),
+        Middleware(ApiKeyAuth, metrics=service.metrics, keys=keys, admin_keys=admin_keys, limit=limit),
+        Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+        Middleware(EarlyRejection, service=service, routes=_scoring_routes(settings)),
+    ]
+
+
 def _scoring_routes(settings: Settings) -> dict[str, tuple[BaseRoute, int]]:
-    """Returns the routes that score, by path, and what each answers when the queue is full."""
+    """Returns the routes that score, by path, each with its status when the queue is full."""
     return {
         route.path: (route, status)
         for router, status in (

@@ -1,7 +1,7 @@
-"""API keys: a file of names and hashes, who a presented key belongs to, and how often its owner may ask.
+"""API keys: a file of names and hashes, the owner of a presented key, and a rate limit for each owner.
 
-A line is `NAME sha256:HEX`; `#` begins a comment. Keys are 256 random bits, so a plain SHA-256 cannot be searched
-backwards, and no slow password hash is needed. The file never holds a key itself.
+A line is `NAME sha256:HEX`; `#` begins a comment. A key is 256 random bits, so a plain SHA-256 cannot be inverted by
+search, and a slow password hash is not needed. The file never holds a key itself.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from marginrm.text import NAME_PATTERN
 
 _log = logging.getLogger(__name__)
 _LINE = re.compile(rf"(?P<name>{NAME_PATTERN})\s+sha256:(?P<digest>[0-9a-f]{{64}})")
-_PREFIX = "mrm_"  # so that secret scanners and people know what it is
+_PREFIX = "mrm_"  # recognised by secret scanners
 
 
 def new_key() -> str:
-    """Returns a fresh random key."""
+    """Returns a new random key."""
     return _PREFIX + secrets.token_urlsafe(32)
 
 
 def key_line(name: str, key: str) -> str:
-    """Returns the line that lets a key in.
+    """Returns the line of a key file that admits a key.
 
     Raises:
-        ConfigError: The name cannot stand in a key file.
+        ConfigError: The name is not valid in a key file.
     """
     line = f"{name} sha256:{_digest(key)}"
     if not _LINE.fullmatch(line):
-        raise ConfigError(f"{name!r} is no name for a key: letters, digits, dots, dashes and underscores, at most 64.")
+        raise ConfigError(
+            f"{name!r} is not a valid name for a key: use at most 64 letters, digits, dots, dashes and underscores."
+        )
     return line
 
 
 def add_key(path: Path, name: str) -> str:
-    """Adds a new key to a key file, which only its owner may read, and returns the key.
+    """Adds a new key to a key file, which only the file's owner may read, and returns the key.
 
     Raises:
-        ConfigError: The name is no name for a key, or is in the file already, or the file cannot be written.
+        ConfigError: The name is not valid, or is in the file already, or the file cannot be written.
     """
     key = new_key()
     line = key_line(name, key)
@@ -63,30 +65,30 @@ def add_key(path: Path, name: str) -> str:
 
 
 class KeyFile:
-    """The keys that are let in, read again whenever the file changes.
+    """The admitted keys, read again whenever the file changes.
 
-    A change that cannot be read keeps the keys that were known, and says so in the log: a slip of the editor must
-    neither lock everybody out nor let anybody in.
+    If a changed file cannot be read, the known keys stay, and the log reports it: a typing error must neither lock all
+    clients out nor admit a new one.
 
     Args:
-        path: The file.
+        path: The key file.
 
     Raises:
-        ConfigError: It cannot be read, or a line is wrong.
+        ConfigError: The file cannot be read, or a line is not valid.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp = self._look()
+        self._stamp = self._file_stamp()
         self._owners = self._read()
 
     @property
     def names(self) -> set[str]:
-        """Whose keys are let in."""
+        """The owners of the keys."""
         return set(self._owners.values())
 
     def owner(self, presented: str) -> str | None:
-        """Returns whose key this is. Compares with every key, in constant time."""
+        """Returns the owner of a key, or None. Compares with every key, in constant time."""
         self._refresh()
         digest = _digest(presented)
         found = None
@@ -96,7 +98,7 @@ class KeyFile:
         return found
 
     def _refresh(self) -> None:
-        stamp = self._look()
+        stamp = self._file_stamp()
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -106,7 +108,7 @@ class KeyFile:
         except ConfigError as error:
             _log.error("The keys stay as they were: %s", error)
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _file_stamp(self) -> tuple[int, int, int] | None:
         try:
             found = self._path.stat()
         except OSError:
@@ -139,11 +141,11 @@ class _Bucket:
 
 
 class RateLimit:
-    """So many requests a minute for each key, saved up for at most a minute (a token bucket).
+    """A token bucket for each key: a number of requests a minute, saved up for at most one minute.
 
     Args:
-        per_minute: The most requests.
-        clock: Monotonic seconds.
+        per_minute: Requests a minute.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -153,7 +155,7 @@ class RateLimit:
         self._buckets: dict[str, _Bucket] = {}
 
     def take(self, owner: str) -> int:
-        """Counts a request; returns 0 if it may pass, else the seconds after which the next one may."""
+        """Counts a request; returns 0 if it may pass, otherwise the seconds until the next one may."""
         now = self._clock()
         bucket = self._buckets.setdefault(owner, _Bucket(self._most, now))
         bucket.room = min(self._most, bucket.room + (now - bucket.since) * self._per_second)

@@ -18,7 +18,7 @@ from marginrm.loading import load_for_scoring
 from marginrm.manifest import Manifest, revision_of
 from marginrm.ranking import Comparison, Ranking
 from marginrm.schemas import ModelInfo
-from marginrm.steps import ForwardPath, Slice, StepResult, plan_steps
+from marginrm.steps import ForwardPath, GroupSlice, StepResult, plan_steps
 from marginrm.text import Dtype, Prompt, Truncation
 from marginrm.tuning.token_budget import default_token_budget, measure_token_budget
 
@@ -208,7 +208,7 @@ class RewardModel:
         Args:
             groups: Encoded responses, those with a common prompt together; no group is empty.
         """
-        whole = [[Slice(number, 0, len(group)) for number, group in enumerate(groups)]]
+        whole = [[GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]]
         return self._run(groups, whole if self.forward_path == "packed" else self._planned(groups))
 
     def measure_token_budget(self) -> int:
@@ -216,14 +216,14 @@ class RewardModel:
         self.token_budget = measure_token_budget(self._forward, self.encoder, default_token_budget(self.module.device))
         return self.token_budget
 
-    def _planned(self, groups: Sequence[EncodedGroup]) -> Iterator[list[Slice]]:
+    def _planned(self, groups: Sequence[EncodedGroup]) -> Iterator[list[GroupSlice]]:
         ids = [[response.array for response in group] for group in groups]
         return plan_steps(ids, self.token_budget, path=self.forward_path, share_prefix=self.shares_prefixes)
 
     def _run(
         self,
         groups: Sequence[EncodedGroup],
-        steps: Iterable[Sequence[Slice]],
+        steps: Iterable[Sequence[GroupSlice]],
         progress: Callable[[int], object] | None = None,
     ) -> StepResult:
         result = StepResult([[math.nan] * len(group) for group in groups], [0] * len(groups))

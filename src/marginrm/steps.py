@@ -16,7 +16,7 @@ ForwardPath = Literal["packed", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class GroupSlice:
     """A part of one group: members `start` to `stop` (exclusive) of group number `group`."""
 
     group: int
@@ -52,7 +52,9 @@ def part_room(budget: int, shared: int) -> int:
     return shared + max(budget + min(budget // 8, shared), shared)
 
 
-def plan_steps(groups: Sequence[Group], budget: int, *, path: ForwardPath, share_prefix: bool) -> Iterator[list[Slice]]:
+def plan_steps(
+    groups: Sequence[Group], budget: int, *, path: ForwardPath, share_prefix: bool
+) -> Iterator[list[GroupSlice]]:
     """Cuts groups into steps of at most `budget` tokens, one forward pass each.
 
     Args:
@@ -71,8 +73,8 @@ def plan_steps(groups: Sequence[Group], budget: int, *, path: ForwardPath, share
     return _padded_steps([[len(member) for member in group] for group in groups], budget)
 
 
-def _packed_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[Slice]]:
-    step: list[Slice] = []
+def _packed_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[GroupSlice]]:
+    step: list[GroupSlice] = []
     used = 0
     for number, group in enumerate(groups):
         shared = shared_prefix(group) if share_prefix else 0
@@ -85,20 +87,20 @@ def _packed_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -
         for index, member in enumerate(group):
             suffix = len(member) - shared
             if index > start and used + size + suffix > room:
-                yield [*step, Slice(number, start, index)]
+                yield [*step, GroupSlice(number, start, index)]
                 step, used = [], 0
                 start, size = index, shared
             size += suffix
-        step.append(Slice(number, start, len(group)))
+        step.append(GroupSlice(number, start, len(group)))
         used += size
     if step:
         yield step
 
 
-def _padded_steps(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[list[Slice]]:
+def _padded_steps(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[list[GroupSlice]]:
     places = [(number, index) for number, group in enumerate(lengths) for index in range(len(group))]
     places.sort(key=lambda place: -lengths[place[0]][place[1]])
-    step: list[Slice] = []
+    step: list[GroupSlice] = []
     longest = 0
     for number, index in places:
         if step and longest * (len(step) + 1) > budget:
@@ -106,6 +108,6 @@ def _padded_steps(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[lis
             step = []
         if not step:
             longest = lengths[number][index]
-        step.append(Slice(number, index, index + 1))
+        step.append(GroupSlice(number, index, index + 1))
     if step:
         yield step

@@ -266,7 +266,7 @@ def test_work_whose_client_has_given_up_is_dropped() -> None:
         model.on_forward = lambda _: None
         gate.open()
         assert client.score(PROMPT, RESPONSES) == [model.expect(PROMPT, response) for response in RESPONSES]
-        assert server.service.registry.get("default")._door.tokens == 0
+        assert server.service.registry.get("default").queue_state().tokens == 0
 
 
 GROUPS = [

@@ -13,14 +13,14 @@ from torch import nn
 from marginrm.encoding import EncodedResponse
 from marginrm.packing import cost, shared_prefix
 from marginrm.reward_model import RewardModel
-from marginrm.steps import Slice, plan_steps
+from marginrm.steps import GroupSlice, plan_steps
 from support.models import tiny_checkpoint
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7)
 groups = st.lists(st.lists(tokens, min_size=1, max_size=5), min_size=1, max_size=5)
 
 
-def covered(steps: list[list[Slice]]) -> list[tuple[int, int]]:
+def covered(steps: list[list[GroupSlice]]) -> list[tuple[int, int]]:
     return [(part.group, index) for step in steps for part in step for index in range(part.start, part.stop)]
 
 

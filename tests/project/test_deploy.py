@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from marginrm_service.server import _LONGEST_WAIT
+from marginrm_service.graceful import LONGEST_IDLE
 from marginrm_service.settings import Settings
 from marginrm_service.telemetry.metrics import Metrics
 
@@ -100,7 +100,7 @@ def test_the_server_has_time_to_drain(server, pod):
 def test_the_grace_period_covers_all_that_leaving_takes(pod):
     before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain = Settings.model_fields["drain_seconds"].default
-    assert pod["terminationGracePeriodSeconds"] > before + _LONGEST_WAIT + drain
+    assert pod["terminationGracePeriodSeconds"] > before + LONGEST_IDLE + drain
 
 
 def with_keys() -> dict[str, Any]:
@@ -250,9 +250,9 @@ def test_the_dashboard_uses_the_provisioned_datasource_and_folder():
 
 
 def test_the_dashboard_asks_for_metrics_that_the_server_has():
-    registry = Metrics().registry
-    exported = {family.name for family in registry.collect()} | {
-        f"{family.name}_total" for family in registry.collect() if family.type == "counter"
+    families = list(Metrics().collect())
+    exported = {family.name for family in families} | {
+        f"{family.name}_total" for family in families if family.type == "counter"
     }
     asked = {
         name.removesuffix("_bucket")

@@ -105,7 +105,7 @@ def test_tei_truncate_cuts_the_prompt_from_its_left_only(client):
         ("/predict", {"inputs": [["a", ""]]}, "inputs[0]"),
     ],
 )
-def test_what_cannot_be_scored_refuses_the_request_and_names_the_field(client, path, body, param):
+def test_an_unusable_text_refuses_the_request_and_names_the_field(client, path, body, param):
     response = client.post(path, json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (422, param)
 
@@ -120,7 +120,7 @@ def test_cutting_documents_is_refused(client, more):
 
 def test_models_by_name(client):
     card = client.get("/v1/models/default").json()
-    assert card == client.get("/v1/models").json()["data"][0]
+    assert card.items() >= client.get("/v1/models").json()["data"][0].items()
     assert (card["id"], card["object"]) == ("default", "model")
     assert client.get("/v1/models/other").status_code == 404
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from marginrm.reward_model import RewardModel
-from marginrm_service.api.adapters import contract
+from marginrm_service.api.adapters import common
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
 from support.server import serving
 from support.service import FakeRewardModel, Gate, reward_of
@@ -67,7 +67,7 @@ def test_openrlhf_many_texts_keep_their_order_though_neighbours_share_a_prompt(c
     assert reply["rewards"] == [text_reward(model, text) for text in texts]
 
 
-def test_llama_factory_reads_scores_and_calls_every_model_model(client, model):
+def test_llama_factory_reads_scores_and_its_model_name_means_the_default(client, model):
     # hiyouga/LLaMA-Factory src/llamafactory/train/ppo/ppo_utils.py, get_rewards_from_server: requests' json=
     body, response = sent(client, "/v1/score/evaluation", "llama_factory.json")
     reply = response.json()
@@ -153,7 +153,7 @@ def test_vllm_score_under_its_four_names(client, model, names):
         ("/v1/score", {"text_1": ["a", ""], "text_2": ["b", "c"]}, "text_1[1]"),
     ],
 )
-def test_what_cannot_be_scored_refuses_the_request_and_names_the_field(client, path, body, param):
+def test_an_unusable_text_refuses_the_request_and_names_the_field(client, path, body, param):
     response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert response.status_code == 422
     assert response.json()["error"]["param"] == param
@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_refuses_the_request_and_names_the_field(client, p
         ("/get_reward", {"queries": ["a"]}),
     ],
 )
-def test_what_would_change_a_reward_and_is_not_honoured_is_refused(client, path, body):
+def test_an_unsupported_field_that_would_change_a_reward_is_refused(client, path, body):
     response = client.post(path, json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request")
 
@@ -211,7 +211,7 @@ def test_all_contracts_give_one_conversation_the_reward_of_score(tmp_path):
     assert rewards == dict.fromkeys(rewards, reward)
 
 
-def test_a_nan_is_an_error_and_never_a_number(client):
+def test_a_nan_is_an_error_in_every_contract(client):
     response = client.post("/get_reward", json={"query": ["fine", "not ~ fine"]})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "non_finite_reward")
 
@@ -226,7 +226,7 @@ def test_one_model_answers_to_any_name_and_several_do_not():
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_a_full_queue_answers_what_adapters_clients_try_again_on(status):
+def test_a_full_queue_has_the_overload_status_of_the_route(status):
     gate = Gate()
     fake = FakeRewardModel(on_forward=gate)
     with serving(max_queue_requests=1, adapter_overload_status=status) as running:
@@ -234,8 +234,7 @@ def test_a_full_queue_answers_what_adapters_clients_try_again_on(status):
         running.on_loop(running.service.registry.add(fake))
         with httpx.Client(base_url=running.url, timeout=30) as http:
             gate.entered.acquire()
-            permit = running.service.registry.get("default").admit(4)
-            with permit:
+            with running.service.registry.get("default").admission.acquire(1):
                 adapter = http.post("/get_reward", json={"query": ["a"]})
                 native = http.post("/score", json={"items": [{"prompt": "a", "response": "b"}]})
     assert (adapter.status_code, native.status_code) == (status, 429)
@@ -244,5 +243,5 @@ def test_a_full_queue_answers_what_adapters_clients_try_again_on(status):
 
 
 def test_templated_texts_group_with_neighbours_that_begin_alike():
-    groups = [list(ask.responses) for ask in contract.templated(["prompt: a", "prompt: b", "other", 7, "", ""])]
+    groups = [list(group.responses) for group in common.templated(["prompt: a", "prompt: b", "other", 7, "", ""])]
     assert groups == [["prompt: a", "prompt: b"], ["other"], [7], [""], [""]]

@@ -1,7 +1,8 @@
-"""Models that come, swap and go while the server runs."""
+"""Loading, swapping and unloading models while the server runs."""
 
 from __future__ import annotations
 
+import re
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_models_come_swap_and_go_at_run_time(tmp_path: Path) -> None:
+def test_models_are_loaded_swapped_and_unloaded_at_run_time(tmp_path: Path) -> None:
     admin = add_key(tmp_path / "admin", "root")
     first, second = (
         tiny_checkpoint(tmp_path / name, "llama", chat_template=CHATML_TEMPLATE, seed=seed)
@@ -58,11 +59,24 @@ def test_models_come_swap_and_go_at_run_time(tmp_path: Path) -> None:
         last = http.delete("/admin/models/default", headers=bearer(admin))
         assert (last.status_code, last.json()["error"]["code"]) == (409, "last_model")
         assert http.get("/readyz").status_code == 200
-        metrics = http.get("/metrics").text
-        assert 'marginrm_ready{model="m"}' not in metrics
 
 
-def test_a_model_that_has_left_is_gone_from_memory() -> None:
+def test_gauges_of_an_unloaded_model_are_gone() -> None:
+    gauges = ("queue_tokens", "queue_requests", "reward_cache_bytes", "ready")
+    with serving(FakeRewardModel(), FakeRewardModel("m")) as server, httpx.Client(base_url=server.url) as http:
+
+        def shown() -> dict[str, bool]:
+            text = http.get("/metrics").text
+            return {gauge: f'marginrm_{gauge}{{model="m"}}' in text for gauge in gauges} | {
+                "model": bool(re.search(r'marginrm_model\{.*model="m"', text))
+            }
+
+        assert set(shown().values()) == {True}
+        server.on_loop(server.service.registry.unload("m"))
+        assert shown() == dict.fromkeys(shown(), False)
+
+
+def test_a_replaced_model_is_freed() -> None:
     model = FakeRewardModel()
     left = weakref.ref(model)
     model.circle = model  # as real ones are
@@ -74,10 +88,10 @@ def test_a_model_that_has_left_is_gone_from_memory() -> None:
             if left() is None:
                 return
             time.sleep(0.01)
-    raise AssertionError("it is still there")
+    raise AssertionError("the old model is still in memory")
 
 
-def test_a_request_that_was_accepted_before_a_swap_is_answered_by_the_old_model() -> None:
+def test_the_old_model_answers_requests_that_it_accepted_before_a_swap() -> None:
     gate = Gate()
     old, new = FakeRewardModel(), FakeRewardModel(temperature=7.0)
     with (

@@ -1,4 +1,4 @@
-"""A request's time: what is late is told so, leaves the queue before its forward pass, and costs nobody else."""
+"""Deadlines and priorities: late work leaves the queue before its forward pass and delays no other request."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from marginrm_service.api.deadlines import deadline
-from marginrm_service.api.disconnects import while_connected
+from marginrm_service.api.request_options import deadline, while_connected
 from marginrm_service.errors import DeadlineExceededError
 from support.server import serving
 from support.service import FakeRewardModel, Gate
@@ -43,25 +42,25 @@ def test_late_work_leaves_the_queue_before_its_forward_pass() -> None:
         scored = [member.ids for step in model.steps[steps:] for group in step for member in group]
         assert len(scored) == 2
         assert model.encoder.encode("Late?", "Never computed.").ids not in scored
-        assert server.service.registry.get("default")._door.tokens == 0
+        assert server.service.registry.get("default").queue_state().tokens == 0
         assert 'marginrm_rejections_total{model="default",reason="deadline_exceeded"} 1.0' in http.get("/metrics").text
 
 
-def test_late_work_has_ended_when_its_client_is_told() -> None:
+def test_late_work_has_stopped_before_the_deadline_error_is_raised() -> None:
     ended = []
 
     async def stubborn() -> None:
         try:
             await asyncio.sleep(60)
         finally:
-            await asyncio.sleep(0)  # as a waiting job needs some turns of the loop to be marked as left
+            await asyncio.sleep(0)  # as a waiting job needs some iterations of the loop to be marked as cancelled
             ended.append(True)
 
     async def ask() -> list[bool]:
         connected = Request({"type": "http"}, receive=asyncio.Queue[dict[str, str]]().get)
         try:
-            async with deadline(0.01):
-                await while_connected(connected, stubborn())
+            async with deadline(0.01), while_connected(connected):
+                await stubborn()
         except DeadlineExceededError:
             return list(ended)
         raise AssertionError("it was not late")
@@ -69,7 +68,7 @@ def test_late_work_has_ended_when_its_client_is_told() -> None:
     assert asyncio.run(ask()) == [True]
 
 
-def test_the_server_has_a_default_and_a_most() -> None:
+def test_the_server_has_a_default_deadline_and_a_longest() -> None:
     gate = Gate()
     model = FakeRewardModel()
     with (
@@ -84,13 +83,13 @@ def test_the_server_has_a_default_and_a_most() -> None:
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf", ""])
-def test_a_time_that_is_none_is_refused(value: str) -> None:
+def test_an_invalid_timeout_is_refused(value: str) -> None:
     with serving(FakeRewardModel()) as server, httpx.Client(base_url=server.url, timeout=30) as http:
         reply = http.post("/score", json=ASK, headers={"X-Request-Timeout": value})
         assert (reply.status_code, reply.json()["error"]["param"]) == (422, "X-Request-Timeout")
 
 
-def test_bulk_work_is_marked_by_a_header_and_other_classes_are_refused() -> None:
+def test_a_header_marks_bulk_work_and_other_classes_are_refused() -> None:
     with serving(FakeRewardModel()) as server, httpx.Client(base_url=server.url, timeout=30) as http:
         for value in ("bulk", "interactive"):
             assert http.post("/score", json=ASK, headers={"X-Priority": value}).status_code == 200
@@ -98,17 +97,17 @@ def test_bulk_work_is_marked_by_a_header_and_other_classes_are_refused() -> None
         assert (reply.status_code, reply.json()["error"]["param"]) == (422, "X-Priority")
 
 
-def test_what_would_be_late_is_refused_at_the_door_and_short_work_is_not() -> None:
+def test_work_that_would_be_late_is_refused_at_once_and_short_work_is_not() -> None:
     model = FakeRewardModel(on_forward=lambda _: time.sleep(0.25))  # a step of 512 tokens: some 2,000 tokens/s
     with (
         serving(model) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
         ThreadPoolExecutor() as pool,
     ):
-        door = server.service.registry.get("default")._door
+        served = server.service.registry.get("default")
         long = {"items": [{"prompt": f"{number} " * 30, "response": "Yes. " * 20} for number in range(60)]}
         first = pool.submit(http.post, "/score", json=long)
-        while door.tokens < 4_000:
+        while served.queue_state().tokens < 4_000:
             time.sleep(0.005)
         late = http.post("/score", json=long, headers={"X-Request-Timeout": "1"})
         assert (late.status_code, late.json()["error"]["code"]) == (429, "would_be_late")

@@ -37,7 +37,7 @@ def test_bins_lie_between_the_quantiles_and_equal_ones_are_one_edge() -> None:
     assert (tied.edges, tied.shares) == ([0.0, 1.0], [0.5, 0.25, 0.25])
 
 
-def test_it_speaks_when_there_is_enough_to_say_and_begins_anew_with_a_new_model() -> None:
+def test_the_index_needs_enough_margins_and_starts_anew_with_a_new_model() -> None:
     drift = Drift("x", "y")
     drift.observe("m", [0.0] * 1000)
     assert index_of(drift) == []  # no reference

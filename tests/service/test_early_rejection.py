@@ -1,4 +1,4 @@
-"""While no queue has room, a request is refused by its head alone; while one has, by nothing but its work."""
+"""Early rejection: a request is refused by its headers only while every queue is full."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from marginrm_service.engine.admission import Admission
 from marginrm_service.errors import OverloadedError
-from marginrm_service.models.served_model import ServedModel
 from support.server import AppServer, raw_request, serving
 from support.service import FakeRewardModel
 
@@ -19,12 +19,12 @@ ASK = {"items": [{"prompt": "p", "response": "r"}]}
 
 @contextlib.contextmanager
 def full(server: AppServer, *names: str) -> Iterator[None]:
-    """Fills the queues of models up to the last request."""
+    """Fills the queues of models."""
     with contextlib.ExitStack() as stack:
         for name in names:
             served = server.service.registry.get(name)
-            for _ in range(served._door.max_requests):
-                stack.enter_context(served.admit(4))
+            for _ in range(served.admission.max_requests):
+                stack.enter_context(served.admission.acquire(1))
         yield
 
 
@@ -45,7 +45,7 @@ def test_the_body_is_not_read_when_the_queue_is_full(route: str, status: int) ->
     assert f'marginrm_requests_total{{method="POST",route="{route}",status="{status}"}} 2.0' in metrics
 
 
-def test_a_connection_that_was_refused_on_can_be_used_again() -> None:
+def test_a_connection_can_be_used_again_after_a_refusal() -> None:
     with serving(FakeRewardModel(), max_queue_requests=1) as server, httpx.Client(base_url=server.url) as http:
         long = {"items": [{"prompt": "p", "response": "word " * 100_000}]}
         with full(server, "default"):
@@ -53,14 +53,14 @@ def test_a_connection_that_was_refused_on_can_be_used_again() -> None:
         assert http.post("/score", json=ASK).status_code == 200
 
 
-def test_other_routes_and_methods_are_not_asked_for_room() -> None:
+def test_other_routes_and_methods_need_no_capacity() -> None:
     with serving(FakeRewardModel(), max_queue_requests=1) as server, full(server, "default"):
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
         assert httpx.get(f"{server.url}/readyz").status_code == 200
         assert httpx.get(f"{server.url}/score").status_code == 405
 
 
-def test_while_one_model_has_room_the_body_decides() -> None:
+def test_while_one_model_has_capacity_the_body_decides() -> None:
     with serving(FakeRewardModel("a"), FakeRewardModel("b"), max_queue_requests=1) as server:
         with full(server, "a"):
             assert httpx.post(f"{server.url}/score", json={"model": "b", **ASK}).status_code == 200
@@ -73,31 +73,30 @@ def test_while_one_model_has_room_the_body_decides() -> None:
     assert 'marginrm_rejections_total{model="",reason="overloaded"} 1.0' in metrics
 
 
-def test_by_its_size_a_request_counts_half_of_its_tokens_and_one_turn_at_most() -> None:
-    with serving(FakeRewardModel(), max_queue_tokens=1000) as server:  # a turn is 512 / 4 = 128 tokens
-        served = server.service.registry.get("default")
-        served._characters_per_token = 4.0
-        room = lambda size: server.on_loop(_room(served, size))  # noqa: E731
-        with served.admit(4 * 900):  # 100 are left
+def test_a_body_counts_as_half_of_its_tokens_and_one_quantum_at_most() -> None:
+    with serving(FakeRewardModel(), max_queue_tokens=1000) as server:  # a quantum is 512 / 4 = 128 tokens
+        admission = server.service.registry.get("default").admission
+        room = lambda size: server.on_loop(_room(admission, size))  # noqa: E731
+        with admission.acquire(900):  # 100 are left
             assert room(8 * 100)
             assert not room(8 * 101)
-        with served.admit(4 * 872):  # a turn is left
+        with admission.acquire(872):  # a quantum is left
             assert room(10**9)
-        with served.admit(4 * 873):
+        with admission.acquire(873):
             assert not room(10**9)
             assert room(0)
         assert room(10**9)
 
 
-async def _room(served: ServedModel, size: int) -> bool:
+async def _room(admission: Admission, size: int) -> bool:
     try:
-        served.check_room(size, 60.0, bulk=False)
+        admission.check_body(size, 60.0, bulk=False)
     except OverloadedError:
         return False
     return True
 
 
-def test_a_head_that_makes_no_sense_is_left_to_the_route() -> None:
+def test_an_invalid_header_is_answered_by_the_route() -> None:
     with serving(FakeRewardModel(), max_queue_requests=1) as server, full(server, "default"):
         reply = httpx.post(f"{server.url}/score", json=ASK, headers={"X-Request-Timeout": "soon"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, "X-Request-Timeout")

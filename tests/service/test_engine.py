@@ -1,4 +1,4 @@
-"""The engine with a fake model: what waits is taken together, and nothing is lost, mixed up or computed for nobody."""
+"""The engine with a fake model: waiting jobs share a step, and no response is lost or mixed up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def entered(gate: Gate) -> None:
     assert await asyncio.to_thread(gate.entered.acquire, timeout=30)
 
 
-def test_a_lone_job_is_one_step():
+def test_a_single_job_is_one_step():
     async def scenario():
         model, reports = FakeModel(), []
         engine = ScoringEngine(model, on_step=reports.append)
@@ -39,12 +39,12 @@ def test_a_lone_job_is_one_step():
         assert one.forward_seconds > 0
         assert len(model.steps) == 1
         assert [type(report) for report in reports] == [StepReport]
-        assert (reports[0].responses, reports[0].asked, reports[0].computed, reports[0].faults) == (2, 27, 17, 0)
+        assert (reports[0].responses, reports[0].requested, reports[0].computed, reports[0].faults) == (2, 27, 17, 0)
 
     asyncio.run(scenario())
 
 
-def test_what_arrives_during_a_step_shares_the_next_one():
+def test_jobs_that_arrive_during_a_step_share_the_next_one():
     async def scenario():
         gate = Gate()
         model = FakeModel(on_forward=gate)
@@ -81,7 +81,7 @@ def test_two_hundred_jobs_at_once_get_their_own_rewards():
     asyncio.run(scenario())
 
 
-def test_what_nobody_waits_for_is_not_computed():
+def test_a_cancelled_job_is_not_computed():
     async def scenario():
         gate = Gate()
         model = FakeModel(on_forward=gate)
@@ -103,7 +103,7 @@ def test_what_nobody_waits_for_is_not_computed():
     asyncio.run(scenario())
 
 
-def test_a_fault_fails_its_response_and_the_engine_goes_on():
+def test_a_fault_fails_its_response_only_and_the_engine_continues():
     async def scenario():
         engine = ScoringEngine(FakeModel(poisoned=666))
         engine.start()
@@ -121,7 +121,7 @@ def test_a_fault_fails_its_response_and_the_engine_goes_on():
     asyncio.run(scenario())
 
 
-def test_close_finishes_what_was_accepted():
+def test_close_finishes_accepted_jobs():
     async def scenario():
         gate = Gate()
         engine = ScoringEngine(FakeModel(on_forward=gate, token_budget=10))
@@ -141,7 +141,7 @@ def test_close_finishes_what_was_accepted():
     asyncio.run(scenario())
 
 
-def test_close_gives_up_after_the_drain_time():
+def test_close_fails_unfinished_jobs_after_the_drain_time():
     async def scenario():
         gate = Gate()
         engine = ScoringEngine(FakeModel(on_forward=gate, token_budget=10))
@@ -157,7 +157,7 @@ def test_close_gives_up_after_the_drain_time():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_worker_leaves_nobody_waiting():
+def test_a_dead_worker_fails_waiting_and_later_jobs():
     class Fatal(BaseException):
         pass
 

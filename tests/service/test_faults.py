@@ -1,4 +1,4 @@
-"""Faults on purpose, in real servers with tiny real models, and what each may cost.
+"""Injected faults in real servers with tiny real models, and the effect that each may have.
 
 | fault | effect |
 |---|---|
@@ -8,8 +8,8 @@
 | out of memory (torch's error, or the allocator's) | the step is tried in halves, in the memory it gave back: rewards for all |
 | forward does not end | 504 at the deadline, not ready; ready and right again when it ends |
 | tokenizer raises, or panics, on a text | that response gets `tokenizer_failed`; neighbours their rewards |
-| the worker dies | 503 with `Retry-After` for who waits and who comes; not ready, alive |
-| checkpoint corrupt, truncated, unreadable, of a wrong head, without tokenizer, golden mismatch | refused with the reason; the old model answers on; at the start the process ends with the reason (`test_service_process`) |
+| the worker dies | 503 with `Retry-After` for waiting and later requests; not ready, not alive |
+| checkpoint corrupt, truncated, unreadable, with a wrong head, without tokenizer, golden mismatch | refused with the reason; the old model answers on; at the start the process ends with the reason (`test_process`) |
 | disk full while a model is fetched from a Hub | the process ends with the reason |
 """
 
@@ -141,8 +141,8 @@ def test_forward_raises_on_all(http, model, expected, caplog):
     errors = [item["error"]["code"] for item in ask(http).raise_for_status().json()["items"]]
     assert errors == ["forward_failed"] * len(RESPONSES)
     assert http.get("/readyz").status_code == 200
-    told = [record.levelname for record in caplog.records if record.name == "marginrm_service.execution"]
-    assert sorted(told) == ["ERROR", "WARNING"]  # not one for each response
+    levels = [record.levelname for record in caplog.records if record.name == "marginrm_service.engine.step"]
+    assert sorted(levels) == ["ERROR", "WARNING"]  # not one for each response
     model.before_forward = lambda _: None
     check_all_is_well(http, expected)
 

@@ -47,7 +47,7 @@ def test_broken_http_over_plain_sockets(server):
     assert 400 in {outcome.status for outcome in outcomes}
 
 
-def test_the_sender_reports_what_a_server_answers(server):
+def test_the_sender_reports_the_answers_of_a_server(server):
     body = json.dumps(QUESTION).encode()
     head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
         body

@@ -52,7 +52,7 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
-def test_score_answers_pairs_and_items_in_the_order_asked(client, model):
+def test_score_answers_pairs_and_items_in_the_order_of_the_request(client, model):
     pairs = [{"id": f"p{i}", "prompt": f"prompt {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
     items = [{"id": "i0", "prompt": [{"role": "user", "content": "hi"}], "response": "there"}]
     response = client.post("/score", json={"pairs": pairs, "items": items, "tie_below": 0.9})
@@ -73,7 +73,7 @@ def test_score_answers_pairs_and_items_in_the_order_asked(client, model):
     assert timed == {"tokenise", "queue", "forward", "total"}
 
 
-def test_best_of_n_ranks_and_lists_what_could_not_be_ranked(client, model):
+def test_best_of_n_ranks_candidates_and_lists_unusable_ones(client, model):
     candidates = ["one", "two", "", 7, "three", "four"]
     body = {"prompts": [{"id": "p", "prompt": "count", "candidates": candidates}], "top_k": 2, "return_text": True}
     response = client.post("/best-of-n", json=body)
@@ -129,7 +129,7 @@ def test_a_bad_side_of_a_pair_is_named(client):
         ("/score", {"items": [{"prompt": "p", "response": "w " * 2000}]}, "sequence_too_long", None),
     ],
 )
-def test_a_lone_unusable_text_is_422(client, route, body, code, param):
+def test_a_single_unusable_text_is_422(client, route, body, code, param):
     response = client.post(route, json=body)
     assert response.status_code == 422
     error = error_of(response)
@@ -204,13 +204,13 @@ def test_a_body_over_the_limit_is_413_with_and_without_its_length(client):
     assert client.get("/healthz").status_code == 200
 
 
-def test_request_ids_are_taken_over_if_they_are_harmless(client):
+def test_a_plain_request_id_is_used(client):
     assert client.get("/healthz", headers={"x-request-id": "abc-123"}).headers["x-request-id"] == "abc-123"
     for bad in ("a b", "x" * 200, 'a"b'):
         assert client.get("/healthz", headers={"x-request-id": bad}).headers["x-request-id"] != bad
 
 
-def test_the_models_page_says_how_each_computes(client, model):
+def test_models_are_listed_with_how_each_computes(client, model):
     (card,) = client.get("/v1/models").json()["data"]
     assert card["id"] == "default"
     assert card["object"] == "model"
@@ -220,7 +220,7 @@ def test_the_models_page_says_how_each_computes(client, model):
     assert card["temperature"] == 2.0
 
 
-def test_the_metrics_count_what_happened(model):
+def test_requests_are_counted_in_the_metrics(model):
     with serving(FakeRewardModel()) as server, httpx.Client(base_url=server.url) as client:
         client.post("/score", json={"items": [{"prompt": "p", "response": "r"}, {"prompt": "p", "response": ""}]})
         client.post("/score", json={"pairs": [{"prompt": "p", "chosen": "c", "rejected": "c"}]})
@@ -239,7 +239,7 @@ def test_the_metrics_count_what_happened(model):
     assert CANARY not in text
 
 
-def test_nothing_that_a_client_sends_is_logged(server, client, caplog):
+def test_the_content_of_requests_is_never_logged(server, client, caplog):
     caplog.handler.setFormatter(TextFormatter())
     with caplog.at_level(logging.DEBUG):
         client.post("/score", json={"pairs": [{"id": CANARY, "prompt": CANARY, "chosen": CANARY, "rejected": "r"}]})
@@ -277,22 +277,22 @@ def test_a_full_queue_is_429_with_retry_after_and_the_accepted_are_answered():
         model.on_forward = gate
         body = {"items": [{"prompt": "p", "response": "r"}]}
         accepted = [threads.submit(httpx.post, f"{server.url}/score", json=body, timeout=30) for _ in range(3)]
-        door = server.service.registry.get("default")._door
-        wait_for(lambda: door.requests == 3)
+        queue_state = server.service.registry.get("default").queue_state
+        wait_for(lambda: queue_state().requests == 3)
         response = httpx.post(f"{server.url}/score", json=body)
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
         assert error_of(response)["code"] == "overloaded"
         gate.open(3)
         assert [call.result().status_code for call in accepted] == [200] * 3
-        assert (door.tokens, door.requests) == (0, 0)
+        assert (queue_state().tokens, queue_state().requests) == (0, 0)
         assert (
             'marginrm_rejections_total{model="default",reason="overloaded"} 1.0'
             in httpx.get(f"{server.url}/metrics").text
         )
 
 
-def test_what_no_queue_could_hold_is_413():
+def test_a_request_larger_than_the_queue_is_413():
     with serving(FakeRewardModel(), max_queue_tokens=100) as server:
         items = [{"prompt": "p", "response": f"{number} " + "word " * 20} for number in range(10)]
         response = httpx.post(f"{server.url}/score", json={"items": items})
@@ -300,7 +300,7 @@ def test_what_no_queue_could_hold_is_413():
         assert error_of(response)["code"] == "request_too_large"
 
 
-def test_a_client_that_hangs_up_stops_costing():
+def test_a_disconnect_cancels_the_request():
     gate = Gate()
     model = FakeRewardModel()
     with serving(model, reward_cache_mib=0) as server:
@@ -310,12 +310,12 @@ def test_a_client_that_hangs_up_stops_costing():
         first = threading.Thread(target=httpx.post, args=(f"{server.url}/score",), kwargs={"json": body, "timeout": 30})
         first.start()
         assert gate.entered.acquire(timeout=30)
-        door = server.service.registry.get("default")._door
+        queue_state = server.service.registry.get("default").queue_state
         content = json.dumps({"items": [{"prompt": "p", "response": "gone"}]}).encode()
         head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         raw_request(server.url, head % len(content) + content, read=False)
         wait_for(lambda: 'status="499"' in httpx.get(f"{server.url}/metrics").text)
-        assert door.requests == 1
+        assert queue_state().requests == 1
         gate.open(5)
         first.join(30)
         assert httpx.post(f"{server.url}/score", json=body).status_code == 200
@@ -323,7 +323,7 @@ def test_a_client_that_hangs_up_stops_costing():
         assert scored == [model.encoder.encode("p", "first").ids] * 2
 
 
-def test_before_and_after_its_time_the_server_says_when_to_come_again():
+def test_while_loading_and_draining_replies_have_retry_after():
     with serving(models="slow=/nonexistent/never-loaded") as server, httpx.Client(base_url=server.url) as client:
         response = client.post("/score", json={"model": "slow", "items": [{"prompt": "p", "response": "r"}]})
         assert response.status_code == 503
@@ -360,7 +360,7 @@ def test_a_dead_worker_turns_readiness_off():
         assert 'marginrm_ready{model="default"} 0.0' in client.get("/metrics").text
 
 
-def test_a_fault_of_ours_is_500_without_details(caplog):
+def test_an_unexpected_exception_is_500_without_details(caplog):
     model = FakeRewardModel()
     with serving(model) as server, httpx.Client(base_url=server.url) as client:
         model.encoder.encode_group = lambda *_: None  # a bug

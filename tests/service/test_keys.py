@@ -1,4 +1,4 @@
-"""Who may ask, and how often: over a real socket, with a real key file."""
+"""API keys and rate limits, over a real socket, with a real key file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_key_file_holds_no_key_and_is_read_again_when_it_changes(tmp_path: Pat
     assert (keys.owner(first), keys.owner(second)) == (None, "bob")
 
 
-def test_a_slip_in_the_key_file_locks_nobody_out_and_lets_nobody_in(
+def test_an_invalid_key_file_keeps_the_known_keys_and_admits_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
@@ -48,7 +48,7 @@ def test_a_slip_in_the_key_file_locks_nobody_out_and_lets_nobody_in(
         KeyFile(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         KeyFile(tmp_path / "missing")
-    with pytest.raises(ConfigError, match="no name for a key"):
+    with pytest.raises(ConfigError, match="not a valid name for a key"):
         add_key(tmp_path / "other", "two words")
 
 
@@ -62,16 +62,16 @@ def test_the_rate_limit_by_hand() -> None:
     now = 0.0
     limit = RateLimit(per_minute=6, clock=lambda: now)
     assert [limit.take("a") for _ in range(7)] == [0] * 6 + [10]
-    assert limit.take("b") == 0  # everybody has their own
+    assert limit.take("b") == 0  # each key has its own bucket
     now = 9.9
     assert limit.take("a") == 1
     now = 10.0
     assert limit.take("a") == 0
     now = 1000.0
-    assert [limit.take("a") for _ in range(7)] == [0] * 6 + [10]  # a minute's worth is saved up, and no more
+    assert [limit.take("a") for _ in range(7)] == [0] * 6 + [10]  # at most one minute is saved up
 
 
-def test_every_route_but_health_and_the_pages_own_files_wants_a_key(tmp_path: Path) -> None:
+def test_every_route_except_health_and_the_pages_files_needs_a_key(tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys", "ann")
     with (
         serving(FakeRewardModel(), key_file=tmp_path / "keys") as server,
@@ -92,7 +92,7 @@ def test_every_route_but_health_and_the_pages_own_files_wants_a_key(tmp_path: Pa
             stranger.score("Hi?", ["Yes."])
 
 
-def test_a_key_that_asks_too_often_is_told_when_to_come_back(tmp_path: Path) -> None:
+def test_a_key_over_its_rate_limit_gets_retry_after(tmp_path: Path) -> None:
     ann, bob = (add_key(tmp_path / "keys", name) for name in ("ann", "bob"))
     with (
         serving(FakeRewardModel(), key_file=tmp_path / "keys", rate_limit=2) as server,

@@ -1,4 +1,4 @@
-"""A server that leaves resets no connection: not those at its door, and not those that clients keep open."""
+"""A graceful shutdown resets no connection: neither those in the backlog nor those that clients keep open."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import pytest
 import uvicorn
 
 from marginrm_service.app import create_app
-from marginrm_service.server import _Server, listen
+from marginrm_service.graceful import GracefulServer
+from marginrm_service.server import listen
 from marginrm_service.settings import Settings
 
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-class Leaving(_Server):
+class Leaving(GracefulServer):
     """A server that is busy with something else at the moment at which it begins to shut down."""
 
     def __init__(self) -> None:
         listener = listen("127.0.0.1", 0)
         app = create_app(Settings())
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False), app.state.service, listener)
-        self._listener = listener
+        self._listening = listener
         self._address = listener.getsockname()
         self.at_the_last_moment: Callable[[], None] = lambda: None
 
@@ -37,7 +38,7 @@ class Leaving(_Server):
 
     def run_with(self, scenario: Callable[[], Awaitable[None]]) -> None:
         async def serve() -> None:
-            running = asyncio.create_task(self._serve([self._listener]))
+            running = asyncio.create_task(self._serve([self._listening]))
             await until(lambda: self.started)
             await scenario()
             await running
@@ -65,7 +66,7 @@ async def answer(connection: socket.socket) -> bytes:
     return await asyncio.to_thread(read)
 
 
-def test_what_the_kernel_has_accepted_and_python_has_not_is_answered():
+def test_connections_in_the_backlog_are_answered():
     server = Leaving()
     arrived: list[socket.socket] = []
 
@@ -89,7 +90,7 @@ def test_what_the_kernel_has_accepted_and_python_has_not_is_answered():
     server.run_with(scenario)
 
 
-def test_kept_connections_stay_while_clients_use_them_up():
+def test_kept_connections_stay_until_clients_have_used_them():
     server = Leaving()
 
     async def scenario() -> None:
@@ -105,7 +106,7 @@ def test_kept_connections_stay_while_clients_use_them_up():
     server.run_with(scenario)
 
 
-def test_connections_that_nobody_uses_do_not_keep_it():
+def test_unused_connections_do_not_delay_the_shutdown():
     server = Leaving()
 
     async def scenario() -> None:

@@ -94,7 +94,7 @@ def test_the_same_pair_alone_and_among_two_hundred_others(server, local):
         assert rewards == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_an_encoder_beside_it(server, encoder_checkpoint):
+def test_an_encoder_is_served_beside_a_decoder(server, encoder_checkpoint):
     prompt, responses = texts(7)
     body = {"model": "bert", "items": [{"prompt": prompt, "response": response} for response in responses]}
     reply = httpx.post(f"{server.url}/score", json=body, timeout=60).json()
@@ -130,7 +130,7 @@ def test_a_long_prompt_is_cut_only_on_request(server, local):
     assert cut["reward"] == pytest.approx(local.score(prompt, ["Paris."], "prompt_left")[0], abs=TOLERANCE)
 
 
-def test_the_page_and_its_parts_are_served_by_the_server_itself(server):
+def test_the_pages_load_nothing_from_other_servers(server):
     with httpx.Client(base_url=server.url) as client:
         for path in ("/", "/docs"):
             page = client.get(path)
@@ -144,7 +144,7 @@ def test_the_page_and_its_parts_are_served_by_the_server_itself(server):
         assert client.get("/page/..%2Fapp.py").status_code == 404
 
 
-def test_no_text_of_a_client_is_in_the_log_which_is_json(server):
+def test_the_json_log_holds_no_text_of_a_client(server):
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for body in (
             {"pairs": [{"id": CANARY, "prompt": CANARY, "chosen": CANARY, "rejected": f"{CANARY} \ud800"}]},
@@ -161,7 +161,7 @@ def test_no_text_of_a_client_is_in_the_log_which_is_json(server):
     assert [event["request_id"] for event in events if event["message"] == "request"]
 
 
-def test_sigterm_finishes_what_was_accepted_and_exits_with_0(checkpoint, tmp_path):
+def test_sigterm_finishes_accepted_requests_and_exits_with_0(checkpoint, tmp_path):
     arguments = ("--model", checkpoint, "--dtype", "float32", "--token-budget", "300", "--reward-cache-mib", "0")
     with ServerProcess(tmp_path / "log", *arguments) as process:
         process.wait_until_ready()
@@ -183,7 +183,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(checkpoint, tmp_pat
         assert "SIGTERM: finishing" in process.log
 
 
-def test_a_request_that_arrives_on_an_open_connection_while_the_server_leaves_is_answered(checkpoint, tmp_path):
+def test_a_request_on_an_open_connection_during_the_shutdown_is_answered(checkpoint, tmp_path):
     with ServerProcess(tmp_path / "log", "--model", checkpoint, "--dtype", "float32") as process:
         process.wait_until_ready()
         with httpx.Client(base_url=process.url, timeout=30) as client:
@@ -198,7 +198,7 @@ def test_a_request_that_arrives_on_an_open_connection_while_the_server_leaves_is
         assert process.wait() == 0
 
 
-def test_a_second_signal_is_now(checkpoint, tmp_path):
+def test_a_second_signal_ends_the_process_at_once(checkpoint, tmp_path):
     arguments = ("--model", checkpoint, "--dtype", "float32", "--token-budget", "64")
     with ServerProcess(tmp_path / "log", *arguments) as process:
         process.wait_until_ready()
@@ -220,9 +220,9 @@ def test_a_second_signal_is_now(checkpoint, tmp_path):
             assert "Traceback" not in process.log
 
 
-LOADS_FOR_EVER = """
+ENDLESS_LOADING = """
 import logging, torch
-from marginrm_service.models import registry
+from marginrm_service.models import loading
 
 def load_model(spec, settings):
     logging.getLogger("marginrm_service").info("computing")
@@ -230,13 +230,13 @@ def load_model(spec, settings):
     while True:
         matrix = torch.mm(matrix, matrix).clamp(0, 1)
 
-registry.load_model = load_model
+loading.load_model = load_model
 """
 
 
 def test_sigterm_while_a_model_is_loading_exits_with_0(checkpoint, tmp_path):
     # Python's own end kills threads that come back from torch to it, and C++ then aborts the process.
-    with ServerProcess(tmp_path / "log", "--model", checkpoint, before=LOADS_FOR_EVER) as process:
+    with ServerProcess(tmp_path / "log", "--model", checkpoint, before=ENDLESS_LOADING) as process:
         while "computing" not in process.log:
             assert process.process.poll() is None, process.log
             time.sleep(0.05)
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_cannot_be_served_ends_the_process_with_the_reason(tmp
             assert "model 'default'" in last
 
 
-def test_wrong_usage_is_told_before_anything_is_loaded(checkpoint, tmp_path):
+def test_wrong_usage_is_reported_before_loading(checkpoint, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, env, message in (

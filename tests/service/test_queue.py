@@ -1,4 +1,4 @@
-"""Which part of the waiting work goes into a step."""
+"""The fair queue: the groups that it chooses for each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marginrm_service.engine.job import Job
-from marginrm_service.engine.queue import BULK_FIRST_EVERY, QUANTA_PER_STEP, FairQueue, Portion
+from marginrm_service.engine.queue import BULK_FIRST_EVERY, FairQueue, Step
 from support.service import sized_group
 
 
@@ -15,11 +15,11 @@ def job(*groups: tuple[int, list[int]]) -> Job:
     return Job.of([sized_group(shared, *own) for shared, own in groups], share_prefix=True)
 
 
-def places(step: list[Portion], names: dict[int, str]) -> set[tuple[str, int, int]]:
-    return {(names[id(p.job)], p.group, member) for p in step for member in range(p.start, p.stop)}
+def positions(step: Step, names: dict[Job, str]) -> set[tuple[str, int, int]]:
+    return {(names[job], part.group, member) for job, part in step for member in range(part.start, part.stop)}
 
 
-def drain(queue: FairQueue) -> list[list[Portion]]:
+def drain(queue: FairQueue) -> list[Step]:
     steps = []
     while step := queue.take():
         steps.append(step)
@@ -32,33 +32,37 @@ def test_everything_goes_together_while_it_fits():
     for pair in pairs:
         queue.push(pair)
     (step,) = drain(queue)
-    assert [portion.job for portion in step] == pairs
-    assert [(p.group, p.start, p.stop) for p in step] == [(0, 0, 2)] * 5
+    assert [job for job, _ in step] == pairs
+    assert [(part.group, part.start, part.stop) for _, part in step] == [(0, 0, 2)] * 5
 
 
 def test_a_group_that_fits_a_step_is_never_cut():
     queue = FairQueue(100)
     queue.push(job((10, [40, 40])))  # 90
     queue.push(job((10, [40, 40])))
-    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 2)], [(0, 2)]]
+    assert [[(part.start, part.stop) for _, part in step] for step in drain(queue)] == [[(0, 2)], [(0, 2)]]
 
 
-def test_a_group_too_large_for_a_step_is_cut_and_pays_its_prompt_once_for_a_budget_of_its_responses():
+def test_each_slice_of_a_cut_group_has_a_budget_of_responses_on_top_of_its_prompt():
     queue = FairQueue(100)
     queue.push(job((20, [10] * 25)))
-    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 11)], [(11, 22)], [(22, 25)]]
+    assert [[(part.start, part.stop) for _, part in step] for step in drain(queue)] == [
+        [(0, 11)],
+        [(11, 22)],
+        [(22, 25)],
+    ]
 
 
-def test_a_prompt_above_the_budget_is_computed_once_for_as_many_tokens_of_its_responses():
+def test_a_slice_with_a_prompt_above_the_budget_has_as_many_tokens_of_responses():
     queue = FairQueue(100)
     queue.push(job((200, [10] * 30)))
-    assert [[(p.start, p.stop) for p in step] for step in drain(queue)] == [[(0, 20)], [(20, 30)]]
+    assert [[(part.start, part.stop) for _, part in step] for step in drain(queue)] == [[(0, 20)], [(20, 30)]]
 
 
-def test_a_cut_group_behind_another_has_the_room_that_is_left():
+def test_a_cut_group_after_another_fills_the_rest_of_the_step():
     queue = FairQueue(100)
     queue.push(job((10, [5, 5]), (20, [10] * 25)))
-    assert [(p.group, p.start, p.stop) for p in queue.take()] == [(0, 0, 2), (1, 0, 6)]
+    assert [(part.group, part.start, part.stop) for _, part in queue.take()] == [(0, 0, 2), (1, 0, 6)]
 
 
 def test_a_response_above_the_budget_has_a_step_to_itself():
@@ -69,7 +73,7 @@ def test_a_response_above_the_budget_has_a_step_to_itself():
     assert [len(step) for step in drain(queue)] == [1, 1, 1]
 
 
-def test_a_lone_pair_is_in_the_next_step_behind_a_huge_request():
+def test_a_single_pair_is_in_the_next_step_behind_a_huge_request():
     queue = FairQueue(100)
     huge = job((20, [10] * 10_000))
     queue.push(huge)
@@ -77,32 +81,32 @@ def test_a_lone_pair_is_in_the_next_step_behind_a_huge_request():
     pair = job((10, [5, 5]))
     queue.push(pair)
     step = queue.take()
-    assert [(portion.job is pair, portion.stop - portion.start) for portion in step] == [(True, 2), (False, 2)]
+    assert [(job is pair, part.stop - part.start) for job, part in step] == [(True, 2), (False, 2)]
 
 
-def test_after_a_pair_was_done_beside_a_huge_request_the_next_pair_finds_a_short_step():
+def test_the_step_after_a_completed_pair_is_short_too():
     queue = FairQueue(100)
     queue.push(job((20, [10] * 10_000)))
     queue.take()
     queue.push(job((10, [5, 5])))
     queue.take()
-    assert [portion.stop - portion.start for portion in queue.take()] == [2]  # one turn
-    assert [portion.stop - portion.start for portion in queue.take()] == [11]  # nobody came: a full one
+    assert [part.stop - part.start for _, part in queue.take()] == [2]  # one turn
+    assert [part.stop - part.start for _, part in queue.take()] == [11]  # no other job has arrived: a full one
 
 
-def test_who_comes_after_another_alone_has_a_full_step():
+def test_jobs_that_arrive_one_after_another_have_full_steps():
     queue = FairQueue(100)
     for _ in range(3):
         queue.push(job((20, [10] * 8)))
-        assert [portion.stop - portion.start for portion in queue.take()] == [8]
+        assert [part.stop - part.start for _, part in queue.take()] == [8]
 
 
-def test_a_huge_request_is_served_although_small_ones_keep_coming():
+def test_a_huge_request_is_served_while_small_ones_keep_arriving():
     queue = FairQueue(100)
     huge = job(*[(10, [5, 5])] * 50)
     queue.push(huge)
     steps = 0
-    while not huge.taken:
+    while not huge.fully_scheduled:
         steps += 1
         for _ in range(4):  # all but a fifth of each step
             queue.push(job((10, [5, 5])))
@@ -110,17 +114,17 @@ def test_a_huge_request_is_served_although_small_ones_keep_coming():
     assert steps <= 50
 
 
-def test_abandoned_jobs_are_dropped_when_their_turn_comes():
+def test_cancelled_jobs_are_dropped_at_their_turn():
     queue = FairQueue(100)
     gone, here = job((10, [5, 5])), job((10, [5, 5]))
     queue.push(gone)
     queue.push(here)
-    gone.abandoned = True
-    assert [p.job for p in queue.take()] == [here]
+    gone.cancelled = True
+    assert [job for job, _ in queue.take()] == [here]
     assert len(queue) == 0
 
 
-def test_clear_returns_what_was_left():
+def test_clear_returns_the_unfinished_jobs():
     queue = FairQueue(100)
     jobs = [job((10, [5] * 30)), job((10, [5, 5]))]
     for each in jobs:
@@ -143,7 +147,7 @@ class Twin:
     """The rule of the module's docstring, the slow way: one response at a time, costs counted anew each time."""
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.quantum = budget, max(budget // QUANTA_PER_STEP, 1)
+        self.budget, self.quantum = budget, max(budget // 4, 1)
         self.room = budget
         self.specs: dict[str, list[tuple[int, list[int]]]] = {}
         self.line: list[str] = []
@@ -226,23 +230,21 @@ class Twin:
 @given(st.lists(jobs, min_size=1, max_size=6), st.integers(20, 120), st.data())
 def test_steps_are_those_of_the_brute_force_twin(specs, budget, data):
     queue, twin = FairQueue(budget), Twin(budget)
-    names: dict[int, str] = {}
-    kept = []  # ids of dead objects may come back
+    names: dict[Job, str] = {}
     pending = list(enumerate(specs))
     total: list[tuple[str, int, int]] = []
     while pending or len(queue):
         arriving = data.draw(st.integers(0 if len(queue) else 1, len(pending))) if pending else 0
         for number, spec in pending[:arriving]:
             one = job(*spec)
-            kept.append(one)
-            names[id(one)] = f"job{number}"
+            names[one] = f"job{number}"
             queue.push(one)
             twin.push(f"job{number}", spec)
         pending = pending[arriving:]
         step = queue.take()
-        assert places(step, names) == twin.take()
+        assert positions(step, names) == twin.take()
         assert step
-        taken = places(step, names)
+        taken = positions(step, names)
         assert twin.cost(taken) <= twin.room or len(taken) == 1
         total += taken
     expected = [(f"job{n}", g, m) for n, s in enumerate(specs) for g, (_, own) in enumerate(s) for m in range(len(own))]
@@ -255,22 +257,22 @@ def bulk(*groups: tuple[int, list[int]]) -> Job:
     return made
 
 
-def test_bulk_takes_the_room_that_interactive_work_leaves():
+def test_bulk_work_fills_the_room_that_interactive_work_leaves():
     queue = FairQueue(100)
     behind, pair = bulk((0, [10] * 100)), job((10, [5, 5]))
     queue.push(behind)
     queue.push(pair)
     step = queue.take()
-    assert [portion.job for portion in step] == [pair, behind]
-    assert step[1].stop - step[1].start == 2  # one turn: the pair does not wait for a full step
+    assert [job for job, _ in step] == [pair, behind]
+    assert step[1][1].stop - step[1][1].start == 2  # one turn: the pair does not wait for a full step
 
 
-def test_bulk_never_starves():
+def test_bulk_work_never_starves():
     queue = FairQueue(100)
     waiting = bulk((0, [10] * 10))
     queue.push(waiting)
     steps = 0
-    while not waiting.taken:
+    while not waiting.fully_scheduled:
         queue.push(job((0, [100])))  # interactive work without end, each a whole step
         queue.take()
         steps += 1
@@ -279,16 +281,16 @@ def test_bulk_never_starves():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 60), min_size=1, max_size=8)), max_size=8))
-def test_of_both_classes_everything_is_computed_once_and_no_step_is_over_the_budget(drawn):
+def test_both_classes_are_computed_once_within_the_budget(drawn):
     queue = FairQueue(100)
     jobs = [(bulk if is_bulk else job)((0, own)) for is_bulk, own in drawn]
     for one in jobs:
         queue.push(one)
-    names = {id(one): str(index) for index, one in enumerate(jobs)}
+    names = {one: str(index) for index, one in enumerate(jobs)}
     seen: list[tuple[str, int, int]] = []
     for step in drain(queue):
-        seen += sorted(places(step, names))
-        lengths = [part.job.plans[part.group].lengths[part.start : part.stop] for part in step]
+        seen += sorted(positions(step, names))
+        lengths = [job.plans[part.group].lengths[part.start : part.stop] for job, part in step]
         assert sum(map(sum, lengths)) <= 100
     assert sorted(seen) == sorted((str(i), 0, m) for i, (_, own) in enumerate(drawn) for m in range(len(own)))
     assert len(queue) == 0

@@ -112,7 +112,9 @@ def counted(client: httpx.Client, name: str) -> float:
     return float(re.findall(rf"^{name}\{{.*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)[0])
 
 
-def test_it_is_ready_only_with_its_model_and_gives_the_librarys_rewards(client: httpx.Client, checkpoint: Path) -> None:
+def test_a_deployment_is_ready_with_its_model_and_gives_the_librarys_rewards(
+    client: httpx.Client, checkpoint: Path
+) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
     pair = client.post("/score", json=body(1)).json()["pairs"][0]
     local = RewardModel.from_pretrained(checkpoint, dtype="float32").score("Question 1?", list(SENTENCES[:2]))
@@ -122,7 +124,7 @@ def test_it_is_ready_only_with_its_model_and_gives_the_librarys_rewards(client: 
     assert refused.json()["error"]["request_id"] == refused.headers["X-Request-ID"].split(",")[0]
 
 
-def test_requests_that_come_together_are_computed_together(client: httpx.Client) -> None:
+def test_concurrent_requests_share_steps(client: httpx.Client) -> None:
     before = counted(client, "marginrm_step_tokens_count")
     assert asyncio.run(answers(str(client.base_url), MANY)) == [200] * MANY
     assert counted(client, "marginrm_step_tokens_count") - before < MANY / 5
@@ -148,7 +150,7 @@ def test_a_new_version_in_mid_load_loses_no_request(ray_serve: RayServe, client:
     assert set(statuses) == {200}
 
 
-def test_a_model_that_cannot_be_served_is_no_deployment_and_says_why(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_served_fails_the_deployment_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with RayServe(tmp_path, models=str(tmp_path / "empty")) as started:
         started.wait_for(lambda: "Submitted deploy config" in started.log)
@@ -168,7 +170,7 @@ def test_a_model_that_cannot_be_served_is_no_deployment_and_says_why(tmp_path: P
         ({"model": "m"}, "model: Extra inputs are not permitted"),
     ],
 )
-def test_what_means_something_else_on_ray_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_settings_that_ray_replaces_are_refused(arguments: dict[str, Any], message: str) -> None:
     from marginrm_service.ray_serve import app
 
     with pytest.raises(ConfigError, match=message):

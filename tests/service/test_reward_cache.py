@@ -1,4 +1,4 @@
-"""What is kept of rewards: by all that a model reads, within its bytes, the least recently used gone first."""
+"""The reward cache: keys, bounded memory, and eviction of the least recently used."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import ConfigError
-from marginrm_service.engine.reward_cache import ENTRY_BYTES, RewardCache, key_of, places_of
+from marginrm_service.engine.reward_cache import ENTRY_BYTES, RewardCache, key_of, positions_by_key
 from marginrm_service.settings import Settings
 from support.service import group
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_entry_is_evicted_first() -> None:
     cache = RewardCache(3 * ENTRY_BYTES)
     for key, reward in ((b"a", 1.0), (b"b", 0.0), (b"c", 3.0)):
         cache.put(key, reward)
@@ -29,7 +29,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert (len(cache), cache.size) == (3, 3 * ENTRY_BYTES)
 
 
-def test_what_is_too_small_for_an_entry_keeps_none() -> None:
+def test_a_cache_too_small_for_an_entry_stores_none() -> None:
     cache = RewardCache(ENTRY_BYTES - 1)
     cache.put(b"a", 1.0)
     assert (cache.get(b"a"), cache.size) == (None, 0)
@@ -38,7 +38,7 @@ def test_what_is_too_small_for_an_entry_keeps_none() -> None:
 @given(
     st.integers(0, 5), st.lists(st.tuples(st.sampled_from(["get", "put"]), st.sampled_from("abcdefgh")), max_size=60)
 )
-def test_it_is_a_list_with_the_last_used_at_its_end(most: int, calls: list[tuple[str, str]]) -> None:
+def test_the_cache_equals_a_list_ordered_by_last_use(most: int, calls: list[tuple[str, str]]) -> None:
     cache, twin = RewardCache(most * ENTRY_BYTES + ENTRY_BYTES // 2), []
     for reward, (call, name) in enumerate(calls):
         key = name.encode()
@@ -55,7 +55,7 @@ def test_it_is_a_list_with_the_last_used_at_its_end(most: int, calls: list[tuple
         assert cache.size <= most * ENTRY_BYTES
 
 
-def test_an_entry_takes_no_more_than_it_is_counted_as() -> None:
+def test_an_entry_takes_no_more_memory_than_it_is_counted_as() -> None:
     entries = 22_000  # where the table has the most room to spare
     tracemalloc.start()
     cache = RewardCache(entries * ENTRY_BYTES)
@@ -67,7 +67,7 @@ def test_an_entry_takes_no_more_than_it_is_counted_as() -> None:
     assert ENTRY_BYTES / 2 < taken / entries < ENTRY_BYTES
 
 
-def test_a_key_stands_for_all_that_a_model_reads_and_for_nothing_else() -> None:
+def test_a_key_depends_on_everything_that_a_model_reads_and_on_nothing_else() -> None:
     different = [
         EncodedResponse((1, 2, 3)),
         EncodedResponse((1, 2)),
@@ -82,12 +82,12 @@ def test_a_key_stands_for_all_that_a_model_reads_and_for_nothing_else() -> None:
     assert {len(key_of(response)) for response in different} == {16}
 
 
-def test_places_are_those_of_equal_responses_in_any_group() -> None:
+def test_equal_responses_of_any_group_have_one_key() -> None:
     groups = [group([1], [2], [1]), group([3], [2])]
-    assert list(places_of(groups).values()) == [[(0, 0), (0, 2)], [(0, 1), (1, 1)], [(1, 0)]]
+    assert list(positions_by_key(groups).values()) == [[(0, 0), (0, 2)], [(0, 1), (1, 1)], [(1, 0)]]
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])
-def test_a_size_that_is_none_is_refused(value: str) -> None:
+def test_an_invalid_size_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="reward_cache_mib"):
         Settings.load(reward_cache_mib=value)

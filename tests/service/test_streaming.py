@@ -1,4 +1,4 @@
-"""`POST /best-of-n` in lines: what comes when, what ends a stream, and what it does to the engine."""
+"""`POST /best-of-n` in lines: their order, the end of a stream, and its effect on the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in response.text.splitlines()]
 
 
-def test_the_lines_hold_what_the_plain_answer_holds() -> None:
+def test_the_lines_equal_the_plain_reply() -> None:
     body = {"prompts": PROMPTS, "top_k": 2}
     with serving(FakeRewardModel(), reward_cache_mib=0) as server:
         plain = httpx.post(f"{server.url}/best-of-n", json=body).json()
@@ -51,26 +51,26 @@ def test_a_line_comes_before_the_rest_is_computed() -> None:
             incoming = response.iter_lines()
             first = json.loads(next(incoming))
             assert first["ranking"]
-            assert server.service.registry.get("default")._door.tokens > 0  # the worker waits for the gate
+            assert server.service.registry.get("default").queue_state().tokens > 0  # the worker waits for the gate
             model.on_forward = lambda _: None
             gate.open(2)
             rest = [json.loads(line) for line in incoming]
     assert len(rest) == len(PROMPTS)  # the other prompts and the last line
 
 
-def test_a_client_that_hangs_up_in_mid_stream_frees_the_engine() -> None:
+def test_a_disconnect_in_mid_stream_cancels_the_rest() -> None:
     model, gate = FakeRewardModel(), Gate()
     model.token_budget = 60
     with serving(model) as server:
-        door = server.service.registry.get("default")._door
+        queue_state = server.service.registry.get("default").queue_state
         model.on_forward = gate
         gate.open(2)  # of about six steps
         with httpx.stream("POST", f"{server.url}/best-of-n", json={"prompts": PROMPTS}, headers=LINES) as response:
             next(response.iter_lines())
         deadline = time.monotonic() + 20
-        while door.requests and time.monotonic() < deadline:
+        while queue_state().requests and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert (door.requests, door.tokens) == (0, 0)
+        assert (queue_state().requests, queue_state().tokens) == (0, 0)
         steps = len(model.steps)
         model.on_forward = lambda _: None
         gate.open(2)
@@ -115,7 +115,7 @@ def test_one_unusable_prompt_is_a_line_among_the_others() -> None:
     assert end["usage"]["responses"] == 15
 
 
-def test_a_slow_reader_holds_up_nobody_and_gets_every_line() -> None:
+def test_a_slow_reader_delays_no_other_request_and_gets_every_line() -> None:
     long = [{**PROMPTS[0], "candidates": [f"Answer {n} " * 40 for n in range(2)]} for _ in range(200)]
     body = json.dumps({"prompts": long, "return_text": True}).encode()
     head = (
@@ -128,11 +128,11 @@ def test_a_slow_reader_holds_up_nobody_and_gets_every_line() -> None:
         reader.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
         reader.sendall(head.encode() + body)
         received = reader.recv(100)
-        door = server.service.registry.get("default")._door
+        queue_state = server.service.registry.get("default").queue_state
         deadline = time.monotonic() + 20
-        while door.requests and time.monotonic() < deadline:
+        while queue_state().requests and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert door.requests == 0  # all is computed while nobody reads
+        assert queue_state().requests == 0  # all is computed before the client reads
         assert httpx.post(f"{server.url}/best-of-n", json={"prompts": PROMPTS[:1]}).status_code == 200
         while part := reader.recv(65536):
             received += part

@@ -17,7 +17,7 @@ router = APIRouter(
     tags=["admin"],
     responses={
         401: {"model": ErrorReply, "description": "No admin key."},
-        404: {"model": ErrorReply, "description": "No such model; or this server has no admin keys."},
+        404: {"model": ErrorReply, "description": "No model has that name; or this server has no admin keys."},
         409: {"model": ErrorReply, "description": "The only model cannot be unloaded."},
         422: {"model": ErrorReply, "description": "The checkpoint cannot be served; nothing has changed."},
     },
@@ -37,7 +37,7 @@ class LoadRequest(BaseModel):
 async def load(body: LoadRequest, service: ServiceOf) -> ModelCard | Response:
     """Loads a model, and swaps it in under its name once it has passed its self-test.
 
-    The answer comes when it serves. Requests that the old one has accepted finish on the old one.
+    The reply comes when the new model serves. The old one finishes the requests that it has accepted.
     """
     try:
         return await service.registry.load(ModelSpec(body.name, body.path))
@@ -47,5 +47,5 @@ async def load(body: LoadRequest, service: ServiceOf) -> ModelCard | Response:
 
 @router.delete("/models/{name}", status_code=204)
 async def unload(name: str, service: ServiceOf) -> None:
-    """Takes a model out of service; requests that it has accepted finish."""
+    """Takes a model out of service. It finishes the requests that it has accepted."""
     await service.registry.unload(name)

@@ -1,4 +1,4 @@
-"""Errors -> HTTP. The one table, and the one shape: `{"error": {"code", "message", "param"?, "request_id"}}`."""
+"""Maps errors to HTTP: one table of statuses, and one shape, `{"error": {"code", "message", "param"?, "request_id"}}`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from marginrm.errors import EncodingError, MarginRMError
 from marginrm.schemas import ErrorBody, ErrorReply
@@ -19,9 +20,9 @@ from marginrm_service.telemetry.logs import request_id
 
 _log = logging.getLogger(__name__)
 
-CLIENT_GONE = 499  # nginx's number; nobody receives it, but it is counted
+CLIENT_GONE = 499  # nginx's number; it is never received, but it is counted
 
-# Error -> status, found by ancestry. What is not in it is a fault of ours: 500, without details.
+# Error -> status, found by ancestry. Any other error is a fault of the server: 500, without details.
 STATUSES: dict[type[MarginRMError], int] = {
     EncodingError: 422,
     errors.UnknownModelError: 404,
@@ -34,13 +35,24 @@ STATUSES: dict[type[MarginRMError], int] = {
     errors.UnavailableError: 503,
     MarginRMError: 500,
 }
-# Faults that FastAPI and Starlette find by themselves.
+# OpenAPI descriptions of the error replies of scoring routes.
+ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorReply, "description": "The body is not valid JSON."},
+    404: {"model": ErrorReply, "description": "No model has that name."},
+    413: {"model": ErrorReply, "description": "The body, or the work in it, is too large."},
+    422: {"model": ErrorReply, "description": "Wrong shape; or the only item's text is unusable."},
+    429: {"model": ErrorReply, "description": "The queue is full; try again after `Retry-After` seconds."},
+    503: {"model": ErrorReply, "description": "Loading or shutting down; try again after `Retry-After` seconds."},
+    504: {"model": ErrorReply, "description": "Not done within `X-Request-Timeout` seconds, or the server's default."},
+}
+# Errors that FastAPI and Starlette raise themselves.
 _CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_OVERLOAD_STATUS = "overload_status"
 _INTERNAL = "The server failed on this request. The server's log has the details under this request id."
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of an app come out in the one shape."""
+    """Gives every error of an app the one shape."""
     app.add_exception_handler(MarginRMError, _on_marginrm_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -65,25 +77,40 @@ def error_response(
 
 
 def internal_error() -> JSONResponse:
-    """Builds the reply to a fault of ours."""
+    """Builds the reply to a fault of the server."""
     return error_response(500, "internal_error", _INTERNAL)
 
 
 def unfinished() -> JSONResponse:
     """Builds the reply to a request that was accepted and will not be finished."""
-    error = errors.DrainingError("The server left before this request was done. Send it again.")
-    return error_response(503, error.code, str(error), headers={"Retry-After": str(error.retry_after)})
+    return error_reply(errors.DrainingError("The server shut down before this request was done. Send it again."))
+
+
+def set_overload_status(scope: Scope, status: int) -> None:
+    """Sets the status with which a request is answered when the queue is full."""
+    scope.setdefault("state", {})[_OVERLOAD_STATUS] = status
+
+
+def error_reply(error: MarginRMError, scope: Scope | None = None) -> JSONResponse:
+    """Builds the reply to an error, with `Retry-After` where a retry makes sense.
+
+    Args:
+        error: The error.
+        scope: Of the request, if `set_overload_status` may have been called for it.
+    """
+    status = status_of(error)
+    if isinstance(error, errors.OverloadedError) and scope:
+        status = scope.get("state", {}).get(_OVERLOAD_STATUS, status)
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.UnavailableError) else {}
+    return error_response(status, error.code, str(error), param=error.param, headers=headers)
 
 
 async def _on_marginrm_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MarginRMError)
-    status = status_of(error)
-    if isinstance(error, errors.OverloadedError):
-        status = getattr(request.state, "overload_status", status)  # an adapter's client may want another
-    if status == HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, errors.ServiceError):
+    reply = error_reply(error, request.scope)
+    if reply.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, errors.ServiceError):
         _log.error("A request failed: %s", error.code, exc_info=error)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.UnavailableError) else {}
-    return error_response(status, error.code, str(error), param=error.param, headers=headers)
+    return reply
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -91,10 +118,10 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     code = _CODES.get(error.status_code, "http_error")
     messages = {
         400: "The body could not be read as JSON.",
-        404: "There is no such route. GET /docs lists those there are.",
-        405: f"{request.method} is not what this route takes. GET /docs lists what each does.",
-        413: f"The body is larger than the {request.app.state.service.settings.max_body_bytes:,} bytes that this "
-        "server takes. Send the work in several requests.",
+        404: "This route does not exist. GET /docs lists all routes.",
+        405: f"This route does not take {request.method}. GET /docs lists the methods of each route.",
+        413: f"The body is larger than {request.app.state.service.settings.max_body_bytes:,} bytes, the limit of this "
+        "server. Send the work in several requests.",
     }
     message = messages.get(error.status_code, HTTPStatus(error.status_code).phrase)
     return error_response(error.status_code, code, message, headers=error.headers)
@@ -107,7 +134,7 @@ async def _on_invalid_request(request: Request, error: Exception) -> JSONRespons
     if first["type"] == "json_invalid":
         position = first["loc"][-1]
         reason = first.get("ctx", {}).get("error", "it ends too early")
-        return error_response(400, "malformed_json", f"The body is no JSON: {reason} at character {position}.")
+        return error_response(400, "malformed_json", f"The body is not valid JSON: {reason} at character {position}.")
     if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
         return error_response(400, "malformed_json", "The body is empty. Send a JSON object; GET /docs has examples.")
     if not _is_json(request.headers.get("content-type")):
@@ -127,7 +154,7 @@ def _is_json(content_type: str | None) -> bool:
 
 
 def _path(location: Sequence[int | str]) -> str:
-    """`("body", "pairs", 3, "prompt")` -> `pairs[3].prompt`. Names of unknown fields are the client's: shortened."""
+    """Writes `("body", "pairs", 3, "prompt")` as `pairs[3].prompt`. A name may be the client's, so it is shortened."""
     path = ""
     for part in location:
         if isinstance(part, int):

@@ -74,7 +74,7 @@ def _style_hashes(html: bytes) -> str:
 
 
 def _drift(service: Service, served: ServedModel) -> DriftState | None:
-    return service.metrics.drift.state(served.name)
+    return service.metrics.drift(served.name)
 
 
 def _figures(manifest: Manifest | None, drift: DriftState | None) -> dict[str, Callable[[], str]]:

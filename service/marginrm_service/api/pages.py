@@ -1,4 +1,4 @@
-"""Pages for people: the playground, the models' pages and the API's description. They work offline, without inline code."""
+"""The playground, the models' pages and the API's description: pages that work offline and have no inline code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def playground() -> Response:
 
 @router.get("/models/{name}")
 async def model(name: str) -> Response:
-    """Serves the page that shows `/v1/models/{name}`, which also says whether there is such a model."""
+    """Serves the page that shows `/v1/models/{name}`. The page reports a name that is unknown."""
     return _page("model.html")
 
 
@@ -37,7 +37,7 @@ async def documentation() -> Response:
 
 @router.get("/page/{name}")
 async def asset(name: str) -> Response:
-    """Serves what the pages are made of."""
+    """Serves a script, a style sheet or an image of the pages."""
     return _page(name)
 
 

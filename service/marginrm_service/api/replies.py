@@ -1,4 +1,4 @@
-"""Results -> the wire shapes of `/score` and `/best-of-n`. Pure."""
+"""Converts requests and results from and to the wire shapes of `/score` and `/best-of-n`. Pure."""
 
 from __future__ import annotations
 
@@ -24,47 +24,48 @@ from marginrm.schemas import (
     ScoreResponse,
 )
 from marginrm_service.api.errors import error_body
-from marginrm_service.engine.request import Answer, Ask, Result, Scored
+from marginrm_service.engine.request import Result, ScoredResponse, ScoringResult, TextGroup
 
 
-def score_asks(request: ScoreRequest) -> list[Ask]:
-    """Returns what `/score` asks: its pairs first, then its items."""
-    pairs = [Ask(pair.prompt, (pair.chosen, pair.rejected)) for pair in request.pairs]
-    return [*pairs, *(Ask(item.prompt, (item.response,)) for item in request.items)]
+def score_groups(request: ScoreRequest) -> list[TextGroup]:
+    """Returns the groups of a `/score` request: its pairs first, then its items."""
+    pairs = [TextGroup(pair.prompt, (pair.chosen, pair.rejected)) for pair in request.pairs]
+    return [*pairs, *(TextGroup(item.prompt, (item.response,)) for item in request.items)]
 
 
-def score_reply(request: ScoreRequest, answer: Answer, info: ModelInfo) -> ScoreResponse:
-    """Shapes the answer to `score_asks`."""
-    pairs, items = answer.results[: len(request.pairs)], answer.results[len(request.pairs) :]
+def score_reply(request: ScoreRequest, result: ScoringResult) -> ScoreResponse:
+    """Returns the reply to a request whose `score_groups` were scored."""
+    pairs, items = result.results[: len(request.pairs)], result.results[len(request.pairs) :]
     return ScoreResponse(
-        model=info,
+        model=result.model,
         pairs=[
-            _pair(index, pair, results, request.tie_below, info.temperature)
+            _pair(index, pair, results, request.tie_below, result.model.temperature)
             for index, (pair, results) in enumerate(zip(request.pairs, pairs, strict=True))
         ],
         items=[
             _item(index, item, results[0])
             for index, (item, results) in enumerate(zip(request.items, items, strict=True))
         ],
-        usage=answer.usage,
+        usage=result.usage,
     )
 
 
-def best_of_n_asks(request: BestOfNRequest) -> list[Ask]:
-    """Returns what `/best-of-n` asks: one group for each prompt."""
-    return [Ask(prompt.prompt, prompt.candidates) for prompt in request.prompts]
+def best_of_n_groups(request: BestOfNRequest) -> list[TextGroup]:
+    """Returns the groups of a `/best-of-n` request: one for each prompt."""
+    return [TextGroup(prompt.prompt, prompt.candidates) for prompt in request.prompts]
 
 
-def best_of_n_reply(request: BestOfNRequest, answer: Answer, info: ModelInfo) -> BestOfNResponse:
-    """Shapes the answer to `best_of_n_asks`."""
+def best_of_n_reply(request: BestOfNRequest, result: ScoringResult) -> BestOfNResponse:
+    """Returns the reply to a request whose `best_of_n_groups` were scored."""
+    prompts = [prompt_reply(index, request, results, result.model) for index, results in enumerate(result.results)]
     return BestOfNResponse(
-        model=info,
-        prompts=[prompt_reply(index, request, results, info) for index, results in enumerate(answer.results)],
-        usage=answer.usage,
+        model=result.model,
+        prompts=prompts,
+        usage=result.usage,
     )
 
 
-def _response(scored: Scored) -> ResponseOut:
+def _response(scored: ScoredResponse) -> ResponseOut:
     return ResponseOut(reward=scored.reward, tokens=scored.tokens, truncated=scored.truncated)
 
 
@@ -81,8 +82,8 @@ def _pair(
     for side, result in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(result, MarginRMError):
             return ItemError(id=pair.id, index=index, error=_error_of_side(result, side))
-    assert isinstance(chosen, Scored)
-    assert isinstance(rejected, Scored)
+    assert isinstance(chosen, ScoredResponse)
+    assert isinstance(rejected, ScoredResponse)
     compared = ranking.compare(chosen.reward, rejected.reward, temperature, tie_below)
     return PairOut(
         id=pair.id,
@@ -105,31 +106,31 @@ def prompt_reply(
 ) -> PromptOut | ItemError:
     """Ranks the candidates of one prompt that were scored; the others are listed with their errors."""
     prompt = request.prompts[index]
-    places = [place for place, result in enumerate(results) if isinstance(result, Scored)]
-    failed = [(place, result) for place, result in enumerate(results) if isinstance(result, MarginRMError)]
-    if not places:
+    positions = [position for position, result in enumerate(results) if isinstance(result, ScoredResponse)]
+    failed = [(position, result) for position, result in enumerate(results) if isinstance(result, MarginRMError)]
+    if not positions:
         return ItemError(id=prompt.id, index=index, error=error_body(failed[0][1]))
-    scored = [result for result in results if isinstance(result, Scored)]
+    scored = [result for result in results if isinstance(result, ScoredResponse)]
     ranked = ranking.rank([one.reward for one in scored], info.temperature, request.tie_below, request.top_k)
     return PromptOut(
         id=prompt.id,
         index=index,
-        best=places[ranked.best],
+        best=positions[ranked.best],
         margin=ranked.margin,
         confidence=ranked.confidence,
         tie=ranked.tie,
         ranking=[
             RankedOut(
-                candidate=places[entry.candidate],
+                candidate=positions[entry.candidate],
                 rank=entry.rank,
                 reward=entry.reward,
                 p_best=entry.p_best,
-                text=prompt.candidates[places[entry.candidate]] if request.return_text else None,
+                text=prompt.candidates[positions[entry.candidate]] if request.return_text else None,
                 truncated=scored[entry.candidate].truncated,
             )
             for entry in ranked.ranking
         ],
         mean=ranked.mean,
         std=ranked.std,
-        errors=[CandidateError(candidate=place, error=error_body(error)) for place, error in failed],
+        errors=[CandidateError(candidate=position, error=error_body(error)) for position, error in failed],
     )

@@ -1,1 +1,1 @@
-"""Jobs, the fair queue, steps, admission and the worker; no HTTP and no Prometheus."""
+"""Jobs, the fair queue, steps, admission and the worker. Imports neither HTTP nor Prometheus."""

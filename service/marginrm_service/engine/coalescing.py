@@ -1,177 +1,196 @@
-"""Nothing is computed twice: rewards that are kept, and those that are being computed for somebody else, are taken.
+"""Request coalescing: a response that is cached, or already being computed for another request, is not computed again.
 
-A request looks each of its distinct responses up, once. What is kept it has at once. What another request is computing
-it waits for, if that one has no more to compute than itself and is not of a lower class: so nobody waits longer for
-another than it would for its own turn. The rest it *claims*, and computes; equal responses wait for it meanwhile.
+A request looks up each of its distinct responses once. Cached rewards are taken at once. A response that another request
+is computing is awaited, if that request has no more left to compute and is not of a lower class; so a request never
+waits longer for another one than for its own turn. The request *owns* the keys of the other responses and computes
+them; equal responses of other requests wait for it meanwhile.
 
-Who waited in vain, because the other request ended without a reward, computes it itself and waits for nobody again.
-So an answer may come at another's cost, but another's error, deadline or end is never one's own; and claims are
-computed before anything is waited for, so two requests cannot wait for each other.
+If the other request ends without a reward, the waiting request computes the response itself and does not wait a second
+time. So a reward may come from another request, but an error, a deadline or a disconnect never does. Owned keys are
+computed before anything is awaited, so two requests cannot wait for each other.
 
-Belongs to the event loop: there are no locks, and looking up and claiming are one piece.
+Belongs to the event loop: there are no locks, because lookup and ownership are one uninterrupted step.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from functools import partial
 from time import perf_counter
+from types import TracebackType
+from typing import Self
 
 from marginrm.errors import MarginRMError
 from marginrm_service.engine.job import Job, Outcome
-from marginrm_service.engine.reward_cache import RewardCache
-
-Compute = Callable[[Job], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Reused:
-    """How many responses of a job got their outcomes where.
-
-    Attributes:
-        stored: From the cache.
-        in_flight: From another request or from an equal response of the same one, computed at that time.
-        computed: By the model.
-    """
-
-    stored: int
-    in_flight: int
-    computed: int
+from marginrm_service.engine.request import Reuse
+from marginrm_service.engine.reward_cache import PositionsByKey, RewardCache
 
 
-@dataclass(eq=False, slots=True)
-class _Request:
-    """A job that is being run.
-
-    Attributes:
-        job: All that was asked.
-        rank: Its class, and the tokens that it has to compute; who has a lower one waits for nobody above.
-        claims: Keys of what it computes, with those that wait for them.
-        awaited: Keys that it waits for, and who computes them.
-        vain: Keys that it waited for in vain.
-        given: Resolved when nothing is awaited any more.
-    """
-
-    job: Job
-    rank: tuple[bool, int]
-    claims: dict[bytes, dict[_Request, None]] = field(default_factory=dict)
-    awaited: dict[bytes, _Request] = field(default_factory=dict)
-    vain: list[bytes] = field(default_factory=list)
-    given: asyncio.Future[None] | None = None
-
-    def take(self, key: bytes, outcome: Outcome) -> None:
-        """Puts an outcome wherever it belongs in the job."""
-        for group, member in self.job.places[key]:
-            self.job.record(group, member, [outcome])
-
-    def give(self, key: bytes, reward: float | None) -> None:
-        """Ends the waiting for a key, with a reward or in vain."""
-        del self.awaited[key]
-        if reward is None:
-            self.vain.append(key)
-        else:
-            self.take(key, reward)
-        if self.given and not self.awaited and not self.given.done():
-            self.given.set_result(None)
-
-    async def all_given(self) -> None:
-        """Waits until nothing is awaited."""
-        if self.awaited:
-            self.given = asyncio.get_running_loop().create_future()
-            await self.given
-
-
-class Reuse:
-    """Runs jobs, apart from what need not be computed.
+class Coalescer:
+    """The rewards of one model that are cached or being computed.
 
     Args:
-        cache: Where rewards are kept.
+        cache: Rewards of earlier requests.
     """
 
     def __init__(self, cache: RewardCache) -> None:
-        self._cache = cache
-        self._owners: dict[bytes, _Request] = {}
+        self.cache = cache
+        self._owners: dict[bytes, SharedWork] = {}
 
-    async def run(self, job: Job, compute: Compute) -> Reused:
-        """Waits until every response of a job has an outcome.
+    @property
+    def keys_in_flight(self) -> int:
+        """Number of distinct responses that requests are computing."""
+        return len(self._owners)
+
+    def open(self, job: Job, positions: PositionsByKey) -> SharedWork:
+        """Returns the work of a job as a context manager, whose parts are to be computed.
 
         Args:
-            job: What is asked, with `places`.
-            compute: Runs a job on the model. Called with the part that is left to compute, which may be empty, and once
-                more if something was waited for in vain.
-
-        Raises:
-            Exception: Whatever `compute` raises.
+            job: A job of which nothing was computed yet.
+            positions: Positions of each distinct response, by `reward_cache.key_of`.
         """
-        job.queued_at = perf_counter()
-        request = _Request(job, (job.bulk, job.cost))
-        try:
-            left, stored = self._look_up(request)
-            await self._compute(request, left, compute)
-            await request.all_given()
-            if request.vain:
-                await self._compute(request, request.vain, compute)
-        finally:
-            self._leave(request)
-        responses, computed = sum(map(len, job.groups)), len(left) + len(request.vain)
-        return Reused(stored, responses - stored - computed, computed)
+        return SharedWork(self, job, positions)
 
-    def _look_up(self, request: _Request) -> tuple[list[bytes], int]:
-        """Returns the keys that are left to compute, and how many responses had a reward that was kept."""
-        left: list[bytes] = []
-        stored = 0
-        for key, places in request.job.places.items():
-            reward, owner = self._cache.get(key), self._owners.get(key)
-            if reward is not None:
-                request.take(key, reward)
-                stored += len(places)
-            elif owner and owner.rank <= request.rank:
-                owner.claims[key][request] = None
-                request.awaited[key] = owner
+    def reward_or_owner(self, key: bytes) -> float | SharedWork | None:
+        """Returns the cached reward of a key, or the work that computes it."""
+        reward = self.cache.get(key)
+        return self._owners.get(key) if reward is None else reward
+
+    def own(self, key: bytes, owner: SharedWork) -> None:
+        """Makes a key the work of `owner`. Only work of a lower priority may have owned it before."""
+        self._owners[key] = owner
+
+    def disown(self, key: bytes, owner: SharedWork) -> None:
+        """Ends ownership, unless work of a higher priority has taken the key over."""
+        if self._owners.get(key) is owner:
+            del self._owners[key]
+
+
+class SharedWork:
+    """A job while it is computed, with what it takes from other requests and what they take from it.
+
+    Enter it, then compute every job that `next_part` returns:
+
+    ```
+    with coalescer.open(job, positions) as shared:
+        while part := await shared.next_part():
+            await engine.run(part)
+    ```
+
+    Attributes:
+        priority: Class and tokens left to compute. Work waits only for work of a lower or equal value.
+        owned_keys: Keys that it computes, each with the work that waits for it, in the order of arrival.
+        awaited: Keys that it waits for, with the work that computes them.
+        failed_keys: Keys that it waited for and that were not computed.
+    """
+
+    def __init__(self, coalescer: Coalescer, job: Job, positions: PositionsByKey) -> None:
+        self.priority = (job.bulk, job.cost)
+        self._coalescer = coalescer
+        self._job = job
+        self._positions = positions
+        self.owned_keys: dict[bytes, dict[SharedWork, None]] = {}
+        self.awaited: dict[bytes, SharedWork] = {}
+        self.failed_keys: list[bytes] = []
+        self._received: asyncio.Future[None] | None = None  # resolved when nothing is awaited
+        self._part: Job | None = None
+        self._stored = self._computed = 0
+
+    @property
+    def reuse(self) -> Reuse:
+        """Number of responses by source, once there is no further part."""
+        responses = sum(map(len, self._job.groups))
+        return Reuse(self._stored, responses - self._stored - self._computed, self._computed)
+
+    def __enter__(self) -> Self:
+        self._job.queued_at = perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stops waiting for others, and lets those that wait for this work compute for themselves."""
+        for key, owner in self.awaited.items():
+            del owner.owned_keys[key][self]
+        self.awaited.clear()
+        for key in list(self.owned_keys):
+            self._settle(key, None)
+
+    async def next_part(self) -> Job | None:
+        """Returns a job of the responses to compute now, and None when every response has an outcome.
+
+        The first part may be empty. A second one, if any, holds what other requests did not compute after all.
+        """
+        if self._part is None:
+            return self._own(self._look_up())
+        self._job.add_cost_of(self._part)
+        self._part.on_group = None  # it refers to the part; without the cycle the texts are freed at once
+        if self.awaited:
+            self._received = asyncio.get_running_loop().create_future()
+            await self._received
+        failed, self.failed_keys = self.failed_keys, []
+        return self._own(failed) if failed else None
+
+    def _look_up(self) -> list[bytes]:
+        """Takes what is cached, notes what is to be awaited, and returns the keys that are left to compute."""
+        unknown: list[bytes] = []
+        for key, positions in self._positions.items():
+            found = self._coalescer.reward_or_owner(key)
+            if isinstance(found, float):
+                self.record(key, found)
+                self._stored += len(positions)
+            elif found and found.priority <= self.priority:
+                found.owned_keys[key][self] = None
+                self.awaited[key] = found
             else:
-                left.append(key)
-        return left, stored
+                unknown.append(key)
+        return unknown
 
-    async def _compute(self, request: _Request, keys: Collection[bytes], compute: Compute) -> None:
-        """Claims keys and computes them; members of a group stay together."""
+    def _own(self, keys: Collection[bytes]) -> Job:
+        """Takes ownership of keys and returns a job of them, in which members of a group stay together."""
         members: dict[int, list[int]] = defaultdict(list)
-        rows: dict[int, list[bytes]] = defaultdict(list)
+        keys_of_groups: dict[int, list[bytes]] = defaultdict(list)
         for key in keys:
-            group, member = request.job.places[key][0]
+            group, member = self._positions[key][0]
             members[group].append(member)
-            rows[group].append(key)
-            self._owners[key] = request
-            request.claims[key] = {}
-        part = request.job.part(members)
-        part.on_group = partial(self._computed, request, part, list(rows.values()))
-        request.rank = (part.bulk, part.cost)
-        await compute(part)
-        part.on_group = None  # which refers to the part: a circle would keep the texts until it is looked for
-        request.job.absorb(part)
+            keys_of_groups[group].append(key)
+            self._coalescer.own(key, self)
+            self.owned_keys[key] = {}
+        self._computed += len(keys)
+        self._part = part = self._job.subset(members)
+        part.on_group = partial(self._publish, part, list(keys_of_groups.values()))
+        self.priority = (part.bulk, part.cost)
+        return part
 
-    def _computed(self, request: _Request, part: Job, rows: Sequence[Sequence[bytes]], group: int) -> None:
-        """Hands on the outcomes of a group; also when nobody waits for that part any more, as they may be asked again."""
-        for key, outcome in zip(rows[group], part.outcomes[group], strict=True):
+    def _publish(self, part: Job, keys_of_groups: Sequence[Sequence[bytes]], group: int) -> None:
+        """Passes on the outcomes of a computed group, even if this request has ended meanwhile."""
+        for key, outcome in zip(keys_of_groups[group], part.outcomes[group], strict=True):
             assert outcome is not None  # the group is complete
-            request.take(key, outcome)
+            self.record(key, outcome)
             reward = None if isinstance(outcome, MarginRMError) else outcome
             if reward is not None:
-                self._cache.put(key, reward)
-            self._end_claim(request, key, reward)
+                self._coalescer.cache.put(key, reward)
+            self._settle(key, reward)
 
-    def _end_claim(self, request: _Request, key: bytes, reward: float | None) -> None:
-        if self._owners.get(key) is request:  # or one of a lower rank has claimed it since
-            del self._owners[key]
-        for other in request.claims.pop(key, ()):
-            other.give(key, reward)
+    def _settle(self, key: bytes, reward: float | None) -> None:
+        """Ends ownership of a key, and delivers its reward, or None, to the work that waits for it."""
+        self._coalescer.disown(key, self)
+        for other in self.owned_keys.pop(key, ()):
+            other.deliver(key, reward)
 
-    def _leave(self, request: _Request) -> None:
-        """Ends what a request waits for and what waits for it. Of no effect when all has come."""
-        for key, owner in request.awaited.items():
-            del owner.claims[key][request]
-        request.awaited.clear()
-        for key in list(request.claims):
-            self._end_claim(request, key, None)
+    def deliver(self, key: bytes, reward: float | None) -> None:
+        """Receives an awaited reward; None if the owner ended without one."""
+        del self.awaited[key]
+        if reward is None:
+            self.failed_keys.append(key)
+        else:
+            self.record(key, reward)
+        if self._received and not self.awaited and not self._received.done():
+            self._received.set_result(None)
+
+    def record(self, key: bytes, outcome: Outcome) -> None:
+        """Stores an outcome at every position of its response."""
+        for group, member in self._positions[key]:
+            self._job.record(group, member, [outcome])

@@ -1,7 +1,7 @@
-"""The engine of one model: jobs in, rewards out, with one worker thread that runs a step whenever there is work.
+"""The engine of one model: jobs in, rewards out, by one worker thread that runs a step whenever there is work.
 
-There is no timer. While a forward pass runs, requests gather; when it ends, the next step takes what has gathered. So
-an idle server answers at once, and a busy one fills its steps by itself.
+There is no timer. While a forward pass runs, requests queue; when it ends, the next step takes what has arrived. So an
+idle server answers at once, and a busy one fills its steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from time import perf_counter
 
 from marginrm_service.engine.compute_thread import ComputeThread
 from marginrm_service.engine.job import Job
-from marginrm_service.engine.queue import FairQueue, Portion
+from marginrm_service.engine.queue import FairQueue, Step
 from marginrm_service.engine.step import ForwardModel, StepOutcome, run_step
 from marginrm_service.errors import EngineStoppedError
 
@@ -24,19 +24,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step, for whoever measures.
+    """The measures of one step.
 
     Attributes:
         responses: Responses that it scored.
-        asked: Their tokens, each response with its whole prompt.
+        requested: Their tokens, each response with its whole prompt.
         computed: Tokens that the model computed.
-        started: When it began, in seconds of `perf_counter`.
-        seconds: How long the worker was at it.
-        faults: Forward passes that raised or gave a reward that is no number.
+        started: Its start, in seconds of `perf_counter`.
+        seconds: Its duration.
+        faults: Forward passes that raised or gave a reward that is not finite.
     """
 
     responses: int
-    asked: int
+    requested: int
     computed: int
     started: float
     seconds: float
@@ -49,8 +49,8 @@ class ScoringEngine:
     Create, start and close it on one event loop; `run` may be awaited by any number of tasks there.
 
     Args:
-        model: What computes. Its `run_step` is called from the worker thread only.
-        name: For the thread and the log.
+        model: The model. Its `run_step` is called from the worker thread only.
+        name: Name of the model, for the thread and the log.
         on_step: Called on the event loop after every step.
     """
 
@@ -77,12 +77,12 @@ class ScoringEngine:
 
     @property
     def died(self) -> bool:
-        """Whether the worker ended without being told to; it cannot be started again."""
+        """Whether the worker ended without being closed. It cannot be started again."""
         return self._failure is not None
 
     @property
     def step_seconds(self) -> float:
-        """How long the present step has been running; 0 between steps."""
+        """Seconds that the present step has been running; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else perf_counter() - began
 
@@ -94,7 +94,7 @@ class ScoringEngine:
     async def run(self, job: Job) -> None:
         """Queues a job and waits until every response of it has an outcome.
 
-        If the waiting task is cancelled, what was not computed yet is dropped.
+        If the waiting task is cancelled, the part that is not computed yet leaves the queue.
 
         Raises:
             EngineStoppedError: The worker has ended.
@@ -104,7 +104,7 @@ class ScoringEngine:
         if not job.remaining:
             return
         with self._wake:
-            if self._closing or self._failure is not None or not self._thread.is_alive():
+            if not self.alive:
                 raise EngineStoppedError(f"The worker of model {self._name!r} has ended.")
             job.queued_at = perf_counter()
             self._queue.push(job)
@@ -113,14 +113,14 @@ class ScoringEngine:
         try:
             await job.done
         finally:
-            job.abandoned = True  # of no effect when it is complete
+            job.cancelled = True  # without effect on a complete job
             self._unfinished.discard(job)
 
     async def close(self, drain_seconds: float | None = None) -> None:
-        """Takes no more jobs, finishes those it has, and ends the worker.
+        """Takes no further jobs, finishes those that were accepted, and ends the worker.
 
         Args:
-            drain_seconds: After this time the jobs that are left fail; without it they all finish.
+            drain_seconds: Time after which unfinished jobs fail; None finishes all of them.
         """
         with self._wake:
             self._closing = True
@@ -130,68 +130,60 @@ class ScoringEngine:
         try:
             async with asyncio.timeout(drain_seconds):
                 await self._ended.wait()
+            self._thread.join()  # it is at its end; a running thread would keep the model in memory
         except TimeoutError:
             _log.warning("Model %s: %d requests were not finished in time", self._name, len(self._unfinished))
-        self._fail_all("The server is leaving.")
+        self._fail_all("The server is shutting down.")
 
     def _work(self) -> None:
-        """The worker thread."""
+        """Runs steps until the engine is closed. The body of the worker thread."""
         try:
-            while portions := self._next_step():
+            while step := self._next_step():
                 self._step_began = started = perf_counter()
-                result = run_step(
-                    self._model, [part.job.groups[part.group][part.start : part.stop] for part in portions]
-                )
+                result = run_step(self._model, [job.groups[part.group][part.start : part.stop] for job, part in step])
                 self._step_began = None
-                self._post(self._deliver, portions, result, started, perf_counter() - started)
-        except BaseException as error:  # noqa: BLE001 - whatever ended it, nobody may wait for it
+                self._post(self._deliver, step, result, started, perf_counter() - started)
+        except BaseException as error:  # noqa: BLE001 - whatever ended the worker, waiting requests must be told
             _log.exception("Model %s: the worker has died", self._name)
             self._failure = error
             self._post(self._fail_all, "The model's worker has died.")
         finally:
             self._post(self._ended.set)
 
-    def _next_step(self) -> list[Portion]:
-        """Waits for work; returns nothing when there will be none any more."""
+    def _next_step(self) -> Step:
+        """Waits for work; returns an empty step when the engine is closed and nothing is left."""
         with self._wake:
             while True:
-                portions = self._queue.take()
-                if portions or self._closing:
-                    return portions
+                step = self._queue.take()
+                if step or self._closing:
+                    return step
                 self._wake.wait()
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: nobody waits for rewards any more
-            _log.debug("Model %s: the event loop was gone", self._name)
+        except RuntimeError:  # the loop is closed, so no request waits any more
+            _log.debug("Model %s: the event loop was closed", self._name)
 
-    def _deliver(self, portions: list[Portion], result: StepOutcome, started: float, seconds: float) -> None:
-        """Hands a step's outcomes to their jobs, on the event loop."""
-        finished = []
-        seen: set[int] = set()
-        asked = 0
-        for part, outcomes, computed in zip(portions, result.outcomes, result.computed, strict=True):
-            job = part.job
+    def _deliver(self, step: Step, result: StepOutcome, started: float, seconds: float) -> None:
+        """Hands the outcomes of a step to their jobs, on the event loop."""
+        requested = 0
+        for (job, part), outcomes, computed in zip(step, result.outcomes, result.computed, strict=True):
             job.record(part.group, part.start, outcomes)
             job.computed += computed
             if job.started_at is None:
                 job.started_at = started
-            if id(job) not in seen:
-                seen.add(id(job))
-                job.forward_seconds += seconds
             if job.on_computed:
                 job.on_computed(computed)
-            asked += sum(job.plans[part.group].lengths[part.start : part.stop])
-            if not job.remaining:
-                finished.append(job)
-        for job in finished:
-            if job.done and not job.done.done():
+            requested += sum(job.plans[part.group].lengths[part.start : part.stop])
+        for job in {job: None for job, _ in step}:
+            job.forward_seconds += seconds
+            if not job.remaining and job.done and not job.done.done():
                 job.done.set_result(None)
         if self._on_step:
             responses = sum(len(outcomes) for outcomes in result.outcomes)
-            self._on_step(StepReport(responses, asked, sum(result.computed), started, seconds, result.faults))
+            self._on_step(StepReport(responses, requested, sum(result.computed), started, seconds, result.faults))
 
     def _fail_all(self, reason: str) -> None:
         with self._wake:

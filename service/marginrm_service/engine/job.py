@@ -1,4 +1,4 @@
-"""One request's work on its way through the engine: what is left to compute, what came out, and when."""
+"""The encoded work of one request: what is left to compute, its outcomes, and when each stage happened."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from marginrm.packing import shared_prefix
 
 Group = Sequence[EncodedResponse]
 Outcome = float | MarginRMError
-Place = tuple[int, int]  # number of the group, and of the member in it
 
 
 @dataclass(slots=True)
 class GroupPlan:
-    """What batching needs to know of one group.
+    """The sizes by which a group is scheduled.
 
     Attributes:
         lengths: Tokens of each member.
@@ -28,60 +27,61 @@ class GroupPlan:
 
     lengths: list[int]
     shared: int
-    cost: int
+    cost: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cost = sum(self.lengths) - self.shared * (len(self.lengths) - 1)
 
     @classmethod
     def of(cls, group: Group, *, share_prefix: bool) -> GroupPlan:
-        """Measures a group. Takes time on large ones: call it off the event loop."""
-        lengths = [len(member.ids) for member in group]
+        """Measures a group that is not empty. Takes time on large ones: call it off the event loop."""
         shared = shared_prefix([member.array for member in group]) if share_prefix else 0
-        return cls(lengths, shared, cost=sum(lengths) - shared * (len(lengths) - 1))
+        return cls([len(member.ids) for member in group], shared)
 
-    def part(self, members: Sequence[int]) -> GroupPlan:
-        """Returns the plan of some members. What they share beyond the whole group is not looked for: that takes time."""
-        lengths = [self.lengths[member] for member in members]
-        shared = self.shared if len(members) > 1 else 0
-        return GroupPlan(lengths, shared, sum(lengths) - shared * (len(lengths) - 1))
+    def subset(self, members: Sequence[int]) -> GroupPlan:
+        """Returns the plan of some members, with the shared prefix of the whole group.
+
+        Some members may share more than the group does. Looking for it takes time, so it is not done here.
+        """
+        return GroupPlan([self.lengths[member] for member in members], self.shared if len(members) > 1 else 0)
 
 
 @dataclass(eq=False, slots=True)
 class Job:
     """The encoded groups of one request.
 
-    The worker thread moves the cursor (`group`, `member`) under the queue's lock; everything below `outcomes` belongs
-    to the event loop, apart from `abandoned`, which the loop sets and the worker reads.
+    The worker thread moves the cursor (`group`, `member`) under the queue's lock. The fields from `outcomes` on belong
+    to the event loop, except `cancelled`, which the loop sets and the worker reads.
 
     Attributes:
         groups: Encoded responses, those with a common prompt together; no group is empty.
         plans: One for each group.
-        bulk: Whether it takes the room that interactive work leaves.
-        places: Where each distinct response stands, by `reward_cache.key_of`; empty if nothing is to be reused.
-        group: The group to be taken next.
-        member: The first member of that group that was not taken yet.
-        outcomes: One per response: its reward, or the error that took its place.
-        missing: For each group how many of its responses have no outcome.
-        remaining: Their sum.
+        bulk: It uses the capacity that interactive work leaves.
+        group: Index of the next group to schedule.
+        member: Index of the first member of that group that is not yet scheduled.
+        outcomes: For each response its reward, or the error in its place; None while it is unknown.
+        missing: For each group the number of responses without an outcome.
+        remaining: The sum of `missing`.
         computed: Tokens that the model computed for this job.
-        abandoned: Nobody waits for this any more: the queue drops it.
+        cancelled: Its request has ended, so the queue drops it.
         on_computed: Called with the number of tokens after each step that held a part of this job.
-        on_group: Called with the number of a group when its last outcome has come.
+        on_group: Called with the index of a group when its last outcome is known.
         done: Resolved when no response is left, or failed with the reason why none will come.
         queued_at: When it was queued, in seconds of `perf_counter`.
-        started_at: When its first part went into a step.
-        forward_seconds: Time of all the steps that held a part of it.
+        started_at: When its first slice went into a step.
+        forward_seconds: Time of all steps that held a part of it.
     """
 
     groups: Sequence[Group]
     plans: list[GroupPlan]
     bulk: bool = False
-    places: Mapping[bytes, Sequence[Place]] = field(default_factory=dict)
     group: int = 0
     member: int = 0
     outcomes: list[list[Outcome | None]] = field(init=False)
     missing: list[int] = field(init=False)
     remaining: int = field(init=False)
     computed: int = 0
-    abandoned: bool = False
+    cancelled: bool = False
     on_computed: Callable[[int], None] | None = None
     on_group: Callable[[int], None] | None = None
     done: asyncio.Future[None] | None = None
@@ -99,26 +99,30 @@ class Job:
         """Makes a job of groups that are not empty. Takes time on large ones: call it off the event loop."""
         return cls(groups, [GroupPlan.of(group, share_prefix=share_prefix) for group in groups])
 
-    def part(self, members: Mapping[int, Sequence[int]]) -> Job:
-        """Makes a job of some members of some groups, given by their numbers, for the same request."""
+    def subset(self, members: Mapping[int, Sequence[int]]) -> Job:
+        """Returns a job of some members of some groups of this one.
+
+        Args:
+            members: Indices of members by the index of their group.
+        """
         groups = [[self.groups[group][member] for member in chosen] for group, chosen in members.items()]
-        plans = [self.plans[group].part(chosen) for group, chosen in members.items()]
+        plans = [self.plans[group].subset(chosen) for group, chosen in members.items()]
         return Job(groups, plans, bulk=self.bulk, on_computed=self.on_computed)
 
-    def absorb(self, part: Job) -> None:
-        """Adds what a part of it has cost."""
-        self.computed += part.computed
-        self.forward_seconds += part.forward_seconds
+    def add_cost_of(self, subset: Job) -> None:
+        """Adds the tokens and the time that a subset of this job has cost."""
+        self.computed += subset.computed
+        self.forward_seconds += subset.forward_seconds
         if self.started_at is None:
-            self.started_at = part.started_at
+            self.started_at = subset.started_at
 
     @property
     def cost(self) -> int:
-        """Tokens to compute for the whole job, if no group has to be cut."""
+        """Tokens to compute for the whole job if no group has to be cut."""
         return sum(plan.cost for plan in self.plans)
 
     @property
-    def taken(self) -> bool:
+    def fully_scheduled(self) -> bool:
         """Whether every response has gone into a step."""
         return self.group >= len(self.plans)
 
@@ -129,7 +133,7 @@ class Job:
             self.group, self.member = self.group + 1, 0
 
     def record(self, group: int, start: int, outcomes: Sequence[Outcome]) -> None:
-        """Keeps the outcomes of consecutive members of one group."""
+        """Stores the outcomes of consecutive members of one group."""
         self.outcomes[group][start : start + len(outcomes)] = outcomes
         self.missing[group] -= len(outcomes)
         self.remaining -= len(outcomes)

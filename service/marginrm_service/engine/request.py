@@ -1,23 +1,25 @@
-"""What a request asks of a model, and what comes out of it, before either has the shape of a route."""
+"""Scoring requests and results in the service's own form, independent of any route's JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from marginrm.errors import MarginRMError
-from marginrm.schemas import Usage
+from marginrm.schemas import ModelInfo, Usage
+from marginrm.text import Truncation
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A prompt and the responses to score for it, as the client sent them: of any type.
+class TextGroup:
+    """A prompt and the responses to score for it, as the client sent them. They may be of any type.
 
     Attributes:
-        prompt: What the responses answer.
-        responses: One reward each.
-        templated: The responses are whole texts, which the client's chat template has made; there is no prompt.
+        prompt: Text or messages that the responses answer.
+        responses: Each gets one reward.
+        templated: The responses are whole texts that the client's chat template has made, and there is no prompt.
     """
 
     prompt: Any
@@ -26,27 +28,44 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A response's reward, its length in tokens, and whether its prompt was cut."""
+class ScoringRequest:
+    """The work of one HTTP request.
+
+    Attributes:
+        groups: Prompts with their responses. The prompt of a group is computed once.
+        truncation: The treatment of sequences above the model's limit.
+        bulk: The request uses the capacity that interactive requests leave.
+        seconds: Time until its deadline.
+    """
+
+    groups: Sequence[TextGroup]
+    truncation: Truncation = "error"
+    bulk: bool = False
+    seconds: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredResponse:
+    """A reward, the tokens of its sequence, and whether the prompt was cut to fit."""
 
     reward: float
     tokens: int
     truncated: bool
 
 
-Result = Scored | MarginRMError
+Result = ScoredResponse | MarginRMError
 
 
 @dataclass(frozen=True, slots=True)
-class Stages:
-    """Where a request's time went, in seconds.
+class Timings:
+    """Seconds that a request spent in each stage.
 
     Attributes:
         tokenise: Until its texts were token ids.
-        queue: From then until its first part went into a step.
-        forward: The steps that held a part of it.
-        total: From its admission to its last reward; more than the others together if it was served in slices or waited
-            for what another request computed.
+        queue: From then until its first slice went into a step.
+        forward: All steps that held a part of it.
+        total: From its admission to its last reward. It exceeds the sum of the others if the request was computed in
+            several slices or waited for responses that another request computed.
     """
 
     tokenise: float
@@ -54,15 +73,58 @@ class Stages:
     forward: float
     total: float
 
-    def named(self) -> dict[str, float]:
-        """Returns them by name, as metrics and `Server-Timing` give them."""
-        return {"tokenise": self.tokenise, "queue": self.queue, "forward": self.forward, "total": self.total}
+    def by_stage(self) -> dict[str, float]:
+        """Returns the seconds by the stage's name, as in metrics and in `Server-Timing`."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came out of a request: for each ask one result per response."""
+class Reuse:
+    """Number of responses by the source of their rewards.
 
+    Attributes:
+        stored: The reward cache.
+        in_flight: Another request, or an equal response of the same request.
+        computed: The model.
+    """
+
+    stored: int = 0
+    in_flight: int = 0
+    computed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """The results of one group, which may be known before those of the others.
+
+    Attributes:
+        index: Position of the group in the request.
+        results: One per response.
+        model: The model that scored it.
+    """
+
+    index: int
+    results: list[Result]
+    model: ModelInfo
+
+
+OnGroup = Callable[[GroupResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringResult:
+    """The outcome of a request.
+
+    Attributes:
+        model: The model that scored it.
+        results: For each group one result per response.
+        usage: Numbers of responses and tokens.
+        timings: Seconds by stage.
+        reuse: Sources of the rewards; None if the reward cache is off.
+    """
+
+    model: ModelInfo
     results: list[list[Result]]
     usage: Usage
-    stages: Stages
+    timings: Timings
+    reuse: Reuse | None = None

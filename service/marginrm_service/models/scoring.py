@@ -1,188 +1,111 @@
-"""The one path from texts to rewards: admit, encode off the event loop, run on the engine, gather the outcomes.
+"""The one path from texts to rewards: admit, encode, take known rewards, compute the rest, gather the results.
 
-`/score`, `/best-of-n` and every adapter ask here; what differs between them is the shape of question and answer.
+`/score`, `/best-of-n` and every adapter score here; they differ in the shapes of request and reply only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from time import perf_counter
-from typing import Any, TypeVar
 
-from marginrm.encoding import EncodedResponse, Encoder
-from marginrm.errors import MarginRMError, SequenceTooLongError
+from marginrm.encoding import EncodedResponse
+from marginrm.errors import MarginRMError
 from marginrm.schemas import Usage
-from marginrm.text import Truncation
 from marginrm_service.engine.job import Job, Outcome
-from marginrm_service.engine.request import Answer, Ask, Result, Scored, Stages
-from marginrm_service.engine.reward_cache import places_of
+from marginrm_service.engine.request import (
+    GroupResult,
+    OnGroup,
+    Result,
+    Reuse,
+    ScoredResponse,
+    ScoringRequest,
+    ScoringResult,
+    TextGroup,
+    Timings,
+)
+from marginrm_service.engine.reward_cache import PositionsByKey, positions_by_key
 from marginrm_service.models.served_model import ServedModel
-from marginrm_service.models.tokenising import Encoded, encode_group, encode_text
-
-# What one call in the encoding pool takes at most: little enough that a lone pair soon gets its turn.
-_CHUNK_RESPONSES = 64
-_CHUNK_CHARACTERS = 200_000
-# No tokenizer in use packs more characters than this into each token of a real text (the longest tokens are runs of
-# spaces). A text beyond it cannot fit, and is refused before time is spent on tokenising it.
-_CHARACTERS_PER_TOKEN = 64
-
-T = TypeVar("T")
-OnAsk = Callable[[int, list[Result]], None]
+from marginrm_service.models.tokenising import Encoded, encode, text_length
 
 
 async def score(
-    model: ServedModel,
-    asks: Sequence[Ask],
-    truncation: Truncation,
-    pool: Executor,
-    *,
-    bulk: bool = False,
-    seconds: float = math.inf,
-    on_ask: OnAsk | None = None,
-) -> Answer:
-    """Scores responses.
+    model: ServedModel, request: ScoringRequest, pool: Executor, on_group: OnGroup | None = None
+) -> ScoringResult:
+    """Scores the responses of a request.
 
     Args:
-        model: What to score with. It finishes this request even if it is replaced meanwhile.
-        asks: Prompts with their responses; each is one group, whose prompt is computed once.
-        truncation: What to do with what is too long.
+        model: The model. Hold a lease on it, so that it finishes this request even if it is replaced meanwhile.
+        request: The texts, and how they are to be scored.
         pool: Threads that tokenise.
-        bulk: Whether it takes the room that interactive work leaves.
-        seconds: How long it may take.
-        on_ask: Called on the event loop with the number of an ask and its results, as soon as it has all of them.
+        on_group: Called on the event loop with the results of each group, as soon as all of them are known.
 
     Raises:
-        UnavailableError: The model takes no more requests now.
-        RequestTooLargeError: It never will take one as large as this.
+        UnavailableError: The model takes no further requests now.
+        RequestTooLargeError: The request alone exceeds the queue.
     """
-    characters = _characters(asks, shared=model.shares_prefixes)
-    with model.admit(characters, seconds, bulk=bulk) as permit:
+    admission = model.admission
+    characters = _characters(request.groups, shared=model.shares_prefixes)
+    with admission.acquire(admission.expected_tokens(characters), request.seconds, bulk=request.bulk) as permit:
         started = perf_counter()
-        encoded: list[list[Encoded]] = [[] for _ in asks]
-        for chunk in _chunks(asks):
-            await _in(pool, _encode_chunk, model.encoder, asks, chunk, truncation, encoded)
-        job = await _in(pool, _job, encoded, model.shares_prefixes, model.reuses)
+        encoded = await encode(model.encoder, request.groups, request.truncation, pool)
+        job, positions = await asyncio.get_running_loop().run_in_executor(pool, _job_of, encoded, model)
         tokenised = perf_counter()
-        model.learn(characters, job.cost)
-        job.bulk = bulk
-        job.on_computed = permit.spend
-        if on_ask:
-            _announce(encoded, job, on_ask)
-        await model.run(job, permit)
-    results = _gather(encoded, job)
-    waited = (job.started_at or job.queued_at) - job.queued_at
-    stages = Stages(tokenised - started, waited, job.forward_seconds, perf_counter() - started)
-    scored = [one for outcomes in results for one in outcomes if isinstance(one, Scored)]
-    usage = Usage(responses=len(scored), tokens=sum(one.tokens for one in scored), tokens_computed=job.computed)
-    return Answer(results, usage, stages)
-
-
-def _chunks(asks: Sequence[Ask]) -> Iterator[list[tuple[int, int, int]]]:
-    """Cuts a request into parts for the encoding pool: (number of the ask, first response, last response + 1)."""
-    chunk: list[tuple[int, int, int]] = []
-    responses = characters = 0
-    for number, ask in enumerate(asks):
-        base = text_length(ask.prompt)
-        start = 0
-        for index, response in enumerate(ask.responses):
-            size = base + text_length(response)
-            if responses and (responses >= _CHUNK_RESPONSES or characters + size > _CHUNK_CHARACTERS):
-                yield [*chunk, (number, start, index)] if index > start else chunk
-                chunk, start, responses, characters = [], index, 0, 0
-            responses, characters = responses + 1, characters + size
-        chunk.append((number, start, len(ask.responses)))
-    yield chunk
-
-
-def _encode_chunk(
-    encoder: Encoder,
-    asks: Sequence[Ask],
-    chunk: Sequence[tuple[int, int, int]],
-    truncation: Truncation,
-    encoded: list[list[Encoded]],
-) -> None:
-    for number, start, stop in chunk:
-        ask = asks[number]
-        responses = ask.responses[start:stop]
-        encoded[number] += encode_within_reason(encoder, ask.prompt, responses, truncation, templated=ask.templated)
-
-
-def encode_within_reason(
-    encoder: Encoder, prompt: Any, responses: Sequence[Any], truncation: Truncation, *, templated: bool = False
-) -> list[Encoded]:
-    """Encodes responses to one prompt, except those that are so long that tokenising them would be a waste.
-
-    Prompt and responses may be of any type: the encoder gives an error for what is no text. If they are `templated`,
-    the responses are encoded as whole texts, without the prompt.
-    """
-    most = encoder.max_length * _CHARACTERS_PER_TOKEN
-    base = text_length(prompt)
-    lengths = [base + text_length(response) for response in responses]
-    usable = [response for response, length in zip(responses, lengths, strict=True) if length <= most]
-    if templated:
-        found = iter([encode_text(encoder, text, truncation) for text in usable])
-    else:
-        found = iter(encode_group(encoder, prompt, usable, truncation) if usable else [])
-    param = "prompt" if base > most else "response"
-    return [
-        next(found) if length <= most else _hopelessly_long(length, encoder.max_length, param) for length in lengths
-    ]
-
-
-def _hopelessly_long(characters: int, limit: int, param: str) -> SequenceTooLongError:
-    return SequenceTooLongError(
-        characters // _CHARACTERS_PER_TOKEN,
-        limit,
-        f"{characters:,} characters cannot fit into the {limit:,} tokens that this model takes. Shorten the {param}.",
-        param=param,
-    )
-
-
-def text_length(value: Any) -> int:
-    """Returns the characters of a text or of a list of messages; 0 for what is neither."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, list):
-        return sum(len(m["content"]) for m in value if isinstance(m, dict) and isinstance(m.get("content"), str))
-    return 0
-
-
-def _characters(asks: Sequence[Ask], *, shared: bool) -> int:
-    """Returns how many characters have to be computed: a shared prompt once, others with each response."""
-    return sum(
-        text_length(ask.prompt) * (1 if shared else len(ask.responses)) + sum(map(text_length, ask.responses))
-        for ask in asks
-    )
-
-
-def _job(encoded: Sequence[Sequence[Encoded]], shares_prefixes: bool, reuses: bool) -> Job:
-    groups = map(_usable, encoded)
-    job = Job.of([group for group in groups if group], share_prefix=shares_prefixes)
-    if reuses:
-        job.places = places_of(job.groups)
-    return job
-
-
-async def _in(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
-    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
-
-
-def _announce(encoded: Sequence[Sequence[Encoded]], job: Job, on_ask: OnAsk) -> None:
-    """Tells of each ask when its group in the job is complete, and at once where there is nothing to compute."""
-    numbers = []
-    for number, outcomes in enumerate(encoded):
-        if _usable(outcomes):
-            numbers.append(number)
+        admission.observe_characters_per_token(characters, job.cost)
+        job.bulk = request.bulk
+        job.on_computed = permit.release
+        if on_group:
+            _announce(encoded, job, model, on_group)
+        reuse: Reuse | None = None
+        if model.coalescer:
+            with model.coalescer.open(job, positions) as shared:
+                while part := await shared.next_part():
+                    permit.set_cost(part.cost)
+                    await model.engine.run(part)
+            reuse = shared.reuse
         else:
-            on_ask(number, _results(outcomes, iter(())))
-    job.on_group = lambda group: on_ask(numbers[group], _results(encoded[numbers[group]], iter(job.outcomes[group])))
+            permit.set_cost(job.cost)
+            await model.engine.run(job)
+    queued = (job.started_at or job.queued_at) - job.queued_at
+    timings = Timings(tokenised - started, queued, job.forward_seconds, perf_counter() - started)
+    results = _gather(encoded, job)
+    return ScoringResult(model.info, results, _usage(results, job), timings, reuse)
+
+
+def _characters(groups: Sequence[TextGroup], *, shared: bool) -> int:
+    """Returns the number of characters to compute: a shared prompt once, any other with each response."""
+    return sum(
+        text_length(group.prompt) * (1 if shared else len(group.responses)) + sum(map(text_length, group.responses))
+        for group in groups
+    )
+
+
+def _job_of(encoded: Sequence[Sequence[Encoded]], model: ServedModel) -> tuple[Job, PositionsByKey]:
+    """Returns the job of all responses that could be encoded, and their positions if rewards are reused."""
+    groups = [usable for outcomes in encoded if (usable := _usable(outcomes))]
+    job = Job.of(groups, share_prefix=model.shares_prefixes)
+    return job, positions_by_key(groups) if model.coalescer else {}
+
+
+def _announce(encoded: Sequence[Sequence[Encoded]], job: Job, model: ServedModel, on_group: OnGroup) -> None:
+    """Makes a job call `on_group` for each group that is complete; groups without anything to compute are complete."""
+    indices: list[int] = []  # of the request's groups, by the job's
+    for index, outcomes in enumerate(encoded):
+        if _usable(outcomes):
+            indices.append(index)
+        else:
+            on_group(GroupResult(index, _results(outcomes, iter(())), model.info))
+
+    def complete(group: int) -> None:
+        index = indices[group]
+        on_group(GroupResult(index, _results(encoded[index], iter(job.outcomes[group])), model.info))
+
+    job.on_group = complete
 
 
 def _gather(encoded: Sequence[Sequence[Encoded]], job: Job) -> list[list[Result]]:
-    """Puts rewards and errors into the places of the responses that they belong to."""
+    """Puts rewards and errors at the positions of their responses."""
     rewards = iter([outcome for outcomes in job.outcomes for outcome in outcomes])
     return [_results(outcomes, rewards) for outcomes in encoded]
 
@@ -192,13 +115,21 @@ def _usable(outcomes: Sequence[Encoded]) -> list[EncodedResponse]:
 
 
 def _results(outcomes: Sequence[Encoded], rewards: Iterator[Outcome | None]) -> list[Result]:
-    """Returns one ask's results; takes a reward from the front for each response that could be encoded."""
+    """Returns the results of one group, taking the next reward for each response that could be encoded."""
     results: list[Result] = []
     for one in outcomes:
         if not isinstance(one, EncodedResponse):
             results.append(one)
             continue
         reward = next(rewards)
-        assert reward is not None  # the engine resolves only what is complete
-        results.append(reward if isinstance(reward, MarginRMError) else Scored(reward, len(one.ids), one.truncated))
+        assert reward is not None  # the group is complete
+        if isinstance(reward, MarginRMError):
+            results.append(reward)
+        else:
+            results.append(ScoredResponse(reward, len(one.ids), one.truncated))
     return results
+
+
+def _usage(results: Sequence[Sequence[Result]], job: Job) -> Usage:
+    scored = [one for group in results for one in group if isinstance(one, ScoredResponse)]
+    return Usage(responses=len(scored), tokens=sum(one.tokens for one in scored), tokens_computed=job.computed)

@@ -1,27 +1,117 @@
-"""Tokenising with a net under it: a text on which the tokenizer itself fails costs its request nothing but its reward."""
+"""Tokenising in a pool, with fault isolation: if the tokenizer crashes on one text, only that text gets an error."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
 from marginrm.encoding import EncodedResponse, Encoder
-from marginrm.errors import EncodingError
+from marginrm.errors import EncodingError, SequenceTooLongError
 from marginrm.text import Truncation
+from marginrm_service.engine.request import TextGroup
 from marginrm_service.errors import TokenizerFailedError
 
 _log = logging.getLogger(__name__)
 
 Encoded = EncodedResponse | EncodingError | TokenizerFailedError
 
+# The most work of one call in the pool: little enough that a single pair soon gets its turn.
+_CHUNK_RESPONSES = 64
+_CHUNK_CHARACTERS = 200_000
+# No tokenizer in use packs more characters than this into each token of a real text (the longest tokens are runs of
+# spaces). A longer text cannot fit, and is refused before time is spent on tokenising it.
+_CHARACTERS_PER_TOKEN = 64
 
-def encode_group(encoder: Encoder, prompt: Any, responses: Sequence[Any], truncation: Truncation) -> Sequence[Encoded]:
-    """Encodes as `Encoder.encode_group`, in halves where that raises, until what is at fault is alone."""
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Responses `start` to `stop` (exclusive) of a group."""
+
+    group: int
+    start: int
+    stop: int
+
+
+async def encode(
+    encoder: Encoder, groups: Sequence[TextGroup], truncation: Truncation, pool: Executor
+) -> list[list[Encoded]]:
+    """Encodes all responses of a request in a pool of threads.
+
+    Args:
+        encoder: The model's encoder.
+        groups: Prompts with their responses, of any type: the encoder gives an error for a value that is not a text.
+        truncation: The treatment of sequences above the model's limit.
+        pool: Threads that tokenise.
+
+    Returns:
+        For each group one outcome per response.
+    """
+    encoded: list[list[Encoded]] = [[] for _ in groups]
+
+    def encode_chunk(chunk: Sequence[_Span]) -> None:
+        for span in chunk:
+            group = groups[span.group]
+            part = TextGroup(group.prompt, group.responses[span.start : span.stop], group.templated)
+            encoded[span.group] += encode_unless_oversized(encoder, part, truncation)
+
+    for chunk in _chunks(groups):
+        await asyncio.get_running_loop().run_in_executor(pool, encode_chunk, chunk)
+    return encoded
+
+
+def text_length(value: Any) -> int:
+    """Returns the characters of a text or of a list of messages; 0 for any other value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(len(m["content"]) for m in value if isinstance(m, dict) and isinstance(m.get("content"), str))
+    return 0
+
+
+def encode_unless_oversized(encoder: Encoder, group: TextGroup, truncation: Truncation) -> list[Encoded]:
+    """Encodes the responses of a group, except those that are too long for any tokenizer to make fit."""
+    longest = encoder.max_length * _CHARACTERS_PER_TOKEN
+    prompt_length = text_length(group.prompt)
+    lengths = [prompt_length + text_length(response) for response in group.responses]
+    usable = [response for response, length in zip(group.responses, lengths, strict=True) if length <= longest]
+    if group.templated:
+        encoded = iter([_encode_text(encoder, text, truncation) for text in usable])
+    else:
+        encoded = iter(_encode_group(encoder, group.prompt, usable, truncation) if usable else [])
+    param = "prompt" if prompt_length > longest else "response"
+    return [
+        next(encoded) if length <= longest else _oversized_error(length, encoder.max_length, param)
+        for length in lengths
+    ]
+
+
+def _chunks(groups: Sequence[TextGroup]) -> Iterator[list[_Span]]:
+    """Cuts a request into parts of about equal work for the pool."""
+    chunk: list[_Span] = []
+    responses = characters = 0
+    for number, group in enumerate(groups):
+        prompt_length = text_length(group.prompt)
+        start = 0
+        for index, response in enumerate(group.responses):
+            size = prompt_length + text_length(response)
+            if responses and (responses >= _CHUNK_RESPONSES or characters + size > _CHUNK_CHARACTERS):
+                yield [*chunk, _Span(number, start, index)] if index > start else chunk
+                chunk, start, responses, characters = [], index, 0, 0
+            responses, characters = responses + 1, characters + size
+        chunk.append(_Span(number, start, len(group.responses)))
+    yield chunk
+
+
+def _encode_group(encoder: Encoder, prompt: Any, responses: Sequence[Any], truncation: Truncation) -> Sequence[Encoded]:
+    """Encodes as `Encoder.encode_group`. If that raises, the group is bisected until the failing texts are isolated."""
     try:
         return encoder.encode_group(prompt, responses, truncation)
     except BaseException as error:
-        if not _is_tokenizers_fault(error):
+        if not _is_tokenizer_fault(error):
             raise
         if len(responses) == 1:
             return [_failed(error)]
@@ -29,27 +119,36 @@ def encode_group(encoder: Encoder, prompt: Any, responses: Sequence[Any], trunca
     return [
         outcome
         for half in (responses[:middle], responses[middle:])
-        for outcome in encode_group(encoder, prompt, half, truncation)
+        for outcome in _encode_group(encoder, prompt, half, truncation)
     ]
 
 
-def encode_text(encoder: Encoder, text: Any, truncation: Truncation) -> Encoded:
-    """Encodes as `Encoder.encode_text`, and returns what that raises."""
+def _encode_text(encoder: Encoder, text: Any, truncation: Truncation) -> Encoded:
+    """Encodes as `Encoder.encode_text`, and returns the error that it raises."""
     try:
         return encoder.encode_text(text, truncation)
     except EncodingError as error:
         return error
     except BaseException as error:
-        if not _is_tokenizers_fault(error):
+        if not _is_tokenizer_fault(error):
             raise
         return _failed(error)
 
 
-def _is_tokenizers_fault(error: BaseException) -> bool:
-    """Panics of libraries in Rust are no `Exception`, and their class cannot be imported."""
+def _is_tokenizer_fault(error: BaseException) -> bool:
+    """Whether the tokenizer failed. A panic in Rust is not an `Exception`, and its class cannot be imported."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _failed(error: BaseException) -> TokenizerFailedError:
     _log.error("The tokenizer failed on a text", exc_info=error)
     return TokenizerFailedError("The tokenizer failed on this text.")
+
+
+def _oversized_error(characters: int, limit: int, param: str) -> SequenceTooLongError:
+    return SequenceTooLongError(
+        characters // _CHARACTERS_PER_TOKEN,
+        limit,
+        f"{characters:,} characters cannot fit into the {limit:,} tokens that this model takes. Shorten the {param}.",
+        param=param,
+    )

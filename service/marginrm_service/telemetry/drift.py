@@ -1,4 +1,4 @@
-"""Whether the margins that are served still look like those that the checkpoint was calibrated on."""
+"""Drift: how far the margins that are served have moved from those of the checkpoint's calibration."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prometheus_client.registry import Collector
 
 from marginrm.model_schema import DriftState
 
-_WINDOW = 10_000  # margins that are looked at: the last ones
+_WINDOW = 10_000  # the last margins, which are compared
 _FEWEST = 200  # below, chance alone would look like drift
 
 
 class Reference:
-    """The bins between a manifest's margin quantiles, and the share of margins that belongs into each.
+    """The bins between a manifest's margin quantiles, and the share of margins expected in each.
 
     Args:
         quantiles: Probability, as text, to margin. Equal margins make one edge.
@@ -38,8 +38,9 @@ class Reference:
 def psi(counts: Sequence[int], shares: Sequence[float]) -> float:
     """Returns the population stability index, sum of (a - e) ln(a / e) over bins, in nats.
 
-    a are the shares of the counts and e those expected. Half a count is added to each bin, so that an empty one is no
-    infinity. By a rule of thumb from credit scoring (Siddiqi, 2006) below 0.1 is stable and above 0.25 a shift.
+    a are the shares of the counts and e those expected. Half a count is added to each bin, so that the index of an
+    empty bin is finite. By a rule of thumb from credit scoring (Siddiqi, 2006) a value below 0.1 is stable and one
+    above 0.25 a shift.
     """
     total, bins = sum(counts), len(counts)
     actual = [(count + 0.5) / (total + bins / 2) for count in counts]
@@ -48,11 +49,13 @@ def psi(counts: Sequence[int], shares: Sequence[float]) -> float:
 
 
 class Drift(Collector):
-    """The PSI of each model's last margins against its manifest's; none for a model without, or with few margins yet.
+    """The PSI of each model's last margins against its manifest's.
+
+    A model without margin quantiles has no index, and neither has one that has given few margins yet.
 
     Args:
-        name: Of the metric.
-        documentation: What it says.
+        name: Name of the metric.
+        documentation: Its help text.
     """
 
     def __init__(self, name: str, documentation: str) -> None:
@@ -62,19 +65,19 @@ class Drift(Collector):
         self._seen: dict[str, deque[int]] = {}
 
     def refer(self, model: str, quantiles: Mapping[str, float]) -> None:
-        """Begins anew for a model that is served from now on; without quantiles it is left out."""
+        """Starts the index of a model anew; without quantiles the model has none."""
         self.forget(model)
         if quantiles:
             self._references[model] = Reference(quantiles)
             self._seen[model] = deque(maxlen=_WINDOW)
 
     def forget(self, model: str) -> None:
-        """Leaves a model out."""
+        """Removes a model."""
         self._references.pop(model, None)
         self._seen.pop(model, None)
 
     def observe(self, model: str, margins: Iterable[float]) -> None:
-        """Takes note of margins of pairs. Call it on the event loop only."""
+        """Records margins of pairs. Call it on the event loop only."""
         reference = self._references.get(model)
         if reference:
             self._seen[model].extend(map(reference.bin_of, margins))
@@ -98,8 +101,8 @@ class Drift(Collector):
         if reference is None:
             return None
         counts = [0] * len(reference.shares)
-        for place in self._seen[model]:
-            counts[place] += 1
+        for index in self._seen[model]:
+            counts[index] += 1
         total = sum(counts)
         return DriftState(
             margins=total,

@@ -1,8 +1,8 @@
-"""Logs for people or for machines, one line an event, with the request's id and never with its content.
+"""Logs as text or as JSON, one line an event, with the request's id and never with its content.
 
 An exception is logged with its type and the lines of code that it came through, but without its message: messages of
-foreign libraries may quote the text that they choked on. Where a message is known to be harmless, whoever logs it puts
-it into the log's own.
+other libraries may quote the text that caused them. A caller that knows a message to be harmless puts it into the log's
+own message.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def configure(log_format: Literal["text", "json"], level: str) -> None:
 
 
 def adopt_transformers() -> None:
-    """Makes transformers log as everything else does, and draws its progress bars only for people. Imports it."""
+    """Makes transformers log through the root logger, and show progress bars only on a terminal. Imports it."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()
@@ -44,7 +44,7 @@ def adopt_transformers() -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, request_id, and what was passed as `extra`."""
+    """One JSON object a line: time (UTC), level, logger, message, request_id, and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Formats one event."""
@@ -79,7 +79,7 @@ class TextFormatter(logging.Formatter):
 
 
 def describe(error: BaseException) -> str:
-    """Returns an exception's type and code path, and its message only if it is one of ours, which quote no text."""
+    """Returns an exception's type and code path; its message only for our own errors, which never quote a text."""
     lines = traceback.format_tb(error.__traceback__)
     name = f"{type(error).__module__}.{type(error).__qualname__}"
     lines.append(f"{name}: {error}" if isinstance(error, MarginRMError) else name)

@@ -1,16 +1,15 @@
-"""Other servers' contracts on this engine: a request becomes asks, rewards become the answer that its client reads.
+"""Other servers' contracts on this engine, one file each; docs/contracts.md describes what their clients send and read.
 
-One file a contract. docs/contracts.md says who sends what, and what each answer means.
+Each adapter turns its contract's request into groups of texts, and their rewards into its contract's reply.
 """
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from marginrm_service.api.adapters import embeddings, llama_factory, openai, openrlhf, rerank, slime, tei, vllm
-from marginrm_service.api.adapters.contract import overload_status
+from marginrm_service.api.adapters import embeddings, llama_factory, openrlhf, rerank, slime, tei, vllm
 
-ROUTERS = tuple(module.router for module in (openrlhf, slime, llama_factory, vllm, embeddings, rerank, tei, openai))
-router = APIRouter(dependencies=[Depends(overload_status)], tags=["other servers' contracts"])
+ROUTERS = tuple(module.router for module in (openrlhf, slime, llama_factory, vllm, embeddings, rerank, tei))
+router = APIRouter(tags=["other servers' contracts"])
 for _router in ROUTERS:
     router.include_router(_router)

@@ -9,9 +9,9 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 
 from marginrm.schemas import Text
-from marginrm_service.api.adapters.contract import ContractReply, ContractRequest, TokenUsage, reply, score, templated
+from marginrm_service.api.adapters.common import ContractReply, ContractRequest, TokenUsage, reply, score, templated
 from marginrm_service.api.adapters.vllm import as_list
-from marginrm_service.api.native import ERRORS
+from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import ServiceOf
 
 router = APIRouter()
@@ -43,11 +43,11 @@ class EmbeddingsResponse(ContractReply):
     usage: TokenUsage
 
 
-@router.post("/v1/embeddings", response_model=EmbeddingsResponse, responses=ERRORS)
+@router.post("/v1/embeddings", response_model=EmbeddingsResponse, responses=ERROR_REPLIES)
 async def embeddings(body: EmbeddingsRequest, request: Request, service: ServiceOf) -> Response:
     """Scores texts; the raw reward is `embedding[-1]`."""
-    asks = templated(as_list(body.input))
-    rewarded = await score(service, request, body.model, asks, response_at=lambda i: f"input[{i}]")
+    groups = templated(as_list(body.input))
+    rewarded = await score(service, request, body.model, groups, response_at=lambda i: f"input[{i}]")
 
     def make() -> EmbeddingsResponse:
         return EmbeddingsResponse(
@@ -55,7 +55,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request, service: Service
                 EmbeddingData(index=i, embedding=[reward] if body.encoding_format == "float" else _packed(reward))
                 for i, reward in enumerate(rewarded.rewards)
             ],
-            model=rewarded.model.name,
+            model=rewarded.model,
             usage=rewarded.usage,
         )
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from marginrm.errors import SequenceTooLongError
 from marginrm.schemas import Text
-from marginrm_service.api.adapters.contract import (
+from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
     Rewarded,
@@ -18,7 +18,7 @@ from marginrm_service.api.adapters.contract import (
     score,
     templated,
 )
-from marginrm_service.api.native import ERRORS
+from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import ServiceOf
 
 router = APIRouter()
@@ -41,14 +41,14 @@ class ScoreEvaluationResponse(ContractReply):
     scores: list[float]
 
 
-@router.post("/v1/score/evaluation", response_model=ScoreEvaluationResponse, responses=ERRORS)
+@router.post("/v1/score/evaluation", response_model=ScoreEvaluationResponse, responses=ERROR_REPLIES)
 async def score_evaluation(body: ScoreEvaluationRequest, request: Request, service: ServiceOf) -> Response:
     """Scores LLaMA-Factory's templated texts (`reward_model_type: api`)."""
     name = "default" if body.model == "model" else body.model
     rewarded = await score(service, request, name, templated(body.messages), response_at=lambda i: f"messages[{i}]")
     _check_length(rewarded, body.max_length)
     return await reply(
-        service, rewarded, lambda: ScoreEvaluationResponse(model=rewarded.model.name, scores=rewarded.rewards)
+        service, rewarded, lambda: ScoreEvaluationResponse(model=rewarded.model, scores=rewarded.rewards)
     )
 
 

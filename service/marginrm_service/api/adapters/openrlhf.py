@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from marginrm.schemas import Text
-from marginrm_service.api.adapters.contract import ContractReply, ContractRequest, reply, score, templated
-from marginrm_service.api.native import ERRORS
+from marginrm_service.api.adapters.common import ContractReply, ContractRequest, reply, score, templated
+from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import ServiceOf
 
 router = APIRouter()
@@ -26,7 +26,7 @@ class GetRewardResponse(ContractReply):
     extra_logs: dict[str, list[float]]
 
 
-@router.post("/get_reward", response_model=GetRewardResponse, responses=ERRORS)
+@router.post("/get_reward", response_model=GetRewardResponse, responses=ERROR_REPLIES)
 async def get_reward(body: GetRewardRequest, request: Request, service: ServiceOf) -> Response:
     """Scores OpenRLHF's templated texts. An empty list, which it sends to its second URL, gets empty lists."""
     rewarded = await score(service, request, None, templated(body.query), response_at=lambda i: f"query[{i}]")

@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, Tag
 from marginrm.ranking import sigmoid
 from marginrm.schemas import Prompt, Text
 from marginrm_service.api.adapters import tei
-from marginrm_service.api.adapters.contract import (
+from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
     TokenUsage,
@@ -22,8 +22,8 @@ from marginrm_service.api.adapters.contract import (
     reply,
     score,
 )
-from marginrm_service.api.native import ERRORS
-from marginrm_service.engine.request import Ask
+from marginrm_service.api.errors import ERROR_REPLIES
+from marginrm_service.engine.request import TextGroup
 from marginrm_service.state import Service, ServiceOf
 
 router = APIRouter()
@@ -67,8 +67,8 @@ class RerankResponse(ContractReply):
     usage: TokenUsage
 
 
-@router.post("/v1/rerank", response_model=RerankResponse, responses=ERRORS)
-@router.post("/v2/rerank", response_model=RerankResponse, responses=ERRORS)
+@router.post("/v1/rerank", response_model=RerankResponse, responses=ERROR_REPLIES)
+@router.post("/v2/rerank", response_model=RerankResponse, responses=ERROR_REPLIES)
 async def rerank(body: RerankRequest, request: Request, service: ServiceOf) -> Response:
     """Ranks documents by raw reward, in the shape that Cohere, Jina and vLLM share."""
     return await _rerank(body, request, service)
@@ -83,7 +83,7 @@ EitherRequest = Annotated[
 ]
 
 
-@router.post("/rerank", response_model=RerankResponse | tei.TeiRerankResponse, responses=ERRORS)
+@router.post("/rerank", response_model=RerankResponse | tei.TeiRerankResponse, responses=ERROR_REPLIES)
 async def rerank_or_tei(body: EitherRequest, request: Request, service: ServiceOf) -> Response:
     """Ranks `documents` as `/v1/rerank` does, or TEI's `texts` in TEI's shape."""
     if isinstance(body, tei.TeiRerankRequest):
@@ -97,7 +97,7 @@ async def _rerank(body: RerankRequest, request: Request, service: Service) -> Re
         service,
         request,
         body.model,
-        [Ask(body.query, texts)],
+        [TextGroup(body.query, texts)],
         response_at=lambda i: f"documents[{i}]",
         prompt_at=lambda _: "query",
     )
@@ -105,7 +105,7 @@ async def _rerank(body: RerankRequest, request: Request, service: Service) -> Re
     def make() -> RerankResponse:
         rewards = rewarded.rewards
         return RerankResponse(
-            model=rewarded.model.name,
+            model=rewarded.model,
             results=[
                 RerankResult(
                     index=index,

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import RootModel
 
 from marginrm.schemas import Prompt, Text
-from marginrm_service.api.adapters.contract import ContractRequest, reply, score
-from marginrm_service.api.native import ERRORS
-from marginrm_service.engine.request import Ask
+from marginrm_service.api.adapters.common import ContractRequest, reply, score
+from marginrm_service.api.errors import ERROR_REPLIES
+from marginrm_service.engine.request import TextGroup
 from marginrm_service.state import ServiceOf
 
 router = APIRouter()
@@ -25,9 +25,9 @@ class SlimeReward(RootModel[float]):
     """The reward, and nothing else. Leave `--reward-key` out."""
 
 
-@router.post("/slime", response_model=SlimeReward, responses=ERRORS)
+@router.post("/slime", response_model=SlimeReward, responses=ERROR_REPLIES)
 async def slime(body: SlimeRequest, request: Request, service: ServiceOf) -> Response:
     """Scores one of slime's samples with `--rm-type remote_rm --rm-url .../slime`."""
-    asks = [Ask(body.prompt, [body.response])]
-    rewarded = await score(service, request, None, asks, response_at=lambda _: "response")
+    groups = [TextGroup(body.prompt, [body.response])]
+    rewarded = await score(service, request, None, groups, response_at=lambda _: "response")
     return await reply(service, rewarded, lambda: SlimeReward(rewarded.rewards[0]))

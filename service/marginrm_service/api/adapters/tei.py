@@ -11,9 +11,9 @@ from marginrm.errors import InvalidTextError
 from marginrm.ranking import sigmoid
 from marginrm.schemas import Text
 from marginrm.text import Truncation
-from marginrm_service.api.adapters.contract import ContractReply, ContractRequest, reply, score
-from marginrm_service.api.native import ERRORS
-from marginrm_service.engine.request import Ask
+from marginrm_service.api.adapters.common import ContractReply, ContractRequest, reply, score
+from marginrm_service.api.errors import ERROR_REPLIES
+from marginrm_service.engine.request import TextGroup
 from marginrm_service.state import Service, ServiceOf
 
 router = APIRouter()
@@ -83,7 +83,7 @@ async def rerank(body: TeiRerankRequest, request: Request, service: Service) -> 
         service,
         request,
         None,
-        [Ask(body.query, body.texts)],
+        [TextGroup(body.query, body.texts)],
         response_at=lambda i: f"texts[{i}]",
         prompt_at=lambda _: "query",
         truncation=body.truncation,
@@ -101,7 +101,7 @@ async def rerank(body: TeiRerankRequest, request: Request, service: Service) -> 
     )
 
 
-@router.post("/predict", response_model=PredictResponse, responses=ERRORS)
+@router.post("/predict", response_model=PredictResponse, responses=ERROR_REPLIES)
 async def predict(body: PredictRequest, request: Request, service: ServiceOf) -> Response:
     """Scores texts, or prompts with responses, in TEI's shape."""
     several = isinstance(body.inputs, list) and any(isinstance(one, list) for one in body.inputs)
@@ -124,12 +124,12 @@ def best_first(rewards: list[float]) -> list[int]:
     return sorted(range(len(rewards)), key=lambda index: -rewards[index])
 
 
-def _ask(one: Any, index: int) -> Ask:
+def _ask(one: Any, index: int) -> TextGroup:
     match one:
         case str() | [str()]:
-            return Ask(None, [one if isinstance(one, str) else one[0]], templated=True)
+            return TextGroup(None, [one if isinstance(one, str) else one[0]], templated=True)
         case [str() as prompt, str() as response]:
-            return Ask(prompt, [response])
+            return TextGroup(prompt, [response])
     raise InvalidTextError(
         f"inputs[{index}] must be a text, or a list of one text, or of a prompt and its response.",
         param=f"inputs[{index}]",

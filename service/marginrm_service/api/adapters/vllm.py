@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from marginrm.ranking import sigmoid
 from marginrm.schemas import Prompt, Text
 from marginrm.text import Truncation
-from marginrm_service.api.adapters.contract import (
+from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
     Listed,
@@ -25,7 +25,7 @@ from marginrm_service.api.adapters.contract import (
     score,
     templated,
 )
-from marginrm_service.api.native import ERRORS
+from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import Service, ServiceOf
 
 router = APIRouter()
@@ -151,7 +151,7 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-@router.post("/classify", response_model=ClassifyResponse, responses=ERRORS)
+@router.post("/classify", response_model=ClassifyResponse, responses=ERROR_REPLIES)
 async def classify(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
     """Scores texts in vLLM's shape, as verl asks: the raw reward is `probs[-1]` with `use_activation: false`."""
     rewarded = await _pool(body, request, service)
@@ -159,14 +159,14 @@ async def classify(body: PoolingRequest, request: Request, service: ServiceOf) -
         service,
         rewarded,
         lambda: ClassifyResponse(
-            model=rewarded.model.name,
+            model=rewarded.model,
             usage=rewarded.usage,
             data=[ClassData(index=i, probs=[body.value(reward)]) for i, reward in enumerate(rewarded.rewards)],
         ),
     )
 
 
-@router.post("/pooling", response_model=PoolingResponse, responses=ERRORS)
+@router.post("/pooling", response_model=PoolingResponse, responses=ERROR_REPLIES)
 async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
     """Scores texts in the shape of vLLM's pooling route."""
     rewarded = await _pool(body, request, service)
@@ -174,14 +174,14 @@ async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) ->
         service,
         rewarded,
         lambda: PoolingResponse(
-            model=rewarded.model.name,
+            model=rewarded.model,
             usage=rewarded.usage,
             data=[PoolingData(index=i, data=[body.value(reward)]) for i, reward in enumerate(rewarded.rewards)],
         ),
     )
 
 
-@router.post("/v1/score", response_model=PairScoreResponse, responses=ERRORS)
+@router.post("/v1/score", response_model=PairScoreResponse, responses=ERROR_REPLIES)
 async def score_pairs(body: PairScoreRequest, request: Request, service: ServiceOf) -> Response:
     """Scores responses to prompts in vLLM's shape. (`/score` itself is this server's own route.)"""
     prompts, responses = as_list(body.text_1), as_list(body.text_2)
@@ -200,7 +200,7 @@ async def score_pairs(body: PairScoreRequest, request: Request, service: Service
         service,
         rewarded,
         lambda: PairScoreResponse(
-            model=rewarded.model.name,
+            model=rewarded.model,
             usage=rewarded.usage,
             data=[ScoreData(index=i, score=body.value(reward)) for i, reward in enumerate(rewarded.rewards)],
         ),
@@ -208,12 +208,12 @@ async def score_pairs(body: PairScoreRequest, request: Request, service: Service
 
 
 async def _pool(body: PoolingRequest, request: Request, service: Service) -> Rewarded:
-    asks = templated(as_list(body.input)) if body.messages is None else [conversation(body.messages)]
+    groups = templated(as_list(body.input)) if body.messages is None else [conversation(body.messages)]
     return await score(
         service,
         request,
         body.model,
-        asks,
+        groups,
         response_at=lambda i: f"input[{i}]" if body.messages is None else f"messages[{len(body.messages) - 1}]",
         prompt_at=lambda _: "messages",
         truncation=body.truncation,

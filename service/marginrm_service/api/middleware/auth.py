@@ -1,4 +1,4 @@
-"""One check in front of every route: a known key, and not too often."""
+"""Authentication by API keys, and a rate limit for each key."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from marginrm_service.api.errors import error_response
 from marginrm_service.keys import KeyFile, RateLimit
-from marginrm_service.telemetry.metrics import Metrics
+from marginrm_service.telemetry.metrics import ANY_MODEL, Metrics
 
 ADMIN = "/admin/"
-_OPEN = frozenset({"/healthz", "/readyz", "/", "/docs"})  # probes carry no key; a page asks its reader for one
-_OPEN_UNDER = ("/page/", "/models/")  # what the pages are made of
+_OPEN = frozenset({"/healthz", "/readyz", "/", "/docs"})  # probes have no key; a page asks its reader for one
+_OPEN_UNDER = ("/page/", "/models/")  # the pages' own files
 _SCHEME = "bearer "
 
 
-class KeyCheck:
-    """Lets in requests with `Authorization: Bearer KEY`; health routes and the pages' own files stay open.
+class ApiKeyAuth:
+    """Admits requests with `Authorization: Bearer KEY`; health routes and the pages' own files need no key.
 
     Args:
         app: The application.
-        metrics: Where refusals are counted.
-        keys: For all routes but the admin's; None lets everybody in.
-        admin_keys: For the admin routes; None closes them.
-        limit: How often each key may ask.
+        metrics: Where refusals are recorded.
+        keys: Keys for all routes except the admin's; None admits every request.
+        admin_keys: Keys for the admin routes; None closes them.
+        limit: Rate limit of each key; None for no limit.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class KeyCheck:
         keys = self._admin_keys if for_admin else self._keys
         if keys is None:
             if for_admin:
-                await error_response(404, "not_found", "There is no such route.")(scope, receive, send)
+                await error_response(404, "not_found", "This route does not exist.")(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
             return
         owner = keys.owner(_presented(scope))
         if owner is None:
-            self._metrics.rejections.labels("", "unauthorized").inc()
-            message = "This server wants an API key: Authorization: Bearer KEY."
+            self._metrics.rejected(ANY_MODEL, "unauthorized")
+            message = "This server needs an API key: Authorization: Bearer KEY."
             challenge = {"WWW-Authenticate": "Bearer"}
             await error_response(401, "unauthorized", message, headers=challenge)(scope, receive, send)
             return
         wait = self._limit.take(owner) if self._limit and not for_admin else 0
         if wait:
-            self._metrics.rejections.labels("", "rate_limited").inc()
-            message = f"This key has asked too often; its next request is due in {wait} s."
+            self._metrics.rejected(ANY_MODEL, "rate_limited")
+            message = f"This key has reached its rate limit; send its next request in {wait} s."
             await error_response(429, "rate_limited", message, headers={"Retry-After": str(wait)})(scope, receive, send)
             return
         await self._app(scope, receive, send)

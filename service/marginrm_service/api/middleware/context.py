@@ -1,4 +1,4 @@
-"""Around every request: its id, its time, its line in the log, its count in the metrics, and the last net under it."""
+"""The outermost middleware: request id, timing, log line, metrics, and a reply to unexpected exceptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from random import getrandbits
 from time import perf_counter
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from marginrm_service.api.errors import internal_error, unfinished
@@ -20,7 +19,7 @@ from marginrm_service.telemetry.metrics import Metrics
 _log = logging.getLogger(__name__)
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Routes that are asked every few seconds by machines: their lines would hide all others.
+# Routes that orchestrators and Prometheus request every few seconds: their log lines would hide all others.
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -30,14 +29,14 @@ _HEADERS = {
 
 
 class RequestContext:
-    """Gives each request an id, measures and logs it, and answers 500 where nothing else has answered.
+    """Gives each request an id, measures and logs it, and answers 500 after an unexpected exception.
 
-    A client's `X-Request-ID` is taken over if it is short and plain, else a new id is made; the reply carries it. The
-    log has the route's template, since the path itself is the client's text.
+    A client's `X-Request-ID` is used if it is short and plain; otherwise a new id is made. The reply carries it. The log
+    has the route's template, because the path itself is the client's text.
 
     Args:
         app: The application.
-        metrics: Where requests are counted.
+        metrics: Where requests are recorded.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -61,17 +60,17 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = identity
                 if scope["app"].state.service.draining:
-                    headers["Connection"] = "close"  # the client's next request belongs to another server
+                    headers["Connection"] = "close"  # so that the client sends its next request to another server
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except asyncio.CancelledError:  # the server leaves, and did not finish this request in time
+        except asyncio.CancelledError:  # the server shuts down, and did not finish this request in time
             if not status:
                 await unfinished()(scope, receive, send_with_headers)
-        except Exception as error:  # noqa: BLE001 - the last net: no fault of ours reaches a client, or stays unseen
+        except Exception as error:  # noqa: BLE001 - every fault is logged, and its details never reach a client
             _log.error("A request failed unexpectedly", exc_info=error)
             if not status:
                 await internal_error()(scope, receive, send_with_headers)
@@ -82,48 +81,13 @@ class RequestContext:
     def _finish(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in METHODS else "other"
-        self._metrics.requests.labels(route, method, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        self._metrics.answered(route, method, status, seconds)
         if route not in QUIET or status == HTTPStatus.INTERNAL_SERVER_ERROR:
             _log.info(
                 "request", extra={"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)}
             )
 
 
-class BodyLimit:
-    """Refuses bodies over a limit: at once by their stated length, else as soon as they grow over it.
-
-    FastAPI's own `max_body_size` answers in plain text, and outside of `RequestContext`.
-
-    Args:
-        app: The application.
-        max_bytes: The largest body.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        stated = Headers(scope=scope).get("content-length", "0")
-        received = int(stated) if stated.isdigit() and int(stated) > self._max_bytes else 0
-
-        async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive() if received <= self._max_bytes else {"type": "http.request"}
-            if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                if received > self._max_bytes:
-                    raise HTTPException(413)
-            return message
-
-        await self._app(scope, limited_receive, send)
-
-
 def _request_id(scope: Scope) -> str:
-    asked = Headers(scope=scope).get("x-request-id")
-    return asked if asked and _ACCEPTED_ID.fullmatch(asked) else f"{getrandbits(64):016x}"
+    sent = Headers(scope=scope).get("x-request-id")
+    return sent if sent and _ACCEPTED_ID.fullmatch(sent) else f"{getrandbits(64):016x}"

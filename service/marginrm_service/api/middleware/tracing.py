@@ -1,8 +1,8 @@
-"""OpenTelemetry traces: off unless the standard `OTEL_*` variables ask for them, and never with a client's text.
+"""OpenTelemetry traces: off unless the standard `OTEL_*` variables turn them on, and never with a client's text.
 
-A request is a span, `POST /score`; its stages are children of it: `tokenise`, `queue`, `forward`. A W3C `traceparent`
-makes it part of its client's trace. FastAPI makes spans too, but those hold the path and the query, which are the
-client's text; so they are off.
+Each request is a span such as `POST /score`, and its stages are child spans: `tokenise`, `queue`, `forward`. A W3C
+`traceparent` makes it part of its client's trace. FastAPI's own spans are off, because they hold the path and the query,
+which are the client's text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from marginrm.errors import ConfigError
 from marginrm_service.api.middleware.context import METHODS, QUIET
-from marginrm_service.engine.request import Answer
+from marginrm_service.engine.request import ScoringResult
 from marginrm_service.telemetry.logs import request_id
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ _tracer: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 
 
 def configured(environment: Mapping[str, str]) -> TracerProvider | None:
-    """Returns where spans go; None if the environment names neither an exporter nor an endpoint.
+    """Returns the tracer provider of the environment; None if it names neither an exporter nor an endpoint.
 
     `OTEL_TRACES_EXPORTER` may be `otlp` (over HTTP; the default where there is an endpoint), `console` or `none`. The
     SDK reads the other variables: endpoint, headers, sampler, resource, batches.
 
     Raises:
-        ConfigError: Traces are asked for in a way that this server cannot give.
+        ConfigError: The variables ask for an exporter or a protocol that this server does not have.
     """
     has_endpoint = any(environment.get(name) for name in _ENDPOINTS)
     exporter = environment.get("OTEL_TRACES_EXPORTER") or ("otlp" if has_endpoint else "none")
@@ -51,14 +51,14 @@ def configured(environment: Mapping[str, str]) -> TracerProvider | None:
         return None
     protocol = next((environment[name] for name in _PROTOCOLS if environment.get(name)), "http/protobuf")
     if exporter not in {"otlp", "console"}:
-        raise ConfigError(f"OTEL_TRACES_EXPORTER = {exporter!r}: this server has otlp, console and none.")
+        raise ConfigError(f"OTEL_TRACES_EXPORTER = {exporter!r}: the accepted values are otlp, console and none.")
     if exporter == "otlp" and protocol != "http/protobuf":
-        raise ConfigError(f"{_PROTOCOLS[1]} = {protocol!r}: this server has http/protobuf only.")
+        raise ConfigError(f"{_PROTOCOLS[1]} = {protocol!r}: the only accepted value is http/protobuf.")
     try:
         return _provider(exporter)
     except ImportError as error:
         raise ConfigError(
-            "OTEL_* variables ask for traces: install them with `pip install 'marginrm[otel]'`."
+            "OTEL_* variables turn traces on, which need more packages: run `pip install 'marginrm[otel]'`."
         ) from error
 
 
@@ -77,11 +77,11 @@ def _provider(exporter: str) -> TracerProvider:
 
 
 class Tracing:
-    """Makes a span of every request that is none of a machine's that looks after the server.
+    """Creates a span for every request except health checks and metrics.
 
     Args:
         app: The application.
-        provider: Where spans go.
+        provider: Exports the spans.
     """
 
     def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
@@ -95,7 +95,7 @@ class Tracing:
             return
         status = 0
 
-        async def noting_send(message: Message) -> None:
+        async def recording_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -107,12 +107,12 @@ class Tracing:
             context=propagate.extract(dict(Headers(scope=scope))),
             kind=SpanKind.SERVER,
             attributes={"http.request.method": method, "marginrm.request_id": request_id.get() or ""},
-            record_exception=False,  # messages of foreign exceptions may quote a text
+            record_exception=False,  # messages of other libraries' exceptions may quote a text
             set_status_on_exception=False,
         ) as span:
             token = _tracer.set(self._tracer)
             try:
-                await self._app(scope, receive, noting_send)
+                await self._app(scope, receive, recording_send)
             except BaseException as error:
                 status = status or HTTPStatus.INTERNAL_SERVER_ERROR
                 span.set_attribute("error.type", type(error).__qualname__)
@@ -131,22 +131,22 @@ def _finish(span: Span, method: str, route: str | None, status: int) -> None:
         span.set_status(StatusCode.ERROR)
 
 
-def record(model: str, answer: Answer) -> None:
-    """Gives the present request's span what it asked and where its time went; does nothing while traces are off."""
+def record(result: ScoringResult) -> None:
+    """Adds the outcome of a scoring request, and a child span for each stage, to the present span, if traces are on."""
     tracer = _tracer.get()
     if tracer is None:
         return
-    usage, stages = answer.usage, answer.stages
+    usage, timings = result.usage, result.timings
     facts: dict[str, Any] = {
-        "marginrm.model": model,
+        "marginrm.model": result.model.name,
         "marginrm.responses": usage.responses,
         "marginrm.tokens": usage.tokens,
         "marginrm.tokens_computed": usage.tokens_computed,
     }
     trace.get_current_span().set_attributes(facts)
     end = time_ns()
-    begin = end - int(stages.total * 1e9)
-    queued = begin + int(stages.tokenise * 1e9)
-    started = queued + int(stages.queue * 1e9)
+    begin = end - int(timings.total * 1e9)
+    queued = begin + int(timings.tokenise * 1e9)
+    started = queued + int(timings.queue * 1e9)
     for name, since, until in (("tokenise", begin, queued), ("queue", queued, started), ("forward", started, end)):
         tracer.start_span(name, start_time=since).end(until)
