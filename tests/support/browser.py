@@ -6,16 +6,101 @@ missing, the tests are skipped and say which.
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 from marginrm.calibration import calibrate
 from marginrm.manifest import BestOfNMeasure, DataFile, GoldenSample, Manifest, MethodInfo
 from marginrm.reward_model import RewardModel
 from support.models import tiny_checkpoint
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
 PROMPT = "Why does bread rise?"
+_FETCH_FAILED = "Failed to load resource"  # Chromium's own line for every status of 400 and above
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Starts a headless Chromium; skips the test where there is none."""
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright's client is not installed: pip install playwright"
+    )
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@dataclass
+class Watched:
+    """A page with what it did that it should not: errors, and requests to other hosts.
+
+    Attributes:
+        page: Playwright's page.
+        errors: Exceptions and console errors, without Chromium's lines about refused requests.
+        refused: Those lines.
+        strangers: Addresses that it asked outside its own server.
+    """
+
+    page: Page
+    errors: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Fails if something went wrong that a test did not ask for."""
+        assert self.errors == []
+        assert self.strangers == []
+
+
+@contextmanager
+def visiting(browser: Browser, url: str, path: str = "/", **context: Any) -> Iterator[Watched]:
+    """Opens a page of a server in a fresh profile, and checks at the end that it kept to itself.
+
+    Args:
+        browser: As `chromium` gives it.
+        url: Address of the server.
+        path: Of the page.
+        **context: Options of Playwright's `new_context`, such as `viewport` and `color_scheme`.
+    """
+    profile: BrowserContext = browser.new_context(**context)
+    profile.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
+    profile.set_default_timeout(20_000)
+    watched = Watched(profile.new_page())
+
+    def on_console(message: Any) -> None:
+        if message.type == "error":
+            (watched.refused if _FETCH_FAILED in message.text else watched.errors).append(message.text)
+
+    def on_request(request: Any) -> None:
+        if not request.url.startswith((f"{url}/", "data:", "blob:")):
+            watched.strangers.append(request.url)
+
+    watched.page.on("console", on_console)
+    watched.page.on("pageerror", lambda error: watched.errors.append(str(error)))
+    profile.on("request", on_request)
+    try:
+        watched.page.goto(f"{url}{path}")
+        yield watched
+        watched.check()
+    finally:
+        profile.close()
 
 
 def measured_checkpoint(folder: Path, *, seed: int = 0, max_length: int = 512) -> Path:

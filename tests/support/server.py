@@ -27,9 +27,9 @@ from marginrm_service.state import Service
 class AppServer:
     """An app served by uvicorn in a thread. `service` is its state; call into it with `on_loop`."""
 
-    def __init__(self, app) -> None:
+    def __init__(self, app, port: int = 0) -> None:
         self.service: Service = app.state.service
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+        self._server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -61,7 +61,7 @@ class AppServer:
 @contextlib.contextmanager
 def serving(*models, **settings) -> Iterator[AppServer]:
     """Serves fake or real reward models."""
-    server = AppServer(create_app(Settings(**settings)))
+    server = AppServer(create_app(Settings(**settings)), settings.get("port", 0))
     server.start()
     try:
         for model in models:
