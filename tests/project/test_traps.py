@@ -6,13 +6,13 @@ Traps of the method:
 |---|---|
 | a reference batch of one: mu_B = d, the filter never fires | test_margins::test_trap_a_reference_batch_of_one_never_fires_and_is_refused, test_train::test_trap_a_reference_batch_too_small_stops_before_the_first_step |
 | a filter that lets nobody through, without a word | test_traps::test_trap_a_filter_that_never_fires_is_told |
-| [pairs, 1] - [pairs] is [pairs, pairs] | test_losses::test_trap_shapes_that_would_broadcast_are_refused, test_losses::test_the_losses_are_those_of_a_loop |
+| [pairs, 1] - [pairs] is [pairs, pairs] | test_losses::test_trap_shapes_that_would_broadcast_are_refused, test_losses::test_the_losses_equal_those_of_a_loop |
 | the loss divided by how many fired: another learning rate in every step | test_traps::test_trap_the_loss_divides_by_all_pairs_of_the_batch |
 | margins read from the first row only | test_data::test_trap_a_margin_missing_in_any_row_is_named_by_its_line |
 | a margin that is a list | test_traps::test_trap_a_margin_is_one_number_a_pair |
 | a negative mu_B relaxes the loss | test_margins::test_trap_a_negative_mean_does_not_relax_the_loss |
 | the margin feeds on itself | test_traps::test_trap_an_uncapped_margin_feeds_on_itself, test_traps::test_trap_a_spread_that_doubles_while_accuracy_is_flat_is_told |
-| mu_B as a mean of the ranks' means, or with pairs counted twice | test_distributed::test_two_processes_train_what_one_trains |
+| mu_B as a mean of the ranks' means, or with pairs counted twice | test_distributed::test_two_processes_train_as_one_does |
 | mu_B a statistic of length: batches grouped by length | test_traps::test_trap_batches_are_drawn_by_the_seed_and_not_by_length |
 | below the mean are the wrong labels, too | test_evaluation::test_metrics_by_hand (accuracy by strength shows it; there is no floor below which the margin is not asked) |
 | batch margins in evaluation or serving | test_traps::test_trap_no_batch_and_no_margin_in_evaluation |
@@ -31,9 +31,9 @@ What users of other trainers ran into:
 | serving encodes otherwise than training | test_same_reward::test_trainer_library_and_server_give_a_pair_the_same_reward, test_reward_model::test_another_template_fails_the_golden_samples |
 | two BOS, or none | test_encoding::test_there_is_exactly_one_bos_where_the_tokenizer_has_one |
 | a template that prints today's date | test_encoding::test_a_template_that_prints_the_date_prints_the_same_one_every_day |
-| pairs equal after encoding: ln 2, no gradient | test_data::test_trap_pairs_equal_after_encoding_are_left_out |
-| long pairs gone in silence | test_data::test_what_teaches_nothing_is_left_out_and_counted_by_reason |
-| a response cut at its end | test_encoding::test_a_response_over_the_limit_is_never_cut, test_data::test_cut_prompts_are_counted_and_responses_stay_whole |
+| pairs equal after encoding: ln 2, no gradient | test_data::test_trap_pairs_equal_after_encoding_are_excluded |
+| long pairs gone in silence | test_data::test_pairs_without_a_training_signal_are_excluded_and_counted_by_reason |
+| a response cut at its end | test_encoding::test_a_response_over_the_limit_is_never_cut, test_data::test_cut_prompts_are_counted_and_responses_are_kept |
 | the head lost from LoRA checkpoints, random when loaded | test_lora::test_trap_the_head_survives_and_the_merged_checkpoint_gives_the_trained_rewards, test_reward_model::test_a_checkpoint_without_its_head_is_refused |
 | a head with two labels | test_reward_model::test_two_labels_are_refused, test_cli::test_a_run_that_cannot_be_trained_stops_with_the_cure |
 | the head drawn before the seed is set, or never | test_reward_model::test_training_starts_from_the_same_head_for_the_same_seed |
@@ -44,7 +44,7 @@ What users of other trainers ran into:
 | the reward depends on its batch | test_reward_model::test_a_reward_does_not_depend_on_its_neighbours_or_on_the_budget |
 | rewards far from 0 with no spread; whose scale is it? | test_traps::test_trap_the_checkpoint_says_where_its_rewards_lie_and_what_they_mean |
 | LoRA and activation checkpointing: no gradients | test_traps::test_trap_lora_under_activation_checkpointing_trains_every_matrix |
-| a trained model that nothing can serve | test_train::test_a_run_writes_a_checkpoint_that_serves_what_it_measured |
+| a trained model that nothing can serve | test_train::test_a_run_writes_a_checkpoint_that_serves_its_measured_rewards |
 | accuracy stuck at 0.5 | test_train::test_every_preset_overfits_64_pairs |
 | the trained margin option itself, asked for and missing | test_margins::test_presets_by_hand |
 

@@ -1,4 +1,4 @@
-"""`marginrm ablate`: the plan, wrong labels by hand, whole ablations on a tiny model that go on where they ended."""
+"""`marginrm ablate`: the plan, label noise, and ablations of a tiny model that continue where they were ended."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_examples_are_valid_and_find_all_results_that_are_kept(name, runs):
     assert len({run.label for run in found}) == runs
 
 
-def test_wrong_labels_are_exactly_the_share_and_keep_their_strength(tmp_path):
+def test_label_noise_flips_exactly_the_share_and_keeps_strengths(tmp_path):
     rows = [
         {"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}", "strength": 0.9, "true_margin": 2.0} for i in range(10)
     ]
@@ -59,7 +59,7 @@ def test_wrong_labels_are_exactly_the_share_and_keep_their_strength(tmp_path):
     assert [row for row in after if row not in swapped] == [rows[i] for i in range(10) if after[i] not in swapped]
 
 
-def test_the_interval_covers_items_and_seeds():
+def test_the_interval_resamples_items_and_seeds():
     assert seeds_estimate(np.ones((3, 50))) == (1.0, 1.0, 1.0)
     assert seeds_estimate(np.array([[0.0] * 20, [1.0] * 20])) == (0.5, 0.0, 1.0)  # the seeds alone make this one
     _, low, high = seeds_estimate(np.tile([0.0, 1.0], (1, 50)))
@@ -68,7 +68,7 @@ def test_the_interval_covers_items_and_seeds():
     assert correctness(np.array([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
 
 
-def test_a_wrong_setting_is_told_before_anything_runs(tmp_path):
+def test_a_wrong_setting_is_refused_before_a_run_starts(tmp_path):
     path = tmp_path / "a.toml"
     text = (EXAMPLES / "ablation_alpaca.toml").read_text()
     path.write_text(text.replace('"method.preset" = "paper"', '"method.presett" = "paper"'))
@@ -121,7 +121,7 @@ path = "{tmp_path}/groups.jsonl"
     return config
 
 
-def test_an_ablation_measures_compares_and_keeps_what_is_finished(small, tmp_path):
+def test_an_ablation_measures_compares_and_keeps_finished_runs(small, tmp_path):
     ablation = load_ablation(small)
     output = tmp_path / "out"
     assert run_all(ablation, limit_minutes=0) == []
@@ -150,7 +150,7 @@ def test_an_ablation_measures_compares_and_keeps_what_is_finished(small, tmp_pat
     assert len(finished(ablation.results_file, plan(ablation))) == 2
 
 
-def test_results_under_version_control_are_enough_to_go_on_from(small, tmp_path):
+def test_an_ablation_continues_from_its_results_file_alone(small, tmp_path):
     small.write_text(f'results = "{tmp_path}/kept"\n' + small.read_text())
     ablation = load_ablation(small)
     assert run_all(ablation, jobs=2) == []
@@ -210,7 +210,7 @@ def test_a_run_is_measured_in_the_dtype_it_was_trained_in(small, tmp_path, monke
     assert measured == [dtype]
 
 
-def test_a_command_that_is_ended_ends_its_runs(small):
+def test_a_terminated_command_ends_its_runs(small):
     code = "from marginrm.cli.main import main; main()"
     with subprocess.Popen([sys.executable, "-c", code, "ablate", str(small), "--jobs", "2"]) as command:
         tree = psutil.Process(command.pid)
@@ -222,7 +222,7 @@ def test_a_command_that_is_ended_ends_its_runs(small):
     assert not any(run.is_running() for run in runs)
 
 
-def test_a_run_that_fails_is_named_with_its_log(small, tmp_path):
+def test_a_failed_run_is_named_with_its_log(small, tmp_path):
     small.write_text(small.read_text().replace("groups.jsonl", "missing.jsonl"))
     runner = CliRunner()
     result = runner.invoke(app, ["ablate", str(small), "--jobs", "2"])

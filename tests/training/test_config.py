@@ -18,7 +18,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_defaults_are_the_methods(tmp_path: Path) -> None:
+def test_defaults(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, MINIMAL))
     assert config.method.method().cap == 1.0
     assert (config.optim.learning_rate, config.optim.epochs, config.optim.pairs_per_step) == (9e-6, 1.0, 128)
@@ -47,7 +47,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.toml")
 
 
-def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+def test_overrides_replace_settings_of_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL)
     config = load_config(path, ["optim.epochs=2.5", "output=runs/b", "method.preset=bt"])
     assert (config.optim.epochs, config.output, config.method.preset) == (2.5, "runs/b", "bt")

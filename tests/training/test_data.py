@@ -1,4 +1,4 @@
-"""Where pairs come from, what is left out of them, and that nothing leaks from one split into another."""
+"""Sources of pairs, the rows that are excluded, and splits without a common prompt."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_jsonl_csv_and_parquet_hold_the_same_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_csv])
-def test_gzip_needs_no_other_name_for_the_rest(tmp_path: Path, write: Any) -> None:
+def test_gzip_files_are_read_by_the_suffix_before_gz(tmp_path: Path, write: Any) -> None:
     path = write(tmp_path / ("x.jsonl" if write is write_jsonl else "x.csv"), ROWS)
     packed = path.with_name(path.name + ".gz")
     packed.write_bytes(gzip.compress(path.read_bytes()))
@@ -88,14 +88,14 @@ def test_parquet_keeps_messages(tmp_path: Path) -> None:
     assert plain(read(str(write_parquet(tmp_path / "x.parquet", [row])))) == [row]
 
 
-def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
+def test_a_folder_is_read_as_all_its_files_in_order(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", ROWS[2:])
     write_jsonl(tmp_path / "a.jsonl", ROWS[:2])
     (tmp_path / "README.md").write_text("not data")
     assert plain(read(str(tmp_path))) == ROWS
 
 
-def test_a_saved_data_set_is_read_and_so_is_a_stream_of_it(tmp_path: Path) -> None:
+def test_a_saved_data_set_and_a_stream_of_it_are_read(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     whole = read_source("saved", str(tmp_path / "saved"))
     assert (plain(whole.pairs), lines(whole.pairs), whole.rows) == (ROWS, ["1", "2", "3", "4"], 4)
@@ -110,7 +110,7 @@ def test_a_saved_data_set_is_read_and_so_is_a_stream_of_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stream", [None, Stream(rows=2, seed=0)])
-def test_a_name_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: Stream | None) -> None:
+def test_a_name_is_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: Stream | None) -> None:
     # The same loader takes names and folders; "owner/name" with a split is a folder beside us here, as the Hub is far.
     (tmp_path / "owner" / "name").mkdir(parents=True)
     write_jsonl(tmp_path / "owner" / "name" / "test.jsonl", ROWS)
@@ -144,7 +144,7 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, name: str, conten
         read(str(tmp_path / name))
 
 
-def test_a_place_that_is_not_there_is_named_with_the_cure(tmp_path: Path) -> None:
+def test_a_missing_place_is_named_with_the_cure(tmp_path: Path) -> None:
     for place in (str(tmp_path / "none.jsonl"), "data/none.jsonl.gz", "none", "../none/here"):
         with pytest.raises(DataError, match="no such file, folder or data set"):
             read(place)
@@ -154,7 +154,7 @@ def test_a_place_that_is_not_there_is_named_with_the_cure(tmp_path: Path) -> Non
         read_source("x", str(write_jsonl(tmp_path / "x.jsonl", ROWS)), stream=Stream(1, 0))
 
 
-def test_a_files_hash_is_what_sha256sum_says(tmp_path: Path) -> None:
+def test_a_files_hash_equals_sha256sum(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", ROWS)
     assert read_source("x", str(path)).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -175,13 +175,13 @@ def test_hh_rlhf_dialogues_become_messages() -> None:
 
 
 @pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data/hh_harmless_test.jsonl.gz")
-def test_hh_rlhf_as_published_is_read_whole_and_its_odd_rows_are_counted() -> None:
+def test_published_hh_rlhf_is_read_and_its_unusable_rows_are_counted() -> None:
     source = read_source("hh", str(HH), "hh_rlhf")
     assert source.excluded.counts == {"answers to different prompts": 5}
     assert (len(source.pairs), source.rows) == (2307, 2312)
 
 
-def test_shp_rows_say_which_comment_was_preferred() -> None:
+def test_shp_labels_choose_the_preferred_comment() -> None:
     row = {"history": "post", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 2.0}
     pair = parse_shp(row, "f:1")
     assert (pair.prompt, pair.chosen, pair.rejected, pair.margin, pair.extra) == (
@@ -193,13 +193,13 @@ def test_shp_rows_say_which_comment_was_preferred() -> None:
     )
     assert parse_shp(row | {"labels": 0}, "f:1").chosen == "b"
     for wrong in ({"labels": 2}, {"labels": None}):
-        with pytest.raises(DataError, match="no SHP row"):
+        with pytest.raises(DataError, match="not an SHP row"):
             parse_shp(row | wrong, "f:1")
     with pytest.raises(DataError, match="lacks human_ref_A, human_ref_B, labels"):
         parse_shp({"history": "post"}, "f:1")
 
 
-def test_what_teaches_nothing_is_left_out_and_counted_by_reason(tmp_path: Path, encoder: Any) -> None:
+def test_pairs_without_a_training_signal_are_excluded_and_counted_by_reason(tmp_path: Path, encoder: Any) -> None:
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     rows = [
         pair | {"rejected": "a"},
@@ -215,14 +215,14 @@ def test_what_teaches_nothing_is_left_out_and_counted_by_reason(tmp_path: Path, 
     assert f"2 duplicates ({tmp_path}/x.jsonl:5, {tmp_path}/x.jsonl:6)" in split.summary()
 
 
-def test_trap_pairs_equal_after_encoding_are_left_out(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_trap_pairs_equal_after_encoding_are_excluded(tmp_path_factory: pytest.TempPathFactory) -> None:
     # A lower-casing tokenizer makes these two responses the same: loss ln 2, no gradient.
     _, encoder = load_for_training(tiny_checkpoint(tmp_path_factory.mktemp("bert"), "bert"), seed=0)
     split = encode_pairs("train", [PreferencePair("p", "Red", "red", source="f:1")], encoder, MarginMethod())
     assert split.excluded.sources == {"equal after encoding": ["f:1"]}
 
 
-def test_cut_prompts_are_counted_and_responses_stay_whole(encoder: Any) -> None:
+def test_cut_prompts_are_counted_and_responses_are_kept(encoder: Any) -> None:
     pair = PreferencePair("word " * 100, "Red.", "No.", source="f:1")
     split = encode_pairs("train", [pair], encoder, MarginMethod(), "prompt_left")
     assert (split.truncated, len(split.pairs[0].chosen.ids)) == (1, 64)
@@ -283,7 +283,7 @@ def test_prompts_never_leak_between_splits(tmp_path: Path, encoder: Any) -> None
     assert [(file.rows, file.pairs_used) for file in splits.files] == [(5, 3), (3, 2), (3, 3)]
 
 
-def test_nothing_left_is_an_error_that_says_why(tmp_path: Path, encoder: Any) -> None:
+def test_a_split_without_usable_pairs_is_an_error_with_the_reasons(tmp_path: Path, encoder: Any) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"p{i}", "chosen": "a", "rejected": "a"} for i in range(3)])
     with pytest.raises(DataError, match=r"no usable pairs are left\. test: 0 pairs; left out: 1 with equal responses"):
         load_splits(DataConfig(train=str(path)), encoder, PRESETS["bt"], 0)

@@ -1,4 +1,4 @@
-"""The demo's graded preferences: known margins, no signal in length, no prompt in two splits, the same bytes anywhere."""
+"""The demo's preferences: known margins, no signal in length, disjoint splits, and the same bytes in every process."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def data() -> DemoData:
     return generate_pairs()
 
 
-def test_there_are_a_few_hundred_different_prompts_and_good_answers() -> None:
+def test_prompts_and_good_answers_are_a_few_hundred_and_distinct() -> None:
     entries = texts()
     assert len(entries) > 250
     assert len({text.prompt for text in entries}) == len({text.answer for text in entries}) == len(entries)
 
 
 @pytest.mark.parametrize("text", texts(), ids=lambda text: text.prompt[:40])
-def test_a_good_answer_has_the_form_that_was_asked_and_ends(text: Text) -> None:
+def test_a_good_answer_has_the_requested_form_and_ends(text: Text) -> None:
     lines = text.answer.split("\n")
     assert text.form in {"plain", "steps", "bullets", "yesno", "definition", "comparison", "email", "poem"}
     if text.form == "steps":
@@ -55,7 +55,7 @@ def test_a_good_answer_has_the_form_that_was_asked_and_ends(text: Text) -> None:
     assert text.answer == text.answer.strip()
 
 
-def test_there_are_enough_pairs_and_each_knows_its_margin() -> None:
+def test_pairs_are_enough_and_each_has_its_true_margin() -> None:
     splits = data()
     assert len(splits.train) >= 4000
     for pair in (*splits.train, *splits.calibration, *splits.test):
@@ -74,7 +74,7 @@ def test_no_prompt_and_no_good_answer_is_in_two_splits() -> None:
     assert not held_out & {side for pair in splits.train for side in (pair.chosen, pair.rejected)}
 
 
-def test_length_tells_nothing() -> None:
+def test_length_carries_no_signal() -> None:
     splits = data()
     for split in (splits.train, splits.calibration, splits.test):
         longer = sum(len(pair.chosen) > len(pair.rejected) for pair in split) / len(split)
@@ -82,7 +82,7 @@ def test_length_tells_nothing() -> None:
 
 
 @pytest.mark.parametrize("degradation", ALL, ids=lambda degradation: degradation.name)
-def test_every_degradation_changes_what_it_is_given(degradation: Degradation) -> None:
+def test_every_degradation_changes_the_answer(degradation: Degradation) -> None:
     other = texts()[-1]
     for text in texts()[:40]:
         assert spoil(text, other, [degradation], Random(0)).text != text.answer
@@ -93,7 +93,7 @@ def test_severities_add_up() -> None:
     assert answer.quality == -sum(degradation.severity for degradation in ALL[2:5])
 
 
-def test_no_change_is_cut_away_again() -> None:
+def test_cuts_come_before_changes() -> None:
     train = split_prompts(0)[0]
     cuts = {degradation.name for degradation in (*REPLACING, *CUTTING)}
     spoilt = [answer.degradations for text in train[:40] for answer in answers_to(text, train, 0)]
@@ -107,7 +107,7 @@ def test_groups_hold_gold_qualities_of_held_out_prompts() -> None:
     assert all(len(group.candidates) == len(group.quality) == 16 for group in groups)
 
 
-def test_flipped_labels_are_as_many_as_asked() -> None:
+def test_flipped_labels_are_the_given_share() -> None:
     pairs = data().test
     flipped = flip_labels(pairs, 0.3)
     assert sum(pair.true_margin < 0 for pair in flipped) == round(0.3 * len(pairs))

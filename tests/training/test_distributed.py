@@ -1,4 +1,4 @@
-"""Two processes over gloo on CPUs, started as people start them: they train what one process trains."""
+"""Two processes over gloo on CPUs, started by `accelerate launch`: they train as one process does."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def assert_same_curve(one: list[dict[str, float]], two: list[dict[str, float]]) 
             assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
 
 
-def test_two_processes_train_what_one_trains(folder: Path) -> None:
+def test_two_processes_train_as_one_does(folder: Path) -> None:
     alone, together = [], []
     for preset, pairs in RUNS:
         name, method = f"{preset}{pairs}", {"preset": preset}
@@ -137,7 +137,7 @@ def test_two_processes_train_what_one_trains(folder: Path) -> None:
             assert torch.equal(again[1][name], resumed[1][name]), name  # the other rank's
 
 
-def test_the_command_writes_one_checkpoint_and_says_what_it_leaves_out(folder: Path) -> None:
+def test_the_command_writes_one_checkpoint_and_counts_leftover_pairs(folder: Path) -> None:
     train(load_config(run_file(folder, 70, name="command-one")))
     path = run_file(folder, 70, name="command-two")
     marginrm = Path(sys.executable).with_name("marginrm")
@@ -157,7 +157,7 @@ def files(output: Path) -> list[str]:
     return sorted(str(path.relative_to(output)) for path in output.rglob("*"))
 
 
-def test_sharded_weights_train_alike_and_are_written_whole(folder: Path) -> None:
+def test_sharded_weights_train_alike_and_are_gathered_for_the_checkpoint(folder: Path) -> None:
     train(load_config(run_file(folder, 70, name="whole")))
     path = run_file(folder, 70, name="sharded", optim=TWO)
     shards = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text(encoding="utf-8")) | {"use_cpu": True}
@@ -176,7 +176,7 @@ def test_sharded_weights_train_alike_and_are_written_whole(folder: Path) -> None
     assert RewardModel.from_pretrained(folder / "sharded", dtype="float32").verify_golden() is not None
 
 
-def test_asking_for_shards_on_cpus_is_refused() -> None:
+def test_fsdp_on_cpus_is_refused() -> None:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("ACCELERATE_USE_FSDP", "true")
         check_sharding(sharded=True)

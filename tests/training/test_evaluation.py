@@ -1,4 +1,4 @@
-"""Measures of a reward model, against numbers worked out by hand and against brute force."""
+"""Metrics of a reward model, against numbers worked out by hand and against brute force."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_metrics_by_hand() -> None:
     assert metrics["accuracy_shorter_chosen"] == pytest.approx(0.75)
 
 
-def test_the_shift_of_margins_shows_as_skew() -> None:
+def test_skew_by_hand() -> None:
     assert skew(np.array([-1.0, 0.0, 1.0])) == pytest.approx(0)
     assert skew(np.array([0.0, 0.0, 0.0, 4.0])) == pytest.approx(2 / math.sqrt(3))
     assert skew(np.zeros(3)) == 0
@@ -90,7 +90,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(drawn: list[tuple[float, float]]
     assert expected_best_of_n(scores, gold, n) == pytest.approx(sum(picks) / len(picks))
 
 
-def test_the_curve_stands_beside_random_longest_and_oracle() -> None:
+def test_the_curve_has_random_longest_and_oracle_beside_it() -> None:
     one, two = best_of_n_curve([[3.0, 1.0]], [[0.2, 0.8]], [[5, 9]])
     assert (one.n, one.kl) == (1, 0.0)
     assert [one.model, one.longest, one.oracle, one.random] == pytest.approx([0.5] * 4)
@@ -98,7 +98,7 @@ def test_the_curve_stands_beside_random_longest_and_oracle() -> None:
     assert two.kl == pytest.approx(math.log(2) - 0.5)
 
 
-def test_a_candidate_that_the_model_cannot_read_stays_in_the_race_and_is_never_picked(tmp_path: Path) -> None:
+def test_a_candidate_over_the_limit_is_kept_and_never_picked(tmp_path: Path) -> None:
     model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "m", "llama"), dtype="float32", max_length=16)
     group = CandidateGroup("Hi", ("Yes.", "far too long " * 20, "No."), gold=(0.1, 1.0, 0.3), source="x:1")
     scored = score_groups(model, [group])
@@ -108,13 +108,13 @@ def test_a_candidate_that_the_model_cannot_read_stays_in_the_race_and_is_never_p
     assert expected_best_of_n(scored.rewards[0], scored.gold[0], 3) in (0.1, 0.3)
 
 
-def test_mcnemar_is_a_fair_coin_over_the_pairs_that_differ() -> None:
+def test_mcnemar_by_hand() -> None:
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(0, 5) == pytest.approx(2 / 32)
     assert mcnemar(1, 3) == pytest.approx(2 * (1 + 4) / 16)
 
 
-def test_a_model_that_is_right_more_often_is_told_from_chance() -> None:
+def test_a_better_model_is_distinguished_from_chance() -> None:
     generator = np.random.default_rng(1)
     first = generator.normal(0.2, 1, 800)
     better = np.where(generator.random(800) < 0.2, np.abs(first) + 0.1, first)
@@ -128,7 +128,7 @@ def test_a_model_that_is_right_more_often_is_told_from_chance() -> None:
         compare(first, first[:-1])
 
 
-def test_only_the_pairs_that_both_models_could_read_are_compared() -> None:
+def test_only_pairs_that_both_models_can_read_are_compared() -> None:
     first, second = common({"f:1": 1.0, "f:2": 2.0, "f:3": 3.0}, {"f:3": -3.0, "f:4": 4.0, "f:2": -2.0})
     assert (first.tolist(), second.tolist()) == ([2.0, 3.0], [-2.0, -3.0])
     with pytest.raises(DataError, match="no pair in common"):
@@ -150,7 +150,9 @@ def preference_file(path: Path, model: RewardModel, seed: int) -> Path:
     return path
 
 
-def test_calibrate_writes_a_manifest_for_a_plain_checkpoint_and_its_confidence_holds_elsewhere(tmp_path: Path) -> None:
+def test_calibrate_writes_a_manifest_for_a_plain_checkpoint_and_its_confidence_holds_on_other_pairs(
+    tmp_path: Path,
+) -> None:
     folder = tiny_checkpoint(tmp_path / "plain", "llama", chat_template=CHATML_TEMPLATE)
     sharpen_head(folder, 10.0)
     model = RewardModel.from_pretrained(folder, dtype="float32")
@@ -180,7 +182,7 @@ def sharpen_head(folder: Path, factor: float) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_intervals_hold_their_figure_and_come_again() -> None:
+def test_intervals_contain_their_figure_and_are_reproducible() -> None:
     d = np.random.default_rng(2).normal(0.4, 1, 300)
     found = evaluation_intervals(d, 1.5)
     assert found == evaluation_intervals(d, 1.5)
@@ -195,7 +197,7 @@ def test_intervals_hold_their_figure_and_come_again() -> None:
     )
 
 
-def test_the_win_rate_of_picks_has_all_prompts_below_the_line() -> None:
+def test_the_win_rate_of_picks_is_over_all_prompts() -> None:
     gold = [[0.1, 0.9], [0.5, 0.2], [0.3, 0.3], [0.4, 0.8]]
     first = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]  # picks 0, 0, 0, 1
     second = [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]  # picks 1, 0, 1, 0: wins, same, equal quality, loses

@@ -29,7 +29,7 @@ def scalars(file: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def test_tensorboard_gets_what_the_learning_curve_has(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_learning_curve(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "base", "gpt_neox")
     rows = [{"prompt": f"Question {n}?", "chosen": f"Good {n}.", "rejected": f"Bad {n}."} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -61,7 +61,7 @@ def test_tensorboard_gets_what_the_learning_curve_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbord", "not supported"), ("wandb", "wandb")])
-def test_a_logger_that_is_not_there_stops_before_anything_is_read(tmp_path: Path, name: str, message: str) -> None:
+def test_a_missing_logger_is_refused_before_data_are_read(tmp_path: Path, name: str, message: str) -> None:
     if find_spec(name):
         pytest.skip(f"{name} is installed here")
     paths = {"model": {"path": str(tmp_path / "none")}, "data": {"train": str(tmp_path / "none.jsonl")}}

@@ -1,4 +1,4 @@
-"""LoRA: the backbone stays as it was, the head is trained whole, and the merged checkpoint gives the trained rewards."""
+"""LoRA: the backbone is unchanged, the head is trained, and the merged checkpoint gives the trained rewards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses: numbers by hand, a loop as twin, and gradients by the formula of design section 7."""
+"""Losses: numbers by hand, an independent loop, and gradients by the formulas of docs/training.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_numbers_by_hand() -> None:
 
 
 @given(values)
-def test_the_losses_are_those_of_a_loop(d: list[float]) -> None:
+def test_the_losses_equal_those_of_a_loop(d: list[float]) -> None:
     tensor = torch.tensor(d)
     m = torch.linspace(0, 2, len(d))
     expected = [softplus(float(margin) - float(x)) for x, margin in zip(tensor, m, strict=True)]

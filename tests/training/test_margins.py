@@ -1,4 +1,4 @@
-"""Target margins: estimators and filters by hand, and the traps that silently make the method plain Bradley-Terry."""
+"""Target margins: estimators and filters by hand, and faults that silently make the method plain Bradley-Terry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluate, compare and best-of-n as people type them, on tiny real models."""
+"""The commands `evaluate`, `compare` and `best-of-n` on tiny real models."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_compare_tests_pairs_and_picks_of_two_checkpoints(folder: Path, tmp_path
         run(*arguments)
 
 
-def test_best_of_n_says_where_its_curve_ends(folder: Path) -> None:
+def test_best_of_n_tells_where_its_curve_ends(folder: Path) -> None:
     result = run("best-of-n", "--model", folder / "one", "--data", folder / "groups.jsonl", "--json")
     points = json.loads(result.stdout)
     assert [point["n"] for point in points] == [1, 2, 4]

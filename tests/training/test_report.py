@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, shows what was measured, and lets no text of the data run."""
+"""The report: one self-contained file with the measures, in which texts of the data are escaped."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def report(**more: object) -> Report:
     return Report("name", "60 pairs", pairs, rewards, 1.3, metrics, **more)  # type: ignore[arg-type]
 
 
-def test_it_holds_everything_itself_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_report_is_self_contained_and_escapes_texts(tmp_path: Path) -> None:
     full = report(
         history=HISTORY, before=np.linspace(-1, 1, 60), best_of_n=best_of_n_curve([[1.0, 2.0]], [[0.1, 0.9]], [[3, 4]])
     )
@@ -58,7 +58,7 @@ def test_it_holds_everything_itself_and_runs_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
 
 
-def test_the_surest_mistakes_come_first_and_what_is_cut_is_counted(tmp_path: Path) -> None:
+def test_the_most_confident_mistakes_come_first_and_cut_text_is_counted(tmp_path: Path) -> None:
     made = report()
     made.write(tmp_path / "r.html")
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -85,6 +85,6 @@ def test_every_figure_is_a_drawing() -> None:
     assert plots.strength_bars({"accuracy": 1.0}) is None
 
 
-def test_figures_for_people_keep_counts_whole_and_intervals_beside() -> None:
+def test_metric_lines_have_integer_counts_and_intervals() -> None:
     shown = lines({"pairs": 1200.0, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "mcnemar_p": 1.234e-7})
     assert shown == [("pairs", "1,200"), ("accuracy", "0.5000  [0.4000, 0.6000]"), ("mcnemar_p", "1.2e-07")]

@@ -146,7 +146,7 @@ def test_files_as_published_are_recognised_and_read(tmp_path: Path, benchmark: B
         assert (cases[1].rejected, cases[1].subset) == (("No.", "Why?"), "BoN_set/Helpfulness")
 
 
-def test_plain_pairs_are_no_benchmark() -> None:
+def test_plain_pairs_are_not_recognised_as_a_benchmark() -> None:
     assert recognised({"prompt": "a", "chosen": "b", "rejected": "c"}) is None
     assert recognised({"prompt": "a", "chosen": "b", "rejected": "c", "subset": "math"}) is None
     assert recognised({"prompt": "a", "chosen": ["b"], "rejected": ["c"], "domain": "other"}) is None
@@ -308,7 +308,7 @@ def test_judgebench_counts_pairs() -> None:
         score("judgebench", cases_of(("other", 1, 1)), [RIGHT])
 
 
-def test_intervals_hold_the_score_and_are_made_again() -> None:
+def test_intervals_contain_the_score_and_are_reproducible() -> None:
     cases = cases_of(*(("livecodebench", 1, 1),) * 100)
     rewards: list[Rewards] = [RIGHT] * 70 + [WRONG] * 30
     first, again = (score("judgebench", cases, rewards).metrics for _ in range(2))
@@ -319,7 +319,7 @@ def test_intervals_hold_the_score_and_are_made_again() -> None:
     assert high == pytest.approx(0.7 + half, abs=0.025)
 
 
-def test_a_case_that_the_model_cannot_read_counts_as_wrong(tmp_path: Path) -> None:
+def test_a_case_over_the_limit_counts_as_wrong(tmp_path: Path) -> None:
     model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "m", "llama"), dtype="float32", max_length=16)
     long = "far too long " * 20
     cases = [Case("Hi", ("Yes.",), (long,), "livecodebench", "x:1"), Case("Hi", ("Yes.", "No."), ("Why?",), "s", "x:2")]

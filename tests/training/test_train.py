@@ -1,4 +1,4 @@
-"""Whole runs on a tiny real model: data checks, overfitting, resuming, and a checkpoint that serves what was trained."""
+"""Training runs of a tiny real model: data checks, overfitting, resuming, and a checkpoint that serves."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_preset_overfits_64_pairs(tmp_path: Path, make: Make, preset: str)
     )
 
 
-def test_a_run_writes_a_checkpoint_that_serves_what_it_measured(tmp_path: Path, make: Make) -> None:
+def test_a_run_writes_a_checkpoint_that_serves_its_measured_rewards(tmp_path: Path, make: Make) -> None:
     manifest = train(make())
     assert manifest is not None
     assert manifest.calibration is not None
@@ -108,7 +108,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, mak
     assert [entry["step"] for entry in resumed.history] == [entry["step"] for entry in whole.history]
 
 
-def test_a_killed_run_goes_on_and_ends_where_the_uninterrupted_one_does(tmp_path: Path, make: Make) -> None:
+def test_a_killed_run_resumes_and_ends_where_the_uninterrupted_one_does(tmp_path: Path, make: Make) -> None:
     def command(output: str) -> list[str]:
         settings = make(output, epochs=12.0).model_dump(mode="json", exclude_none=True)
         settings["method"] |= {"preset": "margin", "estimator": "ema_mean"}
@@ -145,7 +145,9 @@ def test_a_killed_run_goes_on_and_ends_where_the_uninterrupted_one_does(tmp_path
         assert (other["step"], other["mu_B"]) == (entry["step"], pytest.approx(entry["mu_B"], abs=1e-5))
 
 
-def test_evaluations_on_the_way_change_nothing_and_measure_the_held_out_pairs(tmp_path: Path, make: Make) -> None:
+def test_evaluations_during_training_measure_held_out_pairs_and_leave_training_unchanged(
+    tmp_path: Path, make: Make
+) -> None:
     config = make("watched").model_copy(update={"log_every": 2, "eval_every": 4})
     train(config)
     train(make("unwatched"))
@@ -163,7 +165,7 @@ def test_evaluations_on_the_way_change_nothing_and_measure_the_held_out_pairs(tm
         assert curve[-1][f"eval_{name}"] == pytest.approx(found[name], abs=1e-5)
 
 
-def test_other_pairs_are_measured_when_they_are_given(tmp_path: Path, make: Make) -> None:
+def test_evaluate_measures_other_pairs(tmp_path: Path, make: Make) -> None:
     config = make()
     module, encoder = load_for_training(config.model.path, seed=0)
     pairs = load_splits(config.data, encoder, config.method.method(), config.seed).train.pairs
@@ -183,7 +185,7 @@ def test_an_evaluation_of_no_pairs_is_refused(tmp_path: Path, make: Make) -> Non
         MarginTrainer(module, pairs, config, tmp_path / "steps", progress=False)
 
 
-def test_a_run_goes_on_under_a_version_with_new_settings(tmp_path: Path, make: Make) -> None:
+def test_a_run_resumes_under_a_version_with_new_settings(tmp_path: Path, make: Make) -> None:
     config = make()
     resume_checkpoint(config, tmp_path / "steps", resume=True)
     note = tmp_path / "steps" / "run.json"
@@ -196,7 +198,7 @@ def test_a_run_goes_on_under_a_version_with_new_settings(tmp_path: Path, make: M
         resume_checkpoint(config, tmp_path / "steps", resume=True)
 
 
-def test_starting_over_clears_the_steps_of_the_run_before(tmp_path: Path, make: Make) -> None:
+def test_no_resume_removes_the_saved_steps(tmp_path: Path, make: Make) -> None:
     steps = tmp_path / "steps"
     config = make()
     assert resume_checkpoint(config, steps, resume=True) is None
@@ -267,7 +269,7 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, make: Make, capsys: pytest.Cap
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_pairs_that_fill_no_pass_are_left_out_and_counted(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leftover_pairs_are_counted(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     settings = make().model_dump(mode="json", exclude_none=True)
     settings["data"]["limit"] = 47
     train(parse_config(settings, "test"), dry_run=True)

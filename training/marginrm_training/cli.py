@@ -245,7 +245,7 @@ def _show_temperature(fitted: Calibration) -> None:
 
 
 def _configure_logging() -> None:
-    """Shows warnings and our own messages, and leaves progress bars to us."""
+    """Shows warnings and our own messages, without transformers' messages and progress bars."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)

@@ -1,7 +1,7 @@
-"""A training run as a TOML file: every key is checked, every default says where it comes from.
+"""A training run as a TOML file: every key is checked, and every default names its source.
 
-Sources of the defaults: *paper* is arXiv 2404.04932; *OpenRLHF* and *Llama 2* (arXiv 2307.09288) fill in what it leaves
-open; *ours* is a choice of this project.
+Sources of the defaults: *paper* is arXiv 2404.04932. *OpenRLHF* and *Llama 2* (arXiv 2307.09288) fill its gaps. *ours*
+is a choice of this project.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LoraSection(_Section):
 
 
 class ModelConfig(_Section):
-    """[model]: what is trained."""
+    """[model]: the model to train."""
 
     path: str = Field(description="Folder or Hub name of a language model, an encoder or a reward model.")
     max_length: int | None = Field(None, description="Most tokens a sequence may have; the model's own limit if unset.")
@@ -44,29 +44,31 @@ class ModelConfig(_Section):
         None, gt=0, description="Standard deviation of a new head's weights; 1/(hidden + 1) if unset."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of matrix products; with bfloat16 weights, head and loss stay float32. ours"
+        "float32", description="dtype of matrix products. With bfloat16, weights, head and loss stay float32. ours"
     )
     lora: LoraSection | None = Field(None, description="Absent: all weights are trained.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
-    trust_remote_code: bool = Field(False, description="Whether code that comes with the checkpoint may run.")
+    trust_remote_code: bool = Field(False, description="Allow code that comes with the checkpoint to run.")
 
 
 class DataConfig(_Section):
-    """[data]: what it is trained on."""
+    """[data]: the preference pairs."""
 
     train: str = Field(
         description="Preference pairs: a .jsonl, .parquet or .csv file (.gz too), a folder of them, or a data set: "
         "a folder that save_to_disk wrote, owner/name, owner/name:split or owner/name:subset:split."
     )
-    format: Literal["pairs", "hh_rlhf", "shp"] = Field("pairs", description="What the rows of every source look like.")
+    format: Literal["pairs", "hh_rlhf", "shp"] = Field("pairs", description="Format of the rows of every source.")
     stream: int | None = Field(
-        None, ge=1, description="Take this many rows of the training data set as they come; the rest stays unread."
+        None, ge=1, description="Read only this many rows of the training data set, as they come."
     )
     ignore_margins: bool = Field(
-        False, description="Whether rows may have a `margin` that the method does not read. Else that is an error."
+        False, description="Accept rows with a `margin` that the method does not read; otherwise they are an error."
     )
-    calibration: str | None = Field(None, description="Pairs to fit the temperature on; else split off by prompt.")
-    test: str | None = Field(None, description="Pairs to report on; else split off by prompt.")
+    calibration: str | None = Field(
+        None, description="Pairs to fit the temperature on; if unset, they are split off by prompt."
+    )
+    test: str | None = Field(None, description="Pairs to report on; if unset, they are split off by prompt.")
     best_of_n: str | None = Field(
         None,
         description="Candidate groups with gold qualities (.jsonl, .gz too): the report then has a Best-of-N curve.",
@@ -75,12 +77,12 @@ class DataConfig(_Section):
     test_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to report on. ours")
     limit: int | None = Field(None, ge=1, description="Use this many training pairs at most, drawn at random.")
     too_long: Literal["drop", "prompt_left"] = Field(
-        "drop", description="What happens to pairs over max_length; drops are counted, prompt_left cuts the prompt."
+        "drop", description="Treatment of pairs over max_length: drop and count them, or cut the prompt (prompt_left)."
     )
 
 
 class MethodConfig(_Section):
-    """[method]: a preset, and changes to it."""
+    """[method]: a preset and changes to it."""
 
     preset: str = Field("margin", description="See `marginrm_training.method.margins.PRESETS`.")
     loss: Literal["margin", "scaled_bt", "soft_label"] | None = None
@@ -120,16 +122,16 @@ class MethodConfig(_Section):
         if without_effect:
             raise ConfigError(
                 f"method.{', method.'.join(without_effect)}: no effect with preset {self.preset!r} (loss "
-                f"{method.loss!r}, estimator {method.estimator!r}, filter {method.filter!r}). Take it out, or change those."
+                f"{method.loss!r}, estimator {method.estimator!r}, filter {method.filter!r}). Remove it, or change those."
             )
         return method
 
 
 class OptimConfig(_Section):
-    """[optim]: how it is trained."""
+    """[optim]: the optimiser."""
 
     epochs: float = Field(1.0, gt=0, description="paper: 1; more overfits (Llama 2)")
-    learning_rate: float = Field(9e-6, gt=0, description="paper, OpenRLHF: 9e-6. Small encoders want about 5e-5.")
+    learning_rate: float = Field(9e-6, gt=0, description="paper, OpenRLHF: 9e-6. Small encoders need about 5e-5.")
     pairs_per_step: int = Field(128, ge=1, description="Pairs per optimiser step. OpenRLHF: 128")
     train_batch: int = Field(16, ge=1, description="Pairs per forward pass: the reference batch of mu_B. ours")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW. OpenRLHF")
@@ -140,13 +142,15 @@ class OptimConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """A whole run."""
+    """A training run."""
 
     output: str = Field(description="Folder for the checkpoint; it is written when training ends.")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
     save_every: int = Field(200, ge=1, description="Steps between checkpoints to resume from.")
-    eval_every: int = Field(0, ge=0, description="Steps between evaluations on the calibration pairs; 0: none.")
+    eval_every: int = Field(
+        0, ge=0, description="Steps between evaluations on the calibration pairs; 0: no evaluation."
+    )
     loggers: tuple[str, ...] = Field((), description='transformers loggers: "tensorboard", "wandb", ...')
     model: ModelConfig
     data: DataConfig
@@ -159,7 +163,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Args:
         path: The file.
-        overrides: `section.key=value` settings that win over the file; values are TOML, or plain text.
+        overrides: `section.key=value` settings that override the file; values are TOML, or plain text.
 
     Raises:
         ConfigError: The file cannot be read, or a key or value is wrong; the message names file, key and cure.
@@ -176,7 +180,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> TrainConfig:
-    """Checks a run given as nested tables; `source` stands in front of every message."""
+    """Checks a run given as nested tables; every message begins with `source`."""
     try:
         config = TrainConfig.model_validate(raw)
     except ValidationError as error:
@@ -198,10 +202,10 @@ def expand(path: str) -> str:
 
 
 def assign(raw: dict[str, Any], key: str, value: object) -> None:
-    """Sets a `section.key` of nested tables in place; tables that are missing on the way are made.
+    """Sets a `section.key` of nested tables in place; missing tables are created.
 
     Raises:
-        ConfigError: A name on the way is a value and not a table.
+        ConfigError: A section of the key is a value and not a table.
     """
     *sections, name = key.split(".")
     table = raw

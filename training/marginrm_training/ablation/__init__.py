@@ -1,1 +1,1 @@
-"""Ablations: many runs of one configuration, compared."""
+"""Ablations: runs of one configuration that differ in a few settings, compared on the same files."""

@@ -1,4 +1,4 @@
-"""Results of an ablation -> one HTML page: each variant with its interval, beside the baseline, and what it did to margins."""
+"""Results of an ablation -> one HTML page: each variant's measures beside the baseline's, and its margins."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def write_ablation_page(path: Path, title: str, results: Results, drawing: str) 
     """Writes the page.
 
     Args:
-        path: Of the file.
-        title: Of the page.
-        results: What it shows.
-        drawing: As `differences` makes it.
+        path: The file to write.
+        title: Title of the page.
+        results: The results.
+        drawing: The figure that `differences` returns.
 
     Raises:
         OSError: It cannot be written.
@@ -40,10 +40,10 @@ def write_ablation_page(path: Path, title: str, results: Results, drawing: str) 
 
 
 def differences(results: Results, *, standalone: bool = False) -> str:
-    """Draws how much better than the baseline each variant is, on every evaluation, as SVG text.
+    """Draws each variant's difference to the baseline on every evaluation, as SVG text.
 
     Args:
-        results: What was measured.
+        results: The results.
         standalone: Whether the drawing becomes a file of its own.
     """
     panels = {
@@ -55,8 +55,8 @@ def differences(results: Results, *, standalone: bool = False) -> str:
 
 def _training(results: Results) -> Section:
     note = (
-        "Share of pairs that were asked for a margin, the mean margin asked for, and the temperature that calibration then "
-        "needed. Lines reach from the lowest seed to the highest."
+        "Share of pairs with a target margin, the mean target margin, and the fitted temperature. Lines reach from the "
+        "lowest seed to the highest."
     )
     panels = {
         name: {results.label(cell): _seeds(runs, name) for cell, runs in results.cells.items()}
@@ -82,7 +82,7 @@ def _evaluation(evaluation: Evaluation, results: Results) -> Section:
 
 
 def _margins(evaluation: Evaluation, results: Results) -> list[dict[str, Floats]]:
-    """Returns margins of all seeds by the cell's name, apart for each place on the axes."""
+    """Returns the margins of all seeds by the cell's name, separately for each place on the axes."""
     places: dict[tuple[Any, ...], dict[str, Floats]] = {}
     for cell in results.cells:
         places.setdefault(cell[1], {})[results.label(cell)] = results.margins(cell, evaluation).ravel()

@@ -38,7 +38,7 @@ class Evaluation(_Section):
 
 
 class Ablation(_Section):
-    """A whole ablation: variants x axes x seeds of one base configuration.
+    """An ablation: variants x axes x seeds of one base configuration.
 
     Attributes:
         output: Folder of the runs, `results.jsonl`, `table.md` and `report.html`.

@@ -29,7 +29,7 @@ Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes
 
 
 def read_results(path: Path) -> list[Result]:
-    """Returns the rows of a results file in their order; none if there is no such file.
+    """Returns the rows of a results file in their order; an empty list if there is no such file.
 
     Raises:
         DataError: The file cannot be read.
@@ -48,7 +48,7 @@ def read_results(path: Path) -> list[Result]:
 def keep_result(path: Path, result: Result) -> None:
     """Adds the row of a finished run to a results file, in place of an earlier row of the same digest.
 
-    The file is replaced as a whole, so a reader or a kill never meets half of one. Rows of other ablations stay.
+    The file is replaced in one step, so a reader or a kill never meets half of it. Rows of other ablations stay.
     """
     rows = {row["digest"]: row for row in read_results(path)} | {result["digest"]: result}
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())

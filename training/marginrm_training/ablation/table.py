@@ -18,7 +18,7 @@ _STRENGTH = "accuracy_strength_"
 
 
 def table(results: Results) -> str:
-    """Returns the report."""
+    """Returns the tables."""
     parts = [introduction(results), _section("Training", _TRAINING, results, lambda result: result["train"])]
     for evaluation in results.ablation.evaluations:
         parts.append(_evaluation(evaluation, results))
@@ -27,17 +27,17 @@ def table(results: Results) -> str:
 
 
 def introduction(results: Results) -> str:
-    """Returns how much is finished, and how to read the figures."""
+    """Returns the number of finished runs, and an explanation of the figures."""
     return (
         f"{results.finished} of {results.planned} runs. Mean over seeds ± the seeds' standard deviation; in brackets a 95% "
         f"bootstrap interval over items and seeds. *Difference*: to `{results.ablation.baseline}` with the same seeds, on "
-        "the same items; McNemar's exact two-sided p for each seed. Intervals and p are of one comparison each, not "
-        "corrected for how many there are. Seconds are of the last sitting, where a run was cut short and went on."
+        "the same items; McNemar's exact two-sided p for each seed. Intervals and p are for one comparison each, not "
+        "corrected for multiple comparisons. Seconds of a resumed run are those since it was resumed."
     )
 
 
 def facts(evaluation: Evaluation, results: Results) -> str:
-    """Returns what was measured on, and what to hold the figures against."""
+    """Returns the size of an evaluation's data, and the figures of trivial scorers to compare with."""
     metrics = _any(evaluation, results)
     left = f"{metrics['unusable']:,.0f} too long or unusable, {metrics['truncated']:,.0f} with a cut prompt."
     if evaluation.kind == "pairs":

@@ -58,7 +58,7 @@ class RunRecord:
 
 
 def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Splits, record: RunRecord) -> Manifest:
-    """Calibrates, evaluates and writes a checkpoint. The manifest follows the weights, so a checkpoint with one is complete.
+    """Calibrates, evaluates and writes a checkpoint. The manifest follows the weights: with one, a checkpoint is complete.
 
     Args:
         directory: The folder to write.

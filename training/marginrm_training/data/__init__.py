@@ -1,1 +1,1 @@
-"""Files to encoded pairs to batches."""
+"""Files -> encoded pairs -> batches."""

@@ -1,4 +1,4 @@
-"""Rows of published preference data -> pairs, for the forms that are not columns `prompt`, `chosen`, `rejected`."""
+"""Rows of published preference data -> pairs, for formats other than columns `prompt`, `chosen`, `rejected`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SHP_FIELDS = ("history", "human_ref_A", "human_ref_B", "labels")
 
 
 class UnusableRowError(DataError):
-    """A row of published data that is known to be no pair: it is left out and counted, and does not stop the run.
+    """A row of published data that is known not to be a usable pair: it is excluded and counted, and the run continues.
 
     Args:
         source: `path:line`.
-        reason: What is wrong with it, in a few words.
+        reason: The fault in a few words.
     """
 
     def __init__(self, source: str, reason: str) -> None:
@@ -53,7 +53,7 @@ def parse_hh_rlhf(row: Mapping[str, Any], source: str) -> PreferencePair:
 def parse_shp(row: Mapping[str, Any], source: str) -> PreferencePair:
     """Reads a pair of Stanford's SHP (arXiv 2110.08420): a post, two comments, and `labels` = 1 if A was preferred.
 
-    The ratio of the comments' votes (`score_ratio`) stays in `extra`; it is no probability and no margin.
+    The ratio of the comments' votes (`score_ratio`) stays in `extra`: it is neither a probability nor a margin.
 
     Raises:
         DataError: The row has another form.
@@ -61,7 +61,7 @@ def parse_shp(row: Mapping[str, Any], source: str) -> PreferencePair:
     absent = [name for name in _SHP_FIELDS if name not in row]
     if absent or row["labels"] not in (0, 1):
         wrong = f"lacks {', '.join(absent)}" if absent else "has labels other than 0 and 1"
-        raise DataError(f'{source}: {wrong}, so it is no SHP row. Use format = "pairs" for other data.')
+        raise DataError(f'{source}: {wrong}, so it is not an SHP row. Use format = "pairs" for other data.')
     first, second = row["human_ref_A"], row["human_ref_B"]
     chosen, rejected = (first, second) if row["labels"] == 1 else (second, first)
     rest = {key: value for key, value in row.items() if key not in _SHP_FIELDS}

@@ -1,4 +1,4 @@
-"""Preference files -> encoded pairs: checked before training starts, and every excluded pair is counted by its reason."""
+"""Preference files -> encoded pairs: checked before training starts, with excluded pairs counted by reason."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class Splits:
 
 
 def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed: int) -> Splits:
-    """Reads and encodes the data of a run; splits without a file of their own are taken from the training file by prompt.
+    """Reads and encodes the data of a run; splits without a file are split off the training file by prompt.
 
     Raises:
-        DataError: A file cannot be read, a row is malformed, a margin is missing in any row or has two sources, or a split
-            has no usable pair.
+        DataError: A file cannot be read, a row is malformed, a margin is missing in any row or has two sources, or a
+            split has no usable pair.
     """
     places = {"train": config.train, "calibration": config.calibration, "test": config.test}
     stream = Stream(config.stream, seed) if config.stream else None

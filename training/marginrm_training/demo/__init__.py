@@ -1,1 +1,1 @@
-"""The demo: graded preferences with known true margins, and a model small enough to learn them in two minutes."""
+"""The demo: graded preferences with known true margins, and a small model that learns them in two minutes."""

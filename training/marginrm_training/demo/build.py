@@ -1,4 +1,4 @@
-"""`marginrm demo`: data, tokenizer, a random model, and then the same run that any other training takes."""
+"""`marginrm demo`: data, a tokenizer and a random model, and then an ordinary training run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:
     """Trains the demo reward model and writes its checkpoint.
 
     Args:
-        output: Where to write; the data stay beside the weights, under `data/`.
-        seed: Of data, weights and order.
+        output: Folder of the checkpoint; the data stay in its `data/`.
+        seed: Seed of data, weights and order.
         recipe: Shape and optimiser.
 
     Returns:
-        What it reached on prompts that it never saw, for people to read.
+        The measures on held-out prompts, as text.
     """
     data = generate_pairs(seed)
     paths = write_data(data, output / "data")
@@ -41,12 +41,12 @@ def build_demo(output: Path, seed: int = 0, recipe: DemoRecipe = RECIPE) -> str:
     manifest = train(demo_config(output, start, paths, seed, recipe), resume=False)
     seconds = time.perf_counter() - started
     shutil.rmtree(start)
-    assert manifest is not None  # this was no dry run
+    assert manifest is not None  # not a dry run
     assert manifest.calibration is not None
     measured = measure_pairs(RewardModel.from_pretrained(output, dtype="float32"), str(paths["test"]))
     rank = true_margin_correlation(measured.rewards.d, measured.split.pairs)
     return (
-        f"On {manifest.metrics['pairs']:.0f} pairs of prompts it never saw: accuracy {manifest.metrics['accuracy']:.3f}, "
+        f"On {manifest.metrics['pairs']:.0f} pairs of held-out prompts: accuracy {manifest.metrics['accuracy']:.3f}, "
         f"Spearman of margin and true margin {rank:.3f}, ECE {manifest.metrics['ece_before']:.3f} before and "
         f"{manifest.metrics['ece']:.3f} after calibration (T = {manifest.calibration.temperature:.2f}). "
         f"Took {seconds:.0f} s; written to {output}."

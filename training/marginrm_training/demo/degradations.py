@@ -1,4 +1,4 @@
-"""Ways to make a good answer worse by a known amount. Each is a pure function of the answer and a seeded generator."""
+"""Degradations: functions of an answer and a seeded generator that make it worse by a known amount."""
 
 from __future__ import annotations
 
@@ -39,18 +39,23 @@ _ASIDES = (
     "Speaking of other things that you did not ask about:",
 )
 _AGAIN = ("As I said before:", "Let me say that again:", "Once more, to repeat it:")
-_MOJIBAKE = ("\u00c3\u00a9", "\u00e2\u20ac\u2122", "\u00ef\u00bf\u00bd", "\u00c2\u00a0")  # what a wrong decoding leaves
+_MOJIBAKE = (
+    "\u00c3\u00a9",
+    "\u00e2\u20ac\u2122",
+    "\u00ef\u00bf\u00bd",
+    "\u00c2\u00a0",
+)  # text decoded with the wrong encoding
 _SYLLABLES = ("blor", "zint", "quag", "fep", "muxo", "drel", "vash", "kib", "wozz", "prun")
 
 
 @dataclass(frozen=True, slots=True)
 class Degradation:
-    """One way to spoil an answer.
+    """One way to make an answer worse.
 
     Attributes:
-        name: What it does.
-        kind: Of one kind, an answer gets at most one.
-        severity: How much quality it costs, in units of the latent quality.
+        name: Its name.
+        kind: Its kind; an answer gets at most one degradation of a kind.
+        severity: Loss of quality, in units of the latent quality.
         apply: (answer, its entry, another entry, generator) -> worse answer.
     """
 
@@ -144,7 +149,7 @@ def _parts(answer: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?]) ", answer) if part]
 
 
-# An answer is first replaced or cut and then changed: a change that is cut away again would cost quality unseen.
+# An answer is replaced or cut before it is changed: a change that is cut away would cost quality without being seen.
 REPLACING = (Degradation("needless refusal", "replaced", 3.0, _refusal),)
 CUTTING = (
     Degradation("cut short", "cut", 1.0, _cut_short),

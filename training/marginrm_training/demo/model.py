@@ -1,4 +1,4 @@
-"""A tokenizer and a small GPT-NeoX reward model, both made from nothing but the demo's texts."""
+"""A tokenizer trained on the demo's texts, and a small GPT-NeoX reward model with random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification, PreTra
 from marginrm_training.demo.recipe import DemoRecipe
 
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
-# It prints no date, so a reward is the same tomorrow.
+# The template has no date, so rewards do not change with the day.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>"
     "{% if not loop.last %}\n{% endif %}{% endfor %}{% if add_generation_prompt %}\n<|assistant|>\n{% endif %}"
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str], recipe: DemoRecipe) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer; padding is not EOS."""
+    """Trains a byte-level BPE tokenizer whose padding token is not its EOS token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

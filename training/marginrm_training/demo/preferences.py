@@ -17,7 +17,7 @@ TRAIN_PAIRS = 4800
 _VARIANTS = 24
 _PAIRS_PER_PROMPT = 60
 _SMALLEST_MARGIN = 0.5
-_REPLACED, _CUT = 0.08, 0.35  # shares of the spoilt answers
+_REPLACED, _CUT = 0.08, 0.35  # shares of the degraded answers
 _MARGIN_BUCKETS = 5  # 0 to 1, 1 to 2, ... and everything from 4 on
 
 
@@ -26,7 +26,7 @@ class Answer:
     """An answer of known quality.
 
     Attributes:
-        text: What it says.
+        text: The answer.
         quality: Minus the sum of its degradations' severities; 0 is the good answer.
         degradations: Their names.
     """
@@ -38,10 +38,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class DemoPair:
-    """A preference pair that knows by how much the chosen answer is better.
+    """A preference pair with the difference in quality.
 
     Attributes:
-        prompt: What is asked.
+        prompt: The question.
         chosen: The better answer.
         rejected: The worse answer.
         true_margin: quality(chosen) - quality(rejected); negative once a label is flipped.
@@ -54,7 +54,7 @@ class DemoPair:
 
     @property
     def strength(self) -> float:
-        """P(chosen is better) of a Bradley-Terry judge who sees the qualities: sigmoid(true margin)."""
+        """P(chosen is better) of a Bradley-Terry judge of the qualities: sigmoid(true margin)."""
         return sigmoid(self.true_margin)
 
 
@@ -104,10 +104,9 @@ def split_prompts(seed: int) -> tuple[list[Text], list[Text], list[Text]]:
 
 
 def answers_to(text: Text, split: Sequence[Text], seed: int) -> list[Answer]:
-    """Returns the good answer to a prompt and spoilt ones, all different.
+    """Returns the good answer to a prompt and degraded ones, all different.
 
-    Answers that are off the subject come from the same split: an answer held out for a test must not be seen in
-    training, and least of all as a bad one.
+    Texts off the subject come from the same split, so that training never sees an answer that is held out for a test.
     """
     random = Random(f"{seed}:answers:{text.prompt}")
     others = [other for other in split if other.subject != text.subject]
@@ -139,7 +138,7 @@ def flip_labels(pairs: Sequence[DemoPair], fraction: float, seed: int = 0) -> li
 
 
 def write_jsonl(pairs: Iterable[DemoPair], path: Path) -> None:
-    """Writes pairs as `marginrm train` reads them, with their true margins beside."""
+    """Writes pairs as `marginrm train` reads them, with an extra column `true_margin`."""
     with path.open("w", encoding="utf-8") as file:
         for pair in pairs:
             row = {
@@ -153,7 +152,7 @@ def write_jsonl(pairs: Iterable[DemoPair], path: Path) -> None:
 
 
 def _drawn(random: Random) -> list[Degradation]:
-    """Draws what to do to an answer: replace it, or perhaps cut it and change it in up to four ways."""
+    """Draws the degradations of an answer: a replacement, or up to four changes with or without a cut."""
     if random.random() < _REPLACED:
         return [random.choice(REPLACING)]
     drawn = {change.kind: change for change in random.sample(CHANGING, random.choice((1, 1, 2, 3, 4)))}
@@ -162,7 +161,7 @@ def _drawn(random: Random) -> list[Degradation]:
 
 
 def _pairs_of(entries: Sequence[Text], seed: int, count: int) -> tuple[DemoPair, ...]:
-    """Draws pairs in which the longer answer is right as often as the shorter, at every size of margin."""
+    """Draws pairs in which the longer answer is right as often as the shorter one, for every size of margin."""
     buckets: dict[tuple[int, bool], list[DemoPair]] = {}
     for text in entries:
         pool = answers_to(text, entries, seed)

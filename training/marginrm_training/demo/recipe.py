@@ -1,4 +1,4 @@
-"""The demo model's shape and how it is trained."""
+"""The demo model's shape and optimiser."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DemoRecipe:
-    """Hyper-parameters of the demo; docs/experiments.md says what they reach.
+    """Hyper-parameters of the demo; docs/experiments.md has its accuracy.
 
     Attributes:
         vocabulary: Tokens of the BPE tokenizer, trained on the demo's own texts.
@@ -17,8 +17,8 @@ class DemoRecipe:
         max_length: Most tokens a sequence may have.
         learning_rate: Peak, AdamW.
         epochs: Passes over the training pairs.
-        pairs_per_step: Pairs per optimiser step, which is also the reference batch.
-        preset: Of the margin method.
+        pairs_per_step: Pairs per optimiser step, equal to the reference batch.
+        preset: Preset of the margin method.
     """
 
     vocabulary: int = 1024

@@ -1,4 +1,4 @@
-"""The demo's prompts and good answers, all written for it, as plain text that is easy to read and to add to.
+"""The demo's prompts and good answers, written for it as plain text.
 
 A file under `answers/` holds one subject. A line `Q[form]: prompt` begins an entry; the lines up to the next such line
 are its good answer.
@@ -20,10 +20,10 @@ class Text:
     """A prompt and a good answer.
 
     Attributes:
-        prompt: What is asked.
-        answer: A good answer of the form asked.
+        prompt: The question.
+        answer: A good answer in the requested form.
         form: `plain`, `steps`, `bullets`, `yesno`, `definition`, `comparison`, `email`, `poem`.
-        subject: The file it stands in.
+        subject: Its file's name.
     """
 
     prompt: str

@@ -1,4 +1,4 @@
-"""A checkpoint and a file -> metrics, from plain arguments: shared by `evaluate`, `compare`, `calibrate` and ablations."""
+"""A checkpoint and a file -> metrics, shared by `evaluate`, `compare`, `calibrate` and ablations."""
 
 from __future__ import annotations
 

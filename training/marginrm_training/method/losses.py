@@ -1,6 +1,6 @@
 """Preference losses: pure functions of reward differences, in float32.
 
-Shapes: `d` holds reward(chosen) - reward(rejected) of the batch's pairs, [pairs]; a target margin `m` has the same shape.
+Shapes: `d` is reward(chosen) - reward(rejected) of the batch's pairs, [pairs]; a target margin `m` has the same shape.
 The mean loss is over all pairs, not over those that a filter selects: that would change the learning rate from step to
 step.
 """
@@ -42,7 +42,7 @@ def margin_loss(d: Tensor, m: Tensor) -> Tensor:
 
 
 def scaled_bt(d: Tensor, weight: Tensor) -> Tensor:
-    """-weight * log sigmoid(d) of each pair, [pairs]: HelpSteer2-Preference's scaled Bradley-Terry (arXiv 2410.01257)."""
+    """-weight * log sigmoid(d) of each pair, [pairs]: scaled BT of HelpSteer2-Preference (arXiv 2410.01257)."""
     return _checked(weight, like=d) * bradley_terry(d)
 
 

@@ -1,4 +1,4 @@
-"""Two checkpoints as one self-contained HTML page: metrics, margins, Best-of-N curves, and the pairs that tell them apart."""
+"""Two checkpoints as one self-contained HTML page: metrics, margins, Best-of-N curves, and discordant pairs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A training run and what it needs."""
+"""A training run: trainer, resuming, processes, LoRA, dry run."""

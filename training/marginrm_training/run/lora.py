@@ -1,4 +1,4 @@
-"""LoRA: small trained matrices beside frozen weights. The head is trained as a whole, and export merges the matrices."""
+"""LoRA: small trained matrices beside frozen weights; the head is trained itself, and export merges the matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from marginrm_training.config import LoraSection
 def with_lora(module: RewardModule, section: LoraSection, max_length: int) -> RewardModule:
     """Freezes a module's backbone, and puts LoRA matrices (arXiv 2106.09685) beside its linear layers.
 
-    Dropout stays off. The head is among `modules_to_save`: it is trained as a whole, and is in the saved weights.
+    Dropout stays off. The head is among `modules_to_save`: it is trained itself, and is in the saved weights.
 
     Raises:
         ConfigError: A target is not a layer of this model.

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer over packed pairs, with the margin method as its loss and a log that shows it.
+"""The training loop: transformers' Trainer over packed pairs, with the margin method as its loss.
 
 Trainer brings accelerate, FSDP, DeepSpeed, resuming and the loggers. Target margins exist only in `compute_loss`:
 evaluation and serving never use one.
@@ -81,8 +81,8 @@ class MarginTrainer(Trainer):
         progress: Whether to draw a progress bar.
 
     Raises:
-        ConfigError: The reference batch is too small for the method, a step does not consist of whole reference batches,
-            or there are no pairs to evaluate on.
+        ConfigError: The reference batch is too small for the method, a step is not a multiple of it, or there are no
+            pairs to evaluate on.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class MarginTrainer(Trainer):
         self.step_log = StepLog.from_state(state["steps"])
 
     def _reference(self, d: Tensor) -> Reference:
-        """Returns mean and deviation over all ranks' pairs, from sums, since the ranks' last batches may differ in size."""
+        """Returns mean and deviation over all ranks' pairs; by sums, since the ranks' batches may differ in size."""
         values = d.detach().double()
         count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
         sums = self.accelerator.reduce(torch.stack([values.sum(), values.square().sum(), count]), reduction="sum")
@@ -279,8 +279,8 @@ class MarginTrainer(Trainer):
         sources = [source for source, good in zip(batch.sources, finite[0::2] & finite[1::2], strict=True) if not good]
         where = f"the rewards of {', '.join(sources[:4])} are" if sources else "a reward on another rank is"
         raise NonFiniteRewardError(
-            f"Step {self.state.global_step}: {where} not finite, so training stops. Lower optim.learning_rate, or train in "
-            "float32; the last saved steps can be resumed from."
+            f"Step {self.state.global_step}: {where} not finite, so training stops. Lower optim.learning_rate, or train "
+            "in float32; the last saved steps can be resumed from."
         )
 
 
