@@ -1,4 +1,4 @@
-"""Calibration: a known temperature is found again, and the measures are those of their definitions."""
+"""Calibration: known temperatures are recovered, and the measures agree with their definitions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def nll(margins: Sequence[float], temperature: float) -> float:
 
 
 def known(temperature: float, count: int = 20_000, seed: int = 0) -> list[float]:
-    """Margins of pairs whose labels follow sigmoid(d / T): the sign says whether the label agrees."""
+    """Returns margins of pairs whose labels follow sigmoid(d / T): positive where the label agrees with the reward."""
     generator = np.random.default_rng(seed)
     size = np.abs(generator.normal(0, 2 * temperature, count))
     right = generator.random(count) < 1 / (1 + np.exp(-size / temperature))
@@ -27,7 +27,7 @@ def known(temperature: float, count: int = 20_000, seed: int = 0) -> list[float]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_a_known_temperature_is_found_again(temperature: float) -> None:
+def test_a_known_temperature_is_recovered(temperature: float) -> None:
     margins = known(temperature)
     assert fit_temperature(margins) == pytest.approx(temperature, rel=0.05)
     found = calibrate(margins)
@@ -41,7 +41,7 @@ def test_no_temperature_on_a_grid_is_better(margins: list[float]) -> None:
     assert all(best <= nll(margins, math.exp(step / 10)) + 1e-9 for step in range(-41, 42))
 
 
-def test_the_interval_holds_the_true_temperature_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_temperature_at_its_nominal_rate() -> None:
     held = 0
     for seed in range(400):
         margins = known(1.5, 200, seed)
@@ -51,7 +51,7 @@ def test_the_interval_holds_the_true_temperature_about_as_often_as_it_says() -> 
     assert 0.92 <= held / 400 <= 0.98
 
 
-def test_too_few_pairs_for_a_temperature_are_told_so() -> None:
+def test_a_temperature_of_few_pairs_has_a_note() -> None:
     few, many = calibrate(known(1.5, 40)), calibrate(known(1.5, 2000))
     assert few.temperature_interval is not None
     low, high = few.temperature_interval
@@ -70,7 +70,7 @@ def test_a_temperature_that_is_a_bound_has_no_interval(margins: list[float]) -> 
     assert found.note
 
 
-def test_twice_the_margins_have_twice_the_temperature() -> None:
+def test_the_temperature_scales_with_the_margins() -> None:
     margins = known(1.0, 500)
     assert fit_temperature([2 * d for d in margins]) == pytest.approx(2 * fit_temperature(margins))
 
@@ -83,7 +83,7 @@ def test_the_measures_by_hand() -> None:
     assert found.n == 4
 
 
-def test_no_margins_or_no_numbers_are_refused() -> None:
+def test_empty_and_non_finite_margins_are_refused() -> None:
     with pytest.raises(CalibrationError):
         fit_temperature([])
     with pytest.raises(NonFiniteRewardError):

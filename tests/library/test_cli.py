@@ -1,4 +1,4 @@
-"""The command line as people meet it: help that lists, errors in one line, and what is not installed named."""
+"""The command line: help, errors in one line, and packages that are not installed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_help_is_quick_because_it_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
-def test_an_unknown_command_and_an_unusable_model_are_told_in_a_line() -> None:
+def test_an_unknown_command_and_an_unusable_model_give_one_line() -> None:
     unknown = run("scroe")
     assert unknown.returncode == 2
     assert "scroe" in unknown.stderr
@@ -49,7 +49,7 @@ def test_an_unknown_command_and_an_unusable_model_are_told_in_a_line() -> None:
     assert "Traceback" not in missing.stderr
 
 
-def test_a_command_whose_extra_is_not_installed_says_how_to_install_it() -> None:
+def test_a_command_whose_extra_is_missing_names_it() -> None:
     entry = EntryPoint("serve", "marginrm_service.no_such_module:serve", GROUP)
     app = build_app([entry, EntryPoint("train", "marginrm_training.cli:train", GROUP)])
     with pytest.raises(Exception, match=r'pip install "marginrm\[service\]"'):
@@ -58,7 +58,7 @@ def test_a_command_whose_extra_is_not_installed_says_how_to_install_it() -> None
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "expected"),
     [
         ("typo", "run.toml: optim.learning_rat is not a setting. Did you mean 'learning_rate'?"),
         ("missing file", "nowhere.jsonl"),
@@ -69,7 +69,7 @@ def test_a_command_whose_extra_is_not_installed_says_how_to_install_it() -> None
         ("two labels", "head gives 2 values per sequence; a reward model gives 1 (num_labels = 1)"),
     ],
 )
-def test_a_run_that_cannot_be_trained_stops_with_the_cure(tmp_path: Path, fault: str, told: str) -> None:
+def test_a_run_that_cannot_be_trained_stops_with_the_cure(tmp_path: Path, fault: str, expected: str) -> None:
     tiny_checkpoint(tmp_path / "base", "llama", **({"num_labels": 2} if fault == "two labels" else {}))
     half = write(tmp_path / "half.jsonl", [row | ({} if i % 2 else {"margin": 1}) for i, row in enumerate(rows(32))])
     sections: dict[str, dict[str, dict[str, object]]] = {
@@ -82,6 +82,6 @@ def test_a_run_that_cannot_be_trained_stops_with_the_cure(tmp_path: Path, fault:
     result = run("train", str(path))
     assert result.returncode == 1
     assert result.stderr.count("marginrm: error:") == 1
-    assert told in result.stderr
+    assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -41,14 +41,14 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Arrival(float):
-    """When a request came, in monotonic seconds, with its headers."""
+    """Arrival time of a request, in monotonic seconds, with its headers."""
 
     headers: Message
 
 
 @contextmanager
 def scripted(*answers: Answer) -> Iterator[tuple[str, list[Arrival]]]:
-    """A real HTTP server that gives these answers in turn, the last one for ever; yields its URL and arrival times."""
+    """Runs an HTTP server that sends these answers in turn and repeats the last; yields its URL and arrival times."""
     arrivals: list[Arrival] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -103,7 +103,7 @@ def good_reply(rewards: list[float]) -> Answer:
     return 200, {}, json.dumps(body).encode()
 
 
-def test_the_three_verbs_give_what_the_model_gives() -> None:
+def test_the_three_verbs_return_the_rewards_of_the_model() -> None:
     model = FakeRewardModel()
     expected = [model.expect(PROMPT, response) for response in RESPONSES]
     with serving(model) as server, RewardClient(server.url) as client:
@@ -135,7 +135,7 @@ def test_async_and_blocking_clients_agree_and_large_calls_are_split() -> None:
     assert [outcome.margin for outcome in asynchronous] == pytest.approx(expected)
 
 
-def test_one_unusable_pair_is_an_error_in_its_place_and_the_others_are_scored() -> None:
+def test_an_unusable_pair_is_an_error_and_its_neighbours_are_scored() -> None:
     pairs = [
         {"prompt": PROMPT, "chosen": "Yes.", "rejected": "No."},
         {"prompt": PROMPT, "chosen": "long " * 600, "rejected": "No."},
@@ -156,7 +156,7 @@ def test_one_unusable_pair_is_an_error_in_its_place_and_the_others_are_scored() 
         client.score(PROMPT, RESPONSES)
 
 
-def test_it_comes_back_when_the_server_says_and_not_before() -> None:
+def test_a_retry_waits_for_retry_after() -> None:
     answers = (refusal(429, "overloaded", **{"Retry-After": "1"}), good_reply([1.0, 3.0]))
     with scripted(*answers) as (url, arrivals), RewardClient(url, backoff=0.01) as client:
         assert client.score(PROMPT, ["a", "b"]) == [1.0, 3.0]
@@ -175,7 +175,7 @@ def test_it_comes_back_when_the_server_says_and_not_before() -> None:
     ],
     ids=["422", "500", "503", "no JSON", "502"],
 )
-def test_only_what_may_pass_is_sent_again(answer: Answer, error: type[Exception], sent: int) -> None:
+def test_only_temporary_failures_are_retried(answer: Answer, error: type[Exception], sent: int) -> None:
     with scripted(answer) as (url, arrivals), RewardClient(url, max_retries=2, backoff=0.001) as client:
         with pytest.raises(error):
             client.score(PROMPT, RESPONSES)
@@ -183,7 +183,7 @@ def test_only_what_may_pass_is_sent_again(answer: Answer, error: type[Exception]
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_reply_that_is_still_arriving_at_the_deadline_is_given_up(blocking: bool) -> None:
+def test_a_reply_that_is_still_arriving_at_the_deadline_fails(blocking: bool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -218,10 +218,10 @@ def scored(url: str, *, blocking: bool, **options: Any) -> list[float]:
         return client.score(PROMPT, RESPONSES)
 
 
-def test_nobody_there_and_nobody_answering() -> None:
+def test_a_silent_and_a_missing_server_are_transport_errors() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.listen()  # takes the connection and says nothing
+        listener.listen()  # accepts the connection and sends nothing
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with (
             RewardClient(url, timeout=0.2, deadline=0.5, backoff=0.01) as client,
@@ -233,17 +233,17 @@ def test_nobody_there_and_nobody_answering() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://"])
-def test_an_unusable_url_is_refused_at_once(url: str) -> None:
+def test_an_invalid_url_is_refused_by_the_constructor(url: str) -> None:
     with pytest.raises(ConfigError, match="base_url"):
         RewardClient(url)
 
 
-def test_the_client_needs_no_torch() -> None:
+def test_the_client_imports_no_torch() -> None:
     code = "import sys, marginrm.client; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_deadline_is_told_to_the_server_and_shrinks_with_each_try() -> None:
+def test_each_try_sends_the_time_that_remains() -> None:
     answers = (refusal(503, "draining", **{"Retry-After": "0"}), refusal(504, "deadline_exceeded"))
     with (
         scripted(*answers) as (url, arrivals),
@@ -256,7 +256,7 @@ def test_a_deadline_is_told_to_the_server_and_shrinks_with_each_try() -> None:
     assert 0 < told[-1] < told[1] < told[0] <= 1.0
 
 
-def test_work_whose_client_has_given_up_is_dropped() -> None:
+def test_work_of_a_client_that_gave_up_is_cancelled() -> None:
     gate = Gate()
     model = FakeRewardModel()
     with serving(model) as server, RewardClient(server.url, deadline=0.4, backoff=0.01) as client:
@@ -275,7 +275,7 @@ GROUPS = [
 ]
 
 
-def test_streamed_rankings_are_the_plain_ones() -> None:
+def test_streamed_rankings_equal_plain_rankings() -> None:
     async def collected(url: str) -> dict[int, Any]:
         async with AsyncRewardClient(url, batch_size=8) as client:
             return {index: outcome async for index, outcome in client.best_of_n_stream(GROUPS, top_k=2)}
@@ -287,7 +287,7 @@ def test_streamed_rankings_are_the_plain_ones() -> None:
         assert asyncio.run(collected(server.url)) == streamed
 
 
-def test_a_stream_that_breaks_goes_on_with_what_is_missing() -> None:
+def test_after_a_broken_stream_only_missing_groups_are_sent() -> None:
     with serving(FakeRewardModel()) as server:
         body = {"prompts": GROUPS}
         whole = httpx.post(f"{server.url}/best-of-n", json=body, headers={"Accept": "application/x-ndjson"}).content
@@ -314,7 +314,7 @@ def test_an_error_in_mid_stream_is_raised_with_its_status() -> None:
         list(client.best_of_n_stream(GROUPS))
 
 
-def test_a_large_group_is_cut_and_ranked_as_if_it_were_not() -> None:
+def test_a_group_in_several_requests_is_ranked_as_in_one() -> None:
     candidates = [f"Candidate {number}" for number in range(50)]
     with (
         serving(FakeRewardModel()) as server,
@@ -335,7 +335,7 @@ def test_a_large_group_is_cut_and_ranked_as_if_it_were_not() -> None:
     assert "50" in str(raised.value)
 
 
-def test_a_part_that_fails_says_which_items_it_was_about() -> None:
+def test_a_failed_request_names_its_items() -> None:
     pairs = [{"prompt": PROMPT, "chosen": "a", "rejected": "b"}] * 10
     with (
         scripted(refusal(500, "broken")) as (url, _),

@@ -43,7 +43,7 @@ def score(checkpoint: Path, source: Path, output: Path, *options: str) -> list[d
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_each_row_gets_its_answer_or_its_error_in_order(checkpoint: Path, tmp_path: Path) -> None:
+def test_each_row_gets_its_result_or_its_error_in_order(checkpoint: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl.gz"
     source.write_bytes(gzip.compress(lines(ROWS).encode()))
     pair, item, group, empty, long, unknown, broken = score(checkpoint, source, tmp_path / "out.jsonl")
@@ -61,7 +61,7 @@ def test_each_row_gets_its_answer_or_its_error_in_order(checkpoint: Path, tmp_pa
     assert len({row["revision"] for row in (pair, item, group)}) == 1
 
 
-def test_a_stopped_run_goes_on_where_it_was_even_in_the_middle_of_a_line(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_even_after_half_a_row(checkpoint: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(lines(ROWS))
     whole = score(checkpoint, source, output)
@@ -74,7 +74,7 @@ def test_a_stopped_run_goes_on_where_it_was_even_in_the_middle_of_a_line(checkpo
     assert again[2]["rewards"] == pytest.approx(whole[2]["rewards"], abs=1e-5)
 
 
-def test_output_of_other_work_is_not_continued(checkpoint: Path, tmp_path: Path) -> None:
+def test_output_of_another_input_is_not_continued(checkpoint: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(lines(ROWS))
     score(checkpoint, source, output)

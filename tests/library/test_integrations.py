@@ -43,13 +43,13 @@ def test_trl_texts_get_their_rewards_in_order(url, model):
     prompts = ["a", "a", "b", "a"]
     completions = ["one", "two", "three", "four"]
     reward = reward_function(url, name="helpfulness")
-    assert inspect.iscoroutinefunction(reward)  # TRL runs those beside each other
+    assert inspect.iscoroutinefunction(reward)  # TRL runs those concurrently
     assert reward.__name__ == "helpfulness"
     rewards = asyncio.run(reward(prompts=prompts, completions=completions, completion_ids=[[1]] * 4, column=[0] * 4))
     assert rewards == [model.expect(*pair) for pair in zip(prompts, completions, strict=True)]
 
 
-def test_trl_messages_are_scored_at_their_last_turn(url, model):
+def test_trl_messages_are_scored_at_the_last_turn(url, model):
     reward = reward_function(url)
     rewards = asyncio.run(reward(prompts=[user("a"), "a"], completions=[assistant("one"), assistant("one")]))
     assert rewards == [model.expect("a", "one")] * 2
@@ -58,7 +58,7 @@ def test_trl_messages_are_scored_at_their_last_turn(url, model):
     assert several == model.expect([*user("a"), *assistant("first"), *user("more")], "second")
 
 
-def test_trl_gets_none_for_what_cannot_be_scored_and_rewards_for_the_rest(url, model, caplog):
+def test_trl_gets_none_only_for_unusable_completions(url, model, caplog):
     completions = ["one", "", "two", "word " * 600, ""]
     with caplog.at_level(logging.WARNING):
         rewards = asyncio.run(reward_function(url)(prompts=["a"] * 4 + ["b"], completions=completions))
@@ -92,7 +92,7 @@ def test_verl_calls_with_keywords_from_many_threads(url, model):
     assert results == [{"score": model.expect("a", f"answer {number}")} for number in range(40)]
 
 
-def test_verl_needs_the_prompt_and_invents_no_reward(url):
+def test_verl_without_a_prompt_or_a_reward_raises(url):
     with pytest.raises(ConfigError, match="prompt_key"):
         verl.compute_score("d", "answer", None, {"question": "a"}, base_url=url)
     with pytest.raises(ItemScoreError) as failed:
@@ -102,7 +102,7 @@ def test_verl_needs_the_prompt_and_invents_no_reward(url):
     assert chosen == {"score": -5.0}
 
 
-def test_the_integrations_need_no_torch():
+def test_the_integrations_import_no_torch():
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
         "import marginrm.integrations.trl, marginrm.integrations.verl"

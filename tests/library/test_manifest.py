@@ -1,4 +1,4 @@
-"""The checkpoint's record: what is written is read, and what cannot be trusted is refused by name."""
+"""The checkpoint's record: saved and loaded unchanged; unknown versions and fields are refused by name."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def manifest() -> Manifest:
     )
 
 
-def test_what_is_saved_is_loaded_bit_by_bit(tmp_path: Path) -> None:
+def test_a_manifest_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     manifest().save(tmp_path)
     assert Manifest.load(tmp_path) == manifest()
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]  # no temporary file is left
 
 
-def test_a_checkpoint_without_one_is_no_error(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_manifest_gives_none(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path) is None
 
 
@@ -57,7 +57,7 @@ def test_a_checkpoint_without_one_is_no_error(tmp_path: Path) -> None:
         ({"calibration": {"temperature": -1}}, "calibration.temperature"),
     ],
 )
-def test_a_manifest_of_another_time_is_refused_by_field(
+def test_a_manifest_of_another_version_is_refused_by_field(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     path = manifest().save(tmp_path)
@@ -66,7 +66,7 @@ def test_a_manifest_of_another_time_is_refused_by_field(
         Manifest.load(tmp_path)
 
 
-def test_half_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = manifest().save(tmp_path)
     path.write_text(path.read_text()[:100])
     with pytest.raises(ManifestError, match="is not valid JSON"):
@@ -80,7 +80,7 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_revision_names_the_content(tmp_path: Path) -> None:
+def test_the_revision_depends_on_the_content_alone(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="is not a checkpoint"):
         revision_of(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -147,7 +147,7 @@ def test_an_unusable_row_has_its_reason_and_its_line(tmp_path: Path, row: Any, r
     assert [(error.reason, error.source) for error in errors] == [(reason, f"{path}:2")]
 
 
-def test_a_pair_keeps_margin_strength_and_the_fields_it_does_not_know() -> None:
+def test_a_pair_keeps_margin_strength_and_other_fields() -> None:
     pair = parse_pair(PAIR | {"margin": 2, "strength": 0.75, "id": 7, "prompt_id": None}, "f:1")
     assert pair == PreferencePair("p", "a", "b", 2.0, 0.75, "f:1", {"id": 7, "prompt_id": None})
     bare = parse_pair(PAIR | {"margin": None}, "f:1")
@@ -155,7 +155,7 @@ def test_a_pair_keeps_margin_strength_and_the_fields_it_does_not_know() -> None:
 
 
 @given(prompt=texts | turns, chosen=texts, rejected=texts)
-def test_what_has_a_prompt_comes_back_as_written(prompt: Any, chosen: str, rejected: str) -> None:
+def test_a_row_with_a_prompt_is_read_unchanged(prompt: Any, chosen: str, rejected: str) -> None:
     assert parsed({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == (prompt, chosen, rejected)
 
 
@@ -236,7 +236,7 @@ def test_no_message_holds_a_text_of_the_file() -> None:
         assert secret not in str(caught.value)
 
 
-def test_gzip_is_known_by_its_bytes_and_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
+def test_gzip_is_recognised_by_its_bytes_and_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n"
     for name in ("x.jsonl", "x.jsonl.gz", "x.txt"):
         for data in (content, gzip.compress(content)):
@@ -259,14 +259,14 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
             list(read_pairs(path))
 
 
-def test_bad_rows_can_be_collected_while_the_good_ones_are_read(tmp_path: Path) -> None:
+def test_unusable_rows_are_collected_while_the_others_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", PAIR, {}, PAIR, [])
     errors: list[DataError] = []
     assert [pair.source.rpartition(":")[2] for pair in read_pairs(path, errors.append)] == ["1", "3"]
     assert [str(error).split(": ")[0].rpartition(":")[2] for error in errors] == ["2", "4"]
 
 
-def test_rows_are_read_as_they_are(tmp_path: Path) -> None:
+def test_rows_are_read_unchanged(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", {"any": 1}, {"thing": [2]})
     assert list(read_rows(path)) == [({"any": 1}, f"{path}:1"), ({"thing": [2]}, f"{path}:2")]
 

@@ -1,4 +1,4 @@
-"""Ranking: numbers by hand."""
+"""Rankings, compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_probabilities_sum_to_one_and_order_is_by_reward_then_index(rewards: lis
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_is_no_reward(bad: float) -> None:
+def test_a_non_finite_reward_is_refused(bad: float) -> None:
     with pytest.raises(NonFiniteRewardError):
         compare(1.0, bad)
     with pytest.raises(NonFiniteRewardError):

@@ -1,4 +1,4 @@
-"""The wire shapes: what is taken, what is refused, and what a reply may hold."""
+"""The wire shapes: requests that are accepted, requests that are refused, and the content of replies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
         (ErrorReply, examples.ERROR_REPLY),
     ],
 )
-def test_the_examples_of_the_api_page_are_of_their_shapes(shape, example) -> None:
+def test_the_examples_of_the_api_page_are_valid(shape, example) -> None:
     assert shape.model_validate(example).model_dump(mode="json", exclude_unset=True) == example
 
 
@@ -57,14 +57,14 @@ def test_a_wrong_shape_refuses_the_request(body) -> None:
 
 
 @pytest.mark.parametrize("text", [None, 3, "", "\ud800", ["x"]])
-def test_an_odd_text_is_left_to_its_own_item(text) -> None:
+def test_an_unusable_text_does_not_refuse_the_request(text) -> None:
     assert ScoreRequest.model_validate({"pairs": [{**PAIR, "chosen": text}]}).pairs[0].chosen == text
 
 
 @pytest.mark.parametrize(
     "change", [{"top_k": 0}, {"prompts": []}, {"prompts": [{"prompt": "p", "candidates": []}]}, {"return_text": 1}]
 )
-def test_best_of_n_refuses_what_cannot_be_ranked(change) -> None:
+def test_best_of_n_refuses_an_unusable_request(change) -> None:
     body = {"prompts": [{"prompt": "p", "candidates": ["a"]}]}
     BestOfNRequest.model_validate(body)
     with pytest.raises(ValidationError):
@@ -77,7 +77,7 @@ def test_a_reply_holds_no_nan(reward: float) -> None:
         ResponseOut(reward=reward, tokens=1, truncated=False)
 
 
-def test_what_is_absent_is_left_out() -> None:
+def test_absent_fields_are_left_out() -> None:
     assert ErrorBody(code="c", message="m").model_dump() == {"code": "c", "message": "m"}
     ranked = RankedOut(candidate=0, rank=1, reward=1.0, p_best=1.0)
     assert ranked.model_dump() == {"candidate": 0, "rank": 1, "reward": 1.0, "p_best": 1.0}
