@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from marginrm.errors import DataError
+from marginrm.errors import DataError, InvalidTextError
 from marginrm.json_lines import json_kind
+from marginrm.messages import normalised
 from marginrm.text import Message, Prompt
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -24,7 +25,6 @@ _ROLES = {  # HH-RLHF and ShareGPT
     "function_call": "assistant",
     "observation": "tool",
 }
-_KEPT = ("tool_calls", "name", "tool_call_id", "reasoning_content")  # fields of a message that a template may render
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def read_response(value: Any, field: Field) -> Response:
     last = messages[-1]
     if last["role"] != "assistant":
         raise field.error("ending before the answer", "must end with the assistant's answer.")
-    if not isinstance(last["content"], str):
+    if not last["content"] and "tool_calls" in last:
         raise field.error("with a tool call as the response", "must end with a text, not with a tool call alone.")
     return Response(last["content"], tuple(messages[:-1]))
 
@@ -150,24 +150,12 @@ def _hh_messages(text: str) -> list[Message]:
 
 def _message(value: Any, field: Field) -> Message:
     if isinstance(value, Mapping) and "from" in value and "value" in value:
-        role, content = _ROLES.get(str(value["from"]), value["from"]), value["value"]
-    elif isinstance(value, Mapping):
-        role, content = value.get("role"), value.get("content")
-    else:
-        role = content = None
-    kept = {key: value[key] for key in _KEPT if value.get(key)} if isinstance(value, Mapping) else {}
-    if isinstance(content, list):
-        content = "".join(_part(part, field.at("content").at(index)) for index, part in enumerate(content))
-    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and "tool_calls" in kept)):
-        raise field.error("with malformed messages", 'must be a message: {"role": text, "content": text}.')
-    return {"role": role, "content": content, **kept}
-
-
-def _part(part: Any, field: Field) -> str:
-    text = part.get("text") if isinstance(part, Mapping) else part
-    if not isinstance(text, str):
-        raise field.error("with content other than text", 'must be a text or {"type": "text", "text": text}.')
-    return text
+        value = {**value, "role": _ROLES.get(str(value["from"]), value["from"]), "content": value["value"]}
+    try:
+        return normalised(value, field.name, other_fields=True)
+    except InvalidTextError as error:
+        quoted = error.about(f"field '{error.param}'")
+        raise DataError.of_row(field.source, "with malformed messages", str(quoted)) from error
 
 
 def _contains(dialogue: Sequence[Message], messages: Sequence[Message]) -> bool:
@@ -176,4 +164,4 @@ def _contains(dialogue: Sequence[Message], messages: Sequence[Message]) -> bool:
 
 
 def _comparable(messages: Sequence[Message]) -> list[Message]:
-    return [{**message, "content": (message["content"] or "").strip()} for message in messages]
+    return [{**message, "content": message["content"].strip()} for message in messages]

@@ -58,6 +58,22 @@ def test_trl_messages_are_scored_at_the_last_turn(url, model):
     assert several == model.expect([*user("a"), *assistant("first"), *user("more")], "second")
 
 
+def test_trl_completions_with_tools_are_scored_at_their_answer(url, model):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    result = {"role": "tool", "name": "add", "content": "4"}
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "four"}]}]
+    completions = [
+        [call, result, *assistant("four")],
+        [call | {"content": ""}, result, *parts],
+        [*assistant("four")],
+        [call, result],
+        [call],
+    ]
+    rewards = asyncio.run(reward_function(url)(prompts=[user("2 + 2?")] * 5, completions=completions))
+    expected = model.expect([*user("2 + 2?"), call, result], "four")
+    assert rewards == [expected, expected, model.expect(user("2 + 2?"), "four"), None, None]
+
+
 def test_trl_gets_none_only_for_unusable_completions(url, model, caplog):
     completions = ["one", "", "two", "word " * 600, ""]
     with caplog.at_level(logging.WARNING):

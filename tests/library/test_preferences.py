@@ -22,6 +22,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 DIALOGUE = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Name a colour.\n\nAssistant:"
 EARLIER = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+CALLED = CALL | {"content": ""}  # as it is read
 RESULT = {"role": "tool", "name": "f", "content": "sunny"}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
@@ -82,7 +83,7 @@ def parsed(row: dict[str, Any]) -> tuple[Any, str, str]:
         ({"prompt": [USER], "chosen": ANSWER, "rejected": WORSE}, ([USER], "Red.", "No.")),
         (
             {"prompt": [USER], "chosen": [CALL, RESULT, ANSWER], "rejected": [CALL, RESULT, WORSE]},
-            ([USER, CALL, RESULT], "Red.", "No."),
+            ([USER, CALLED, RESULT], "Red.", "No."),
         ),
         # Contents are lists of parts, or null beside a tool call; fields that are null are left out.
         (
@@ -95,7 +96,7 @@ def parsed(row: dict[str, Any]) -> tuple[Any, str, str]:
         ),
         (
             {"prompt": [USER, CALL, RESULT], "chosen": [ANSWER], "rejected": "No."},
-            ([USER, CALL, RESULT], "Red.", "No."),
+            ([USER, CALLED, RESULT], "Red.", "No."),
         ),
         (
             {"prompt": [{**USER, "tool_calls": None, "name": None}], "chosen": ANSWER, "rejected": WORSE},
@@ -132,7 +133,7 @@ def test_every_form_of_a_pair(row: dict[str, Any], expected: tuple[Any, str, str
         ({"prompt": "Else?", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, "with a dialogue of another prompt"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "chosen": "a", "rejected": "b"},
-            "with content other than text",
+            "with malformed messages",
         ),
         ({"question": "p", "answer": "a"}, "with other fields"),
         ({"chosen": "a", "rejected": "b"}, "without a prompt"),
@@ -183,7 +184,7 @@ def test_text_dialogues_are_split_at_the_last_assistant_turn(turns: list[str], c
         ({}, "has the fields none"),
         (PAIR | {"prompt": 3}, "field 'prompt' must be a text or a list of messages, not a number"),
         (PAIR | {"prompt": []}, "must be a whole dialogue, since there is no 'prompt'"),
-        (PAIR | {"prompt": [{"role": "user"}]}, r"field 'prompt\[0\]' must be a message"),
+        (PAIR | {"prompt": [{"role": "user"}]}, r"field 'prompt\[0\]\.content' must be a text or a list of text parts"),
         (PAIR | {"chosen": None}, "field 'chosen' is null"),
         (PAIR | {"chosen": 3}, "field 'chosen' must be a text or a list of messages, not a number"),
         (PAIR | {"chosen": [USER, ANSWER]}, "field 'chosen' is a dialogue that does not contain the row's 'prompt'"),

@@ -1,4 +1,4 @@
-"""TRL's reward function: hand the result of `reward_function(url)` to a trainer's `reward_funcs`.
+"""TRL's reward function: pass the result of `reward_function(url)` to a trainer as `reward_funcs`.
 
 ```python
 trainer = GRPOTrainer(model=..., reward_funcs=reward_function("http://127.0.0.1:8000"), ...)
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from marginrm.client import AsyncRewardClient, ItemScoreError
+from marginrm.errors import InvalidTextError
+from marginrm.messages import content_text
 from marginrm.text import Truncation
 
 _log = logging.getLogger(__name__)
@@ -28,27 +31,27 @@ def reward_function(
     truncation: Truncation = "error",
     deadline: float | None = None,
 ) -> RewardFunction:
-    """Makes a reward function in TRL's shape that asks a marginrm server.
+    """Makes a reward function in TRL's shape that gets its rewards from a marginrm server.
 
-    The function is asynchronous, so TRL runs it beside its other ones. The completions of one prompt travel together
-    and share its computation. What cannot be scored (an empty completion, or one over the model's limit) gets None,
-    which is TRL's word for no reward, and a warning in the log. A server that does not answer raises.
+    The function is asynchronous, so TRL runs it concurrently with its others. The completions of one prompt are sent
+    together and share its computation. A completion with tools is a list of turns; its reward is that of the last
+    answer, after the turns before it. A completion that cannot be scored (empty, over the model's limit, or without an
+    answer after its last tool call) gets None, which TRL leaves out, and a warning in the log.
 
     Args:
-        base_url: Where the server is, such as `http://127.0.0.1:8000`.
-        name: What TRL's log calls the rewards.
+        base_url: Address of the server, such as `http://127.0.0.1:8000`.
+        name: Name of the rewards in TRL's log.
         model: Name of the served model.
-        api_key: Sent as a bearer token.
+        api_key: API key, sent as a bearer token.
         truncation: As for `RewardClient`.
         deadline: Seconds for one request with all its retries; no limit by default.
 
     Returns:
-        `async (prompts, completions, **columns) -> list[float | None]`, one outcome per completion, in order.
-        Prompts and completions are texts, or lists of messages. It raises `RewardClientError` without an answer.
+        `async (prompts, completions, **columns) -> list[float | None]`, one reward per completion, in order. Prompts
+        and completions are texts, or lists of messages. It raises `RewardClientError` if the server does not answer.
     """
 
     async def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Returns one reward per completion."""
         groups, members = _groups(prompts, completions)
         rewards: list[float | None] = [None] * len(completions)
         async with AsyncRewardClient(
@@ -64,7 +67,7 @@ def reward_function(
 
 
 async def _rewards(client: AsyncRewardClient, groups: list[dict[str, Any]]) -> list[list[float | None]]:
-    """Returns each group's rewards; where one of its completions fails, the others are asked for by themselves."""
+    """Returns each group's rewards. If a completion is unusable, those of its group are scored again one by one."""
     results: list[list[float | None]] = []
     for group, ranking in zip(groups, await client.best_of_n_many(groups), strict=True):
         if not isinstance(ranking, ItemScoreError):
@@ -81,7 +84,7 @@ async def _rewards(client: AsyncRewardClient, groups: list[dict[str, Any]]) -> l
 
 
 def _groups(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Returns groups of neighbours with one prompt, and the places of their members."""
+    """Returns groups of consecutive completions with one prompt, and the positions of their members."""
     groups: list[dict[str, Any]] = []
     members: list[list[int]] = []
     for place, (asked, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -95,8 +98,13 @@ def _groups(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list[di
 
 
 def _split(prompt: Any, completion: Any) -> tuple[Any, Any]:
-    """Returns what comes before the last turn, and its text. A completion with tools has several turns."""
+    """Returns the turns before the last answer, and its text; an empty text if the completion ends without one."""
     if isinstance(completion, str) or not completion:
         return prompt, completion or ""
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*before, *completion[:-1]], completion[-1].get("content") or ""
+    last = completion[-1]
+    answer = (last.get("content") or "") if last.get("role") == "assistant" else ""
+    if isinstance(answer, list):
+        with suppress(InvalidTextError):  # parts other than text are sent as they are, and the server refuses them
+            answer = content_text(answer, "content")
+    return [*before, *completion[:-1]], answer

@@ -1,0 +1,88 @@
+"""Chat messages as clients and data sets write them -> the form that a chat template renders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from marginrm.errors import InvalidTextError
+
+# Fields beside role and content that chat templates render. Templates of transformers take them by these names.
+_FIELDS = ("tool_calls", "name", "tool_call_id", "reasoning_content", "thinking")
+
+
+def normalised(message: Any, param: str, *, other_fields: bool = False) -> dict[str, Any]:
+    """Returns a message with its content as one text and without empty optional fields.
+
+    A content in parts is joined. Null beside tool calls becomes an empty text, as vLLM has it, because templates would
+    write `None`. Arguments of tool calls in JSON become objects, which is the form that templates expect.
+
+    Args:
+        message: `{"role", "content"}`, and `tool_calls`, `name` and the like.
+        param: The message's field, for errors.
+        other_fields: Leave out fields of other names instead of refusing them.
+
+    Raises:
+        InvalidTextError: The value is not a message.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidTextError('{param} must be a message: {"role": text, "content": text}.', param=param)
+    kept = {key: value for key, value in message.items() if key not in ("role", "content") and value not in (None, [])}
+    unknown = sorted(str(key)[:40] for key in kept if key not in _FIELDS)
+    if unknown and not other_fields:
+        raise InvalidTextError(
+            f"{{param}} has the fields {', '.join(unknown)}; a message has role, content, {', '.join(_FIELDS)}.",
+            param=param,
+        )
+    found = {"role": message["role"], "content": content_text(message.get("content"), f"{param}.content", kept)}
+    found |= {key: kept[key] for key in _FIELDS if key in kept}
+    if "tool_calls" in found:
+        found["tool_calls"] = _tool_calls(found["tool_calls"], f"{param}.tool_calls")
+    return found
+
+
+def content_text(content: Any, param: str, beside: Mapping[str, Any] | None = None) -> str:
+    """Returns a message's content as one text.
+
+    Args:
+        content: A text, a list of texts or `{"type": "text", "text"}` parts, or null beside tool calls.
+        param: The content's field, for errors.
+        beside: The message's other fields.
+
+    Raises:
+        InvalidTextError: The content is not text.
+    """
+    if content is None and beside and "tool_calls" in beside:
+        return ""
+    if isinstance(content, list):
+        return "".join(_part(part, f"{param}[{index}]") for index, part in enumerate(content))
+    if not isinstance(content, str):
+        raise InvalidTextError(
+            f"{{param}} must be a text or a list of text parts, not {type(content).__name__}.", param=param
+        )
+    return content
+
+
+def _part(part: Any, param: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        raise InvalidTextError('{param} must be a text or {"type": "text", "text": text}.', param=param)
+    return text
+
+
+def _tool_calls(calls: Any, param: str) -> list[Any]:
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise InvalidTextError("{param} must be a list of tool calls.", param=param)
+    return [_with_arguments(call) for call in calls]
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return dict(call)  # half a call, as a model may write it, stays as it is
+    return {**call, "function": {**function, "arguments": arguments}}
