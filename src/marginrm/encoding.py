@@ -8,7 +8,7 @@ sequence and at the first of an encoder's, always by position, so nothing here d
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from tokenizers import Encoding, Tokenizer
 
 from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, ModelError, SequenceTooLongError
 from marginrm.manifest import EncodingInfo, template_hash
+from marginrm.messages import may_be_empty, normalised
 from marginrm.text import Prompt, Truncation
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class Encoder:
             pooling="last" if self.architecture == "decoder" else "first",
         )
 
-    def _drafts(self, messages: list[dict[str, str]], responses: list[str]) -> list[_Draft | EncodingError]:
+    def _drafts(self, messages: list[dict[str, Any]], responses: list[str]) -> list[_Draft | EncodingError]:
         if self.architecture == "encoder":
             prompt = _transcript(messages)
             encodings = self._backend.encode_batch([(prompt, text) for text in responses], add_special_tokens=True)
@@ -200,7 +201,7 @@ class Encoder:
             drafts.append(_Draft(ids, None, range(self._start, prompt_tokens + moved)))
         return drafts
 
-    def _rendered(self, messages: list[dict[str, str]], responses: list[str]) -> tuple[list[str], list[int]]:
+    def _rendered(self, messages: list[dict[str, Any]], responses: list[str]) -> tuple[list[str], list[int]]:
         """Returns the texts of prompt and response, and how many characters of each come before the response."""
         if not self._templated:
             prompt = _transcript(messages)
@@ -218,7 +219,7 @@ class Encoder:
         texts = [render(response) for response in responses]
         return texts, [_common_length(text, other) for text in texts]
 
-    def _template(self, messages: list[dict[str, str]]) -> str:
+    def _template(self, messages: list[dict[str, Any]]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, chat_template=self._chat_template, date_string=_FIXED_DATE
@@ -299,14 +300,14 @@ def _sequence_range(encoding: Encoding, sequence: int) -> range:
     return range(indices[0], indices[-1] + 1) if indices else range(0)
 
 
-def _transcript(messages: list[dict[str, str]]) -> str:
+def _transcript(messages: list[dict[str, Any]]) -> str:
     """Writes a conversation as plain text: a lone message as it is, several with their roles."""
     if len(messages) == 1:
-        return messages[0]["content"]
+        return str(messages[0]["content"])
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
-def _checked_messages(prompt: Any) -> list[dict[str, str]]:
+def _checked_messages(prompt: Any) -> list[dict[str, Any]]:
     if isinstance(prompt, str):
         _check_text(prompt, "prompt")
         return [{"role": "user", "content": prompt}]
@@ -320,11 +321,11 @@ def _checked_messages(prompt: Any) -> list[dict[str, str]]:
     messages = []
     for index, message in enumerate(prompt):
         where = f"prompt[{index}]"
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise InvalidTextError('{param} must be an object with "role" and "content" only.', param=where)
-        _check_text(message["role"], f"{where}.role")
-        _check_text(message["content"], f"{where}.content")
-        messages.append({"role": message["role"], "content": message["content"]})
+        found = normalised(message, where)
+        _check_text(found["role"], f"{where}.role")
+        if found["content"] or not may_be_empty(found):
+            _check_text(found["content"], f"{where}.content")
+        messages.append(found)
     if messages[-1]["role"] == "assistant":
         raise InvalidTextError(
             "The prompt must end before the answer that is scored, so its last message cannot be the assistant's.",

@@ -26,7 +26,7 @@ def normalised(message: Any, param: str, *, other_fields: bool = False) -> dict[
     Raises:
         InvalidTextError: The value is not a message.
     """
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    if not isinstance(message, Mapping) or "role" not in message or not message.keys() & {"content", "tool_calls"}:
         raise InvalidTextError('{param} must be a message: {"role": text, "content": text}.', param=param)
     kept = {key: value for key, value in message.items() if key not in ("role", "content") and value not in (None, [])}
     unknown = sorted(str(key)[:40] for key in kept if key not in _FIELDS)
@@ -35,11 +35,21 @@ def normalised(message: Any, param: str, *, other_fields: bool = False) -> dict[
             f"{{param}} has the fields {', '.join(unknown)}; a message has role, content, {', '.join(_FIELDS)}.",
             param=param,
         )
-    found = {"role": message["role"], "content": content_text(message.get("content"), f"{param}.content", kept)}
+    if not isinstance(message["role"], str):
+        raise InvalidTextError("{param} must be a text.", param=f"{param}.role")
+    found: dict[str, Any] = {
+        "role": message["role"],
+        "content": content_text(message.get("content"), f"{param}.content", kept),
+    }
     found |= {key: kept[key] for key in _FIELDS if key in kept}
     if "tool_calls" in found:
         found["tool_calls"] = _tool_calls(found["tool_calls"], f"{param}.tool_calls")
     return found
+
+
+def may_be_empty(message: Mapping[str, Any]) -> bool:
+    """Tells whether a message may have an empty content: a system turn, a tool's result, or a turn with tool calls."""
+    return message["role"] in ("system", "tool") or "tool_calls" in message
 
 
 def content_text(content: Any, param: str, beside: Mapping[str, Any] | None = None) -> str:

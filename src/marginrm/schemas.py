@@ -34,9 +34,20 @@ Prompt = Annotated[
                     "type": "array",
                     "items": {
                         "type": "object",
-                        "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
-                        "required": ["role", "content"],
-                        "additionalProperties": False,
+                        "properties": {
+                            "role": {"type": "string"},
+                            "content": {
+                                "anyOf": [
+                                    {"type": "string"},
+                                    {"type": "array", "items": {"type": "object"}},
+                                    {"type": "null"},
+                                ]
+                            },
+                            "tool_calls": {"type": "array", "items": {"type": "object"}},
+                            "name": {"type": "string"},
+                            "tool_call_id": {"type": "string"},
+                        },
+                        "required": ["role"],
                     },
                 },
             ]

@@ -184,7 +184,7 @@ def test_text_dialogues_are_split_at_the_last_assistant_turn(turns: list[str], c
         ({}, "has the fields none"),
         (PAIR | {"prompt": 3}, "field 'prompt' must be a text or a list of messages, not a number"),
         (PAIR | {"prompt": []}, "must be a whole dialogue, since there is no 'prompt'"),
-        (PAIR | {"prompt": [{"role": "user"}]}, r"field 'prompt\[0\]\.content' must be a text or a list of text parts"),
+        (PAIR | {"prompt": [{"role": "user"}]}, r"field 'prompt\[0\]' must be a message"),
         (PAIR | {"chosen": None}, "field 'chosen' is null"),
         (PAIR | {"chosen": 3}, "field 'chosen' must be a text or a list of messages, not a number"),
         (PAIR | {"chosen": [USER, ANSWER]}, "field 'chosen' is a dialogue that does not contain the row's 'prompt'"),
