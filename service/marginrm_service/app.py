@@ -116,7 +116,7 @@ def _scoring_routes(settings: Settings) -> dict[str, tuple[BaseRoute, int]]:
         route.path: (route, status)
         for router, status in (
             (native.router, errors.STATUSES[OverloadedError]),
-            *((router, settings.adapter_overload_status) for router in adapters.ROUTERS),
+            *((router, int(settings.adapter_overload_status)) for router in adapters.ROUTERS),
         )
         for route in router.routes
         if isinstance(route, APIRoute) and "POST" in (route.methods or ())

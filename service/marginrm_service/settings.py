@@ -1,4 +1,7 @@
-"""What an operator can set: read once from the command line and `MARGINRM_*`, then frozen and passed on as values."""
+"""The settings of a server: read once from the command line and `MARGINRM_*`, then frozen and passed on as values.
+
+A field is the one source of a setting's name, default, limits and help; `cli` makes the options of them.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,21 @@ class ModelSpec:
 
     name: str
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """The parts of a command-line option that do not follow from its field.
+
+    Attributes:
+        names: Names of the option; by default that of the field with dashes.
+        metavar: The placeholder of the value; by default its type.
+        default: Text shown in place of a default of None.
+    """
+
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+    default: str | None = None
 
 
 def parse_models(value: Any) -> tuple[ModelSpec, ...]:
@@ -57,52 +75,83 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MARGINRM_", frozen=True, extra="forbid")
 
-    models: Annotated[tuple[ModelSpec, ...], NoDecode, BeforeValidator(parse_models)] = Field(
-        default=(), description="What to serve: PATH or NAME=PATH, several with commas between."
+    models: Annotated[
+        tuple[ModelSpec, ...],
+        NoDecode,
+        BeforeValidator(parse_models),
+        Option(names=("--model", "-m"), metavar="[NAME=]PATH"),
+    ] = Field(
+        default=(),
+        description="Folder or Hugging Face Hub name of a reward model. Repeat it as NAME=PATH to serve several; requests "
+        'choose one by {"model": NAME}.',
     )
-    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; 0.0.0.0 accepts requests from other machines."
+    )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    dtype: Dtype = Field(default="auto", description="Of the backbone.")
-    deterministic: bool = Field(default=False, description="Rewards the same to the bit in any batch.")
-    compile: bool = Field(default=False, description="Compile what lies between the matrix products.")
+    dtype: Dtype = Field(
+        default="auto", description="Dtype of the backbone; the head is always float32. auto measures."
+    )
+    compile: bool = Field(
+        default=False,
+        description="Run the operations between matrix products through torch.compile: faster for large models, half a "
+        "minute at the first start; needs g++ on CPUs.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Give a text bit-identical rewards whatever is scored beside it; slower, not with --compile.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
-    max_length: int | None = Field(default=None, ge=8, description="The most tokens a sequence may have.")
-    token_budget: int | None = Field(default=None, ge=1, description="The most tokens of one forward pass.")
-    max_queue_tokens: int = Field(default=2_000_000, ge=1, description="The most tokens that may wait per model.")
-    max_queue_requests: int = Field(default=2_048, ge=1, description="The most requests that may wait per model.")
+    max_length: Annotated[int | None, Option(default="the model's")] = Field(
+        default=None, ge=8, description="The most tokens of a sequence."
+    )
+    token_budget: Annotated[int | None, Option(default="measured")] = Field(
+        default=None, ge=1, description="The most tokens of one forward pass: more is faster and takes memory."
+    )
+    max_queue_tokens: int = Field(
+        default=2_000_000, ge=1, description="Tokens that may wait per model; beyond, 429 with Retry-After."
+    )
+    max_queue_requests: int = Field(default=2_048, ge=1, description="Requests that may wait per model.")
     reward_cache_mib: float = Field(
-        default=64.0, ge=0, allow_inf_nan=False, description="MiB of rewards to keep per model; 0 computes each anew."
+        default=64.0, ge=0, allow_inf_nan=False, description="MiB of rewards to cache per model; 0 turns the cache off."
     )
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1_024, description="The largest request body.")
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1_024, description="The largest request body; beyond, 413.")
     request_timeout: float = Field(
-        default=120.0, gt=0, description="Seconds for a request that does not say X-Request-Timeout itself."
+        default=120.0, gt=0, description="Seconds for a request without X-Request-Timeout; beyond, 504."
     )
-    max_request_timeout: float = Field(
-        default=3_600.0, gt=0, description="The most seconds that a request may ask for."
+    max_request_timeout: float = Field(default=3_600.0, gt=0, description="The longest X-Request-Timeout.")
+    key_file: Annotated[Path | None, Option(default="no key is needed")] = Field(
+        default=None, description="File of API keys that are admitted, as `marginrm key` makes them."
     )
-    key_file: Path | None = Field(default=None, description="API keys that are let in; without one, everybody is.")
-    admin_key_file: Path | None = Field(
-        default=None, description="Keys that may load, swap and unload models; without one, nobody may."
+    admin_key_file: Annotated[Path | None, Option(default="admin routes are off")] = Field(
+        default=None, description="File of keys that may load, swap and unload models."
     )
-    rate_limit: int | None = Field(default=None, ge=1, description="The most requests a minute for each key.")
+    rate_limit: Annotated[int | None, Option(default="no limit")] = Field(
+        default=None, ge=1, description="Requests a minute for each key; beyond, 429."
+    )
     stall_seconds: float = Field(
         default=30.0, gt=0, description="Seconds of one forward pass after which the server is not ready until it ends."
     )
     encode_threads: int = Field(default=2, ge=1, le=64, description="Threads that tokenise.")
-    drain_seconds: float = Field(default=30.0, ge=0, description="Time to finish accepted requests at shutdown.")
-    adapter_overload_status: Literal[429, 503] = Field(
-        default=503, description="What a full queue answers on the adapters' routes; native routes answer 429."
+    drain_seconds: float = Field(default=30.0, ge=0, description="Time to finish accepted requests after SIGTERM.")
+    adapter_overload_status: Annotated[Literal["429", "503"], BeforeValidator(str)] = Field(
+        default="503", description="Status of a full queue on other servers' routes; native routes answer 429."
     )
-    trust_remote_code: bool = Field(default=False, description="Run code that comes with a checkpoint.")
-    log_format: Literal["text", "json"] = "text"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run code that comes with a checkpoint. Few checkpoints need it; use it only for those you trust.",
+    )
+    log_format: Literal["text", "json"] = Field(default="text", description="Text to read, or JSON to process.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The lowest level to log."
+    )
 
     @classmethod
     def load(cls, **given: Any) -> Settings:
-        """Reads the environment; what is given here and is not None goes before it.
+        """Reads the environment. Values given here take precedence, except None.
 
         Raises:
-            ConfigError: A value is not acceptable. The message names every setting that is wrong.
+            ConfigError: A value is not acceptable. The message names every such setting.
         """
         try:
             return cls(**{key: value for key, value in given.items() if value is not None})
