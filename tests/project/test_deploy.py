@@ -28,7 +28,7 @@ def load_yaml(path: str) -> Any:
 
 
 def dockerfile() -> list[tuple[str, str]]:
-    """(instruction, rest) of every instruction, continuation lines joined."""
+    """Returns (instruction, rest) of every instruction, with continuation lines joined."""
     text = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = (line.strip() for line in text.splitlines())
     return [(line.split()[0], line.split(None, 1)[1]) for line in lines if line and not line.startswith("#")]
@@ -39,7 +39,7 @@ def last(instruction: str) -> str:
 
 
 def probed(command: list[str]) -> tuple[int | None, str]:
-    """Port and route of a health check that is a line of Python."""
+    """Returns port and route of a health check written in Python."""
     url = urlsplit(re.findall(r"http://[^']+", " ".join(command))[0])
     return url.port, url.path
 
@@ -81,7 +81,7 @@ def test_one_port_everywhere(server, pod):
     assert probed(server["healthcheck"]["test"]) == (port, "/readyz")
 
 
-def test_probes_ask_the_right_routes(pod):
+def test_probes_use_the_documented_routes(pod):
     probes = {name: pod["containers"][0][f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert {name: probe["path"] for name, probe in probes.items()} == {
         "startup": "/readyz",
@@ -97,14 +97,14 @@ def test_the_server_has_time_to_drain(server, pod):
     assert pod["terminationGracePeriodSeconds"] > drain
 
 
-def test_the_grace_period_covers_all_that_leaving_takes(pod):
+def test_the_grace_period_covers_every_phase_of_the_shutdown(pod):
     before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain = Settings.model_fields["drain_seconds"].default
     assert pod["terminationGracePeriodSeconds"] > before + LONGEST_IDLE + drain
 
 
 def with_keys() -> dict[str, Any]:
-    """The deployment with the overlay's patch: additions to mappings and to ends of lists."""
+    """Returns the deployment with the overlay's patch, which adds to mappings and to ends of lists."""
     (patch,) = load_yaml("deploy/kubernetes-keys/kustomization.yaml")["patches"]
     deployment = load_yaml("deploy/kubernetes/deployment.yaml")
     assert patch["target"] == {"kind": deployment["kind"], "name": deployment["metadata"]["name"]}
@@ -122,7 +122,7 @@ def with_keys() -> dict[str, Any]:
     return deployment
 
 
-def test_keys_come_from_a_secret_that_is_renewed_and_that_only_the_server_reads(check, tmp_path):
+def test_keys_come_from_a_mounted_secret_that_only_the_server_reads(check, tmp_path):
     deployment = with_keys()
     pod = deployment["spec"]["template"]["spec"]
     container = pod["containers"][0]
@@ -159,7 +159,7 @@ def test_compose_with_keys_gives_the_server_the_hashes_and_prometheus_a_key():
         assert f"/{Path(file['file']).parent}/" in ignored
 
 
-def test_threads_follow_the_cores_asked_for(pod):
+def test_threads_follow_the_requested_cores(pod):
     container = pod["containers"][0]
     threads = {variable["name"]: variable["valueFrom"]["resourceFieldRef"]["resource"] for variable in container["env"]}
     assert threads == {"OMP_NUM_THREADS": "requests.cpu"}
@@ -178,7 +178,7 @@ def test_signals_reach_the_server():
     assert json.loads(last("ENTRYPOINT"))[:2] == ["marginrm", "serve"]
 
 
-def test_everyone_serves_the_same_model(server, pod):
+def test_image_compose_and_kubernetes_serve_the_same_model(server, pod):
     assert json.loads(last("CMD")) == server["command"] == pod["containers"][0]["args"]
     copied = [rest for name, rest in dockerfile() if name == "COPY" and "--from=demo" in rest]
     assert shlex.split(copied[0])[-1] == server["command"][-1]
@@ -249,7 +249,7 @@ def test_the_dashboard_uses_the_provisioned_datasource_and_folder():
     assert datasource["url"] == "http://prometheus:9090"
 
 
-def test_the_dashboard_asks_for_metrics_that_the_server_has():
+def test_the_dashboard_uses_metrics_that_the_server_has():
     families = list(Metrics().collect())
     exported = {family.name for family in families} | {
         f"{family.name}_total" for family in families if family.type == "counter"

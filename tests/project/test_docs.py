@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def test_commands_on_a_page_exist(page: Path) -> None:
     assert {
         word for line in re.findall(r"(?:`|^)make ([a-z ]+)", text, re.MULTILINE) for word in line.split()
     } <= targets
+
+
+def test_extras_on_a_page_exist() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {
+        extra
+        for page in PAGES
+        for listed in re.findall(r"(?:marginrm|'\.|\"\.)\[([\w,-]+)\]", page.read_text(encoding="utf-8"))
+        for extra in listed.split(",")
+    }
+    assert {"service", "training", "dev", "ray", "otel"} == named == set(declared)
 
 
 def test_no_page_names_a_folder_that_a_reader_lacks() -> None:

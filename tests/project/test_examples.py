@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, against a real server."""
+"""The examples run with the commands in their docstrings, against a real server."""
 
 from __future__ import annotations
 

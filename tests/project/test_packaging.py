@@ -1,4 +1,4 @@
-"""The distribution holds what it promises: commands, import rules at run time, pins, and nothing of one machine."""
+"""The distribution: commands, imports at run time, pinned versions, and no trace of one machine."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ EXTRAS = ("service", "training", "dev")
 INSTALLED = frozenset(EXTRAS) | ({"ray"} if find_spec("ray") else set())
 TORCHLESS = ("client", "errors", "manifest", "preferences", "ranking", "schemas")
 
-# torch's accelerator libraries follow the build that a machine takes, so they are not ours to pin.
+# The accelerator libraries of torch depend on the build that a machine installs, so they have no pin.
 OF_THE_BUILD = re.compile(r"(nvidia|cuda)-.*|.*triton.*")
 
 
 def read_pins() -> dict[str, str]:
-    """Name -> version, from constraints.txt."""
+    """Returns name -> version, from constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pairs = (line.split("==") for line in lines if line.strip() and not line.startswith("#"))
     return {canonicalize_name(name): pinned for name, pinned in pairs}
 
 
 def closure(name: str, extras: frozenset[str], seen: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """Every distribution that installing `name[extras]` needs on this platform."""
+    """Returns every distribution that `name[extras]` needs on this platform."""
     name = canonicalize_name(name)
     if extras <= seen.get(name, frozenset()) and name in seen:
         return seen
@@ -58,7 +58,7 @@ def tracked_files() -> list[Path]:
     return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-def test_every_promised_command_is_installed_and_loads():
+def test_every_documented_command_is_installed_and_loads():
     found = {point.name: point for point in entry_points(group="marginrm.commands") if point.dist is not None}
     assert set(found) == COMMANDS == set(PROJECT["entry-points"]["marginrm.commands"])
     for point in found.values():
@@ -86,6 +86,14 @@ def test_a_client_starts_without_torch():
     assert done.stdout.split() == []
 
 
+def test_python_versions_agree():
+    assert PROJECT["requires-python"] == ">=3.11"
+    classified = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    searched = re.findall(r"python(3\.\d+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert classified == ["3.11", "3.12", "3.13", "3.14"]
+    assert set(classified) == set(searched)
+
+
 def test_the_three_packages_are_typed():
     for package in ("src/marginrm", "service/marginrm_service", "training/marginrm_training"):
         assert (ROOT / package / "py.typed").is_file()
@@ -105,7 +113,7 @@ def test_constraints_cover_a_full_install():
     assert sorted(needed - set(pins)) == []
 
 
-def test_what_is_installed_is_what_is_pinned():
+def test_installed_versions_are_the_pinned_ones():
     pins = read_pins()
     needed = set(closure("marginrm", INSTALLED, {})) - {"marginrm"}
     installed = {name: distribution(name).version.split("+")[0] for name in needed}
@@ -123,7 +131,7 @@ def test_pins_hold_no_addresses_and_no_local_builds():
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
 
 
-# Written in pieces, so that this file does not find itself.
+# Written in pieces, so that the test does not find this file.
 FOREIGN = {
     "a package registry": ["pypi" + r"\.org", "python" + "hosted", "npm" + r"js\.", "download.py" + r"torch\.org"],
     "a folder of one machine": [r"(?<![\w.])/" + "work/", r"(?<![\w.])/" + "root\\b", "/" + r"home/\w"],
@@ -132,7 +140,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_tracked_files_hold_nothing_foreign(kind: str):
+def test_tracked_files_name_no_registry_no_machine_and_no_unfinished_work(kind: str):
     pattern = re.compile("|".join(FOREIGN[kind]))
     found = []
     for path in tracked_files():

@@ -1,4 +1,4 @@
-"""The promise of the house: a pair has one reward, whoever asks. Real weights, a real server, float32, 1e-5."""
+"""A pair has the same reward in trainer, library and server: real weights, a real server, float32, within 1e-5."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def trainer_rewards(checkpoint: Path) -> list[float]:
-    """What the training loop's own forward gives, batch by batch: chosen, rejected, chosen, ..."""
+    """Returns the rewards of the training loop's own forward pass, batch by batch: chosen, rejected, chosen, ..."""
     model = RewardModel.from_pretrained(checkpoint, dtype="float32")
     pairs = encode_pairs("test", read(str(checkpoint.parent / "pairs.jsonl")), model.encoder, MarginMethod()).pairs
     raw: dict[str, Any] = {
@@ -75,7 +75,7 @@ def test_trainer_library_and_server_give_a_pair_the_same_reward(checkpoint: Path
     model = RewardModel.from_pretrained(checkpoint, dtype="float32")
     scored = [reward for row in PAIRS for reward in model.score(row["prompt"], [row["chosen"], row["rejected"]])]
     assert scored == pytest.approx(trained, abs=TOLERANCE)
-    assert max(scored) - min(scored) > 100 * TOLERANCE  # else anything would agree
+    assert max(scored) - min(scored) > 100 * TOLERANCE  # otherwise any rewards would agree
 
     with (
         serving(model, reward_cache_mib=0) as server,

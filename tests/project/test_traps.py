@@ -1,55 +1,54 @@
-"""What went wrong in other trainers of reward models, and the test that keeps it from going wrong here.
+"""Known defects of other reward-model trainers, and the test that excludes each one here.
 
 Traps of the method:
 
 | trap | test |
 |---|---|
 | a reference batch of one: mu_B = d, the filter never fires | test_margins::test_trap_a_reference_batch_of_one_never_fires_and_is_refused, test_train::test_trap_a_reference_batch_too_small_stops_before_the_first_step |
-| a filter that lets nobody through, without a word | test_traps::test_trap_a_filter_that_never_fires_is_told |
-| [pairs, 1] - [pairs] is [pairs, pairs] | test_losses::test_trap_shapes_that_would_broadcast_are_refused, test_losses::test_the_losses_equal_those_of_a_loop |
-| the loss divided by how many fired: another learning rate in every step | test_traps::test_trap_the_loss_divides_by_all_pairs_of_the_batch |
+| a filter that never passes a pair, silently | test_traps::test_trap_a_filter_that_never_fires_is_reported |
+| broadcasting: [pairs, 1] - [pairs] is [pairs, pairs] | test_losses::test_trap_shapes_that_would_broadcast_are_refused, test_losses::test_the_losses_equal_those_of_a_loop |
+| the loss divided by the number of pairs below the mean: another learning rate in every step | test_traps::test_trap_the_loss_divides_by_all_pairs_of_the_batch |
 | margins read from the first row only | test_data::test_trap_a_margin_missing_in_any_row_is_named_by_its_line |
-| a margin that is a list | test_traps::test_trap_a_margin_is_one_number_a_pair |
+| a margin that is a list | test_traps::test_trap_a_margin_is_one_number_per_pair |
 | a negative mu_B relaxes the loss | test_margins::test_trap_a_negative_mean_does_not_relax_the_loss |
-| the margin feeds on itself | test_traps::test_trap_an_uncapped_margin_feeds_on_itself, test_traps::test_trap_a_spread_that_doubles_while_accuracy_is_flat_is_told |
-| mu_B as a mean of the ranks' means, or with pairs counted twice | test_distributed::test_two_processes_train_as_one_does |
-| mu_B a statistic of length: batches grouped by length | test_traps::test_trap_batches_are_drawn_by_the_seed_and_not_by_length |
-| below the mean are the wrong labels, too | test_evaluation::test_metrics_by_hand (accuracy by strength shows it; there is no floor below which the margin is not asked) |
-| batch margins in evaluation or serving | test_traps::test_trap_no_batch_and_no_margin_in_evaluation |
+| the margin feeds on itself | test_traps::test_trap_an_uncapped_margin_feeds_on_itself, test_traps::test_trap_a_spread_that_doubles_while_accuracy_is_flat_is_reported |
+| mu_B as the mean of the ranks' means, or with pairs counted twice | test_distributed::test_two_processes_train_as_one_does |
+| mu_B depends on length: batches grouped by length | test_traps::test_trap_batches_are_drawn_by_the_seed_and_not_by_length |
+| wrong labels are below the mean too | test_evaluation::test_metrics_by_hand (accuracy by strength shows it; the target margin has no lower bound) |
+| batch margins in evaluation or serving | test_traps::test_trap_evaluation_uses_no_batch_and_no_target_margin |
 | losses of different presets compared | test_traps::test_trap_every_preset_logs_the_same_bt_nll |
 | sigmoid(d) read as a probability | test_traps::test_trap_confidence_is_sigmoid_of_the_margin_over_t |
-| the paper's "up to" figure told as ours | test_traps::test_trap_no_figure_of_the_paper_is_told_as_ours |
+| the paper's "up to" figure presented as ours | test_traps::test_trap_no_figure_of_the_paper_is_presented_as_ours |
 
-What users of other trainers ran into:
+Problems of users of other trainers:
 
 | trap | test |
 |---|---|
-| the last token by the first pad: wrong with left padding, no pad or pad = EOS | test_reward_model::test_padding_settings_do_not_touch_a_reward |
-| the reward read beside EOS | test_traps::test_trap_the_reward_is_read_at_the_end_marker, test_reward_model::test_rewards_are_those_of_transformers_own_forward |
+| the last token found by the first pad: wrong with left padding, no pad token, or pad = EOS | test_reward_model::test_padding_settings_do_not_touch_a_reward |
+| the reward read next to EOS | test_traps::test_trap_the_reward_is_read_at_the_end_marker, test_reward_model::test_rewards_are_those_of_transformers_own_forward |
 | training with a pad token that is missing or EOS | test_reward_model::test_training_needs_a_padding_token_that_is_not_eos |
 | no EOS | test_encoding::test_without_a_template_it_is_prompt_response_and_one_eos, test_encoding::test_a_chat_template_is_followed_to_its_end_marker |
-| serving encodes otherwise than training | test_same_reward::test_trainer_library_and_server_give_a_pair_the_same_reward, test_reward_model::test_another_template_fails_the_golden_samples |
+| serving encodes differently from training | test_same_reward::test_trainer_library_and_server_give_a_pair_the_same_reward, test_reward_model::test_another_template_fails_the_golden_samples |
 | two BOS, or none | test_encoding::test_there_is_exactly_one_bos_where_the_tokenizer_has_one |
-| a template that prints today's date | test_encoding::test_a_template_that_prints_the_date_prints_the_same_one_every_day |
+| a template with today's date | test_encoding::test_a_template_that_prints_the_date_prints_the_same_one_every_day |
 | pairs equal after encoding: ln 2, no gradient | test_data::test_trap_pairs_equal_after_encoding_are_excluded |
-| long pairs gone in silence | test_data::test_pairs_without_a_training_signal_are_excluded_and_counted_by_reason |
+| long pairs dropped silently | test_data::test_pairs_without_a_training_signal_are_excluded_and_counted_by_reason |
 | a response cut at its end | test_encoding::test_a_response_over_the_limit_is_never_cut, test_data::test_cut_prompts_are_counted_and_responses_are_kept |
 | the head lost from LoRA checkpoints, random when loaded | test_lora::test_trap_the_head_survives_and_the_merged_checkpoint_gives_the_trained_rewards, test_reward_model::test_a_checkpoint_without_its_head_is_refused |
 | a head with two labels | test_reward_model::test_two_labels_are_refused, test_cli::test_a_run_that_cannot_be_trained_stops_with_the_cure |
 | the head drawn before the seed is set, or never | test_reward_model::test_training_starts_from_the_same_head_for_the_same_seed |
 | a data seed without effect | test_traps::test_trap_batches_are_drawn_by_the_seed_and_not_by_length |
 | log(sigmoid(d)) is infinite | test_losses::test_huge_differences_stay_finite |
-| NaN after a step, trained on | test_traps::test_trap_a_reward_that_is_no_number_stops_the_run_and_names_its_rows |
+| training continues after a NaN | test_traps::test_trap_a_reward_that_is_not_finite_stops_the_run_and_names_its_rows |
 | a bfloat16 head makes ties | test_traps::test_trap_rewards_in_bfloat16_would_tie, test_forward::test_bfloat16_keeps_a_float32_head |
 | the reward depends on its batch | test_reward_model::test_a_reward_does_not_depend_on_its_neighbours_or_on_the_budget |
-| rewards far from 0 with no spread; whose scale is it? | test_traps::test_trap_the_checkpoint_says_where_its_rewards_lie_and_what_they_mean |
+| rewards far from 0 with little spread, on an unknown scale | test_traps::test_trap_the_checkpoint_records_the_mean_and_spread_of_its_rewards_and_their_meaning |
 | LoRA and activation checkpointing: no gradients | test_traps::test_trap_lora_under_activation_checkpointing_trains_every_matrix |
-| a trained model that nothing can serve | test_train::test_a_run_writes_a_checkpoint_that_serves_its_measured_rewards |
+| a trained model that no server can load | test_train::test_a_run_writes_a_checkpoint_that_serves_its_measured_rewards |
 | accuracy stuck at 0.5 | test_train::test_every_preset_overfits_64_pairs |
-| the trained margin option itself, asked for and missing | test_margins::test_presets_by_hand |
+| a documented margin option that does not exist | test_margins::test_presets_by_hand |
 
-No test, since there is nothing to go wrong: `metric_for_best_model` (no step is chosen by a metric: the last one is
-exported).
+No test: `metric_for_best_model`. No metric chooses a step; the last step is exported.
 """
 
 from __future__ import annotations
@@ -134,20 +133,20 @@ def encoded(content: list[dict[str, Any]], encoder: Encoder, preset: str = "bt")
     return encode_pairs("train", parsed, encoder, PRESETS[preset]).pairs
 
 
-def test_trap_a_filter_that_never_fires_is_told() -> None:
+def test_trap_a_filter_that_never_fires_is_reported() -> None:
     line = {"fire_rate": 0.0, "d_std": 1.0, "accuracy": 0.7}
     assert any("plain Bradley-Terry" in warning for warning in StepLog().warnings(line, filtered=True))
     assert StepLog().warnings(line, filtered=False) == []
     assert StepLog().warnings(line | {"fire_rate": 0.1}, filtered=True) == []
 
 
-def test_trap_a_spread_that_doubles_while_accuracy_is_flat_is_told() -> None:
+def test_trap_a_spread_that_doubles_while_accuracy_is_flat_is_reported() -> None:
     log = StepLog()
     quiet = {"fire_rate": 0.5, "d_std": 1.0, "accuracy": 0.7}
     assert log.warnings(quiet, filtered=True) == []
     assert log.warnings(quiet | {"d_std": 1.9}, filtered=True) == []
     assert "from 1.00 to 2.10" in log.warnings(quiet | {"d_std": 2.1}, filtered=True)[0]
-    assert log.warnings(quiet | {"d_std": 5.0, "accuracy": 0.8}, filtered=True) == []  # it grew for a reason
+    assert log.warnings(quiet | {"d_std": 5.0, "accuracy": 0.8}, filtered=True) == []  # with a gain in accuracy
 
 
 def test_trap_the_loss_divides_by_all_pairs_of_the_batch(trainer: Callable[..., Trainer]) -> None:
@@ -163,7 +162,7 @@ def test_trap_the_loss_divides_by_all_pairs_of_the_batch(trainer: Callable[..., 
     assert float(loss) == pytest.approx(sum(each) / 16, abs=1e-5)
 
 
-def test_trap_a_margin_is_one_number_a_pair(folder: Path) -> None:
+def test_trap_a_margin_is_one_number_per_pair(folder: Path) -> None:
     row = rows(1)[0]
     with pytest.raises(DataError, match=r"pairs\.jsonl:7: .*margin"):
         parse_pair(row | {"margin": [0.5]}, "pairs.jsonl:7")
@@ -187,7 +186,7 @@ def test_trap_an_uncapped_margin_feeds_on_itself() -> None:
         return float((weight.detach() * x).mean())
 
     plain, capped, paper, unfiltered = map(mean_d, ("bt", "margin", "paper", "margin_unfiltered"))
-    assert plain < capped < plain + 1.5  # a cap of 1 adds about as much
+    assert plain < capped < plain + 1.5  # a cap of 1 adds about 1
     assert paper > 2 * capped
     assert unfiltered > paper
 
@@ -206,7 +205,7 @@ def test_trap_batches_are_drawn_by_the_seed_and_not_by_length(trainer: Callable[
     assert all(len(batch) > 1 for batch in spread)
 
 
-def test_trap_no_batch_and_no_margin_in_evaluation(folder: Path) -> None:
+def test_trap_evaluation_uses_no_batch_and_no_target_margin(folder: Path) -> None:
     model = RewardModel.from_pretrained(folder / "base", dtype="float32")
     pairs = encoded(rows(12), model.encoder)
     together = score_pairs(model, pairs).d
@@ -239,9 +238,9 @@ def test_trap_confidence_is_sigmoid_of_the_margin_over_t(folder: Path, tmp_path:
     assert again.confidence == pytest.approx(1 / (1 + math.exp(-again.margin / 4.0)), abs=1e-6)
 
 
-def test_trap_no_figure_of_the_paper_is_told_as_ours() -> None:
+def test_trap_no_figure_of_the_paper_is_presented_as_ours() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        # What a benchmark wrote is measured, whatever it comes to.
+        # A section that a benchmark wrote holds measurements.
         written = re.sub(
             r"<!-- results: begin.*?results: end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL
         )
@@ -259,7 +258,7 @@ def test_trap_the_reward_is_read_at_the_end_marker(tmp_path: Path, template: str
     assert read == [response.ids[-1] for group in groups for response in group]
 
 
-def test_trap_a_reward_that_is_no_number_stops_the_run_and_names_its_rows(trainer: Callable[..., Trainer]) -> None:
+def test_trap_a_reward_that_is_not_finite_stops_the_run_and_names_its_rows(trainer: Callable[..., Trainer]) -> None:
     training, module, pairs = trainer()
 
     def poison(_: object, __: object, rewards: Tensor) -> Tensor:
@@ -279,10 +278,10 @@ def test_trap_rewards_in_bfloat16_would_tie(tmp_path: Path) -> None:
     rewards = torch.tensor(model.score("Count.", [f"Red, yellow and blue, {number}." for number in range(200)]))
     assert rewards.abs().max() > 8
     assert len(rewards.unique()) > 190
-    assert len(rewards.bfloat16().unique()) < 190  # what a head in bfloat16 could tell apart
+    assert len(rewards.bfloat16().unique()) < 190  # the rewards that a bfloat16 head can distinguish
 
 
-def test_trap_the_checkpoint_says_where_its_rewards_lie_and_what_they_mean(folder: Path) -> None:
+def test_trap_the_checkpoint_records_the_mean_and_spread_of_its_rewards_and_their_meaning(folder: Path) -> None:
     model = RewardModel.from_pretrained(folder / "base", dtype="float32")
     pairs = encoded(rows(8), model.encoder)
     rewards = score_pairs(model, pairs)
@@ -295,7 +294,7 @@ def test_trap_the_checkpoint_says_where_its_rewards_lie_and_what_they_mean(folde
     assert "only differences between responses to one prompt, from this checkpoint" in card
 
 
-# peft 0.21 asks transformers 5.23 by a name that is deprecated there.
+# peft 0.21 uses a name that transformers 5.23 deprecates.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_trap_lora_under_activation_checkpointing_trains_every_matrix(trainer: Callable[..., Trainer]) -> None:
     training, module, _ = trainer(lora=True, checkpointing=True)

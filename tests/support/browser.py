@@ -121,7 +121,7 @@ def measured_checkpoint(folder: Path, *, seed: int = 0, max_length: int = 512) -
         created="2026-01-01T00:00:00Z",
         base_model="tiny-llama",
         method=MethodInfo(preset="margin", loss="paper", scale=1.0, cap=1.0, fire_rate=0.4, mean_target_margin=0.3),
-        data=[DataFile(path="/home/ann/train.jsonl", sha256="ab" * 32, rows=700, pairs_used=600)],
+        data=[DataFile(path="/data/train.jsonl", sha256="ab" * 32, rows=700, pairs_used=600)],
         encoding=model.encoder.describe(),
         calibration=calibrate(margins),
         metrics={
