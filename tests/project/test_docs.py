@@ -98,6 +98,16 @@ def test_commands_on_a_page_exist(page: Path) -> None:
     } <= targets
 
 
+@pytest.mark.parametrize("package", ["src/marginrm", "service/marginrm_service", "training/marginrm_training"])
+def test_the_tree_of_the_architecture_page_is_the_tree_of_the_package(package: str) -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tree = page.partition(f"\n{package}/\n")[2].partition("\n\n")[0].partition("```")[0]
+    drawn = set(re.findall(r"(?<=\s)(\w+/|\w+\.py)(?=\s)", tree + "\n"))
+    modules = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+    rooms = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
+    assert drawn == modules | rooms
+
+
 def test_extras_on_a_page_exist() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = {
