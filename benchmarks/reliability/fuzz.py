@@ -1,4 +1,4 @@
-"""Generated bad and odd requests: no 500, no hang, no crash. Three kinds: from the OpenAPI document, bodies, raw bytes."""
+"""Generated invalid requests: no 500, no hang, no crash. Three kinds: from the OpenAPI document, bodies, raw bytes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis.core.result import Ok
 
-from benchmarks.harness.server import WatchedServer
-from benchmarks.reliability import checks, raw_http, setup, traffic
-from benchmarks.reliability.checks import Check, Outcome, Report
+from benchmarks.reliability import checks, raw_http, traffic
+from benchmarks.reliability.checks import Outcome
+from benchmarks.reliability.report import Check, Report
+from benchmarks.reliability.server import WORK, WatchedServer, model_paths, reference
 
-_TIMEOUT = 30.0  # seconds; what takes longer hangs
+_TIMEOUT = 30.0  # seconds; a longer request counts as hanging
 _TOP_KEYS = ("model", "truncation", "tie_below", "top_k", "return_text", "pairs", "items", "prompts", "id", "prompt")
 _KEYS = (*_TOP_KEYS, "chosen", "rejected", "response", "candidates", "role", "content")
 _MODES = tuple(schemathesis.GenerationMode)
@@ -45,24 +46,24 @@ def fuzz(requests: int) -> Report:
     """Runs all three kinds against one server.
 
     Args:
-        requests: How many in all; a third of each kind, at least.
+        requests: Number in all; at least a third of each kind.
     """
-    path, _ = setup.model_paths()
-    (question,) = traffic.questions([setup.reference(path)], 1)
+    path, _ = model_paths()
+    (request,) = traffic.checked_requests([reference(path)], 1)
     each = -(-requests // 3)
-    with WatchedServer(["--model", str(path), "--dtype", "float32"], setup.WORK / "fuzz.log") as server:
+    with WatchedServer(["--model", str(path), "--dtype", "float32"], WORK / "fuzz.log") as server:
         outcomes = {
             "schemathesis": from_schema(server.url, each),
             "Hypothesis bodies": bodies(server.url, each),
             "raw sockets": raw(server.url, each),
         }
-        after = httpx.post(f"{server.url}/best-of-n", json=question.body, timeout=_TIMEOUT)
+        after = httpx.post(f"{server.url}/best-of-n", json=request.body, timeout=_TIMEOUT)
         ready = httpx.get(f"{server.url}/readyz", timeout=_TIMEOUT)
         tracebacks = server.log.count("Traceback")
         alive, rss = server.process.poll() is None, list(server.rss)
     every = [outcome for some in outcomes.values() for outcome in some]
     facts = {kind: f"{len(some):,} requests: {_statuses(some)}" for kind, some in outcomes.items()}
-    well = alive and ready.status_code == 200 and after.status_code == 200 and not question.fault(after.json())
+    healthy = alive and ready.status_code == 200 and after.status_code == 200 and not request.fault(after.json())
     return Report(
         "Bad and odd requests",
         f"python -m benchmarks.reliability fuzz --requests {requests}",
@@ -70,14 +71,14 @@ def fuzz(requests: int) -> Report:
         [
             no_faults(every),
             Check("no traceback in the log", f"{tracebacks:,}", not tracebacks),
-            Check("afterwards it is ready and scores as before", str(well), well),
+            Check("afterwards it is ready and scores as before", str(healthy), healthy),
             checks.flat_memory(rss, 0.10),
         ],
     )
 
 
 def no_faults(outcomes: Sequence[Outcome]) -> Check:
-    """No request made the server fail, and none went unanswered for long."""
+    """Checks that no request has a 5xx reply other than 503, or none in time."""
     failures = sum(
         outcome.status is not None and outcome.status >= 500 and outcome.status != 503 for outcome in outcomes
     )
@@ -88,7 +89,7 @@ def no_faults(outcomes: Sequence[Outcome]) -> Check:
 
 
 def from_schema(url: str, count: int, start: int = 0) -> list[Outcome]:
-    """Sends what schemathesis makes of the server's own OpenAPI document, requests that fit it and that do not."""
+    """Sends requests that schemathesis generates from the server's OpenAPI document, valid and invalid."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     small = [operation.as_strategy() for operation in operations if not operation.body]
@@ -102,7 +103,7 @@ def from_schema(url: str, count: int, start: int = 0) -> list[Outcome]:
             request = partial(_as_sent, http, arguments)
             outcomes.append(_sent("schemathesis", request))
 
-        for strategy in small:  # these have few different requests
+        for strategy in small:  # these have few distinct requests
             _drawn(strategy, send, 10, start)
         share = -(-max(count - len(outcomes), 0) // len(large))
         for number in count_from(start):
@@ -114,7 +115,7 @@ def from_schema(url: str, count: int, start: int = 0) -> list[Outcome]:
 
 
 def bodies(url: str, count: int, start: int = 0) -> list[Outcome]:
-    """Sends JSON that is nearly right, or not at all, to the scoring routes."""
+    """Sends valid, altered and arbitrary JSON to the scoring routes."""
     outcomes: list[Outcome] = []
     with httpx.Client(base_url=url, timeout=_TIMEOUT) as http:
 
@@ -129,7 +130,7 @@ def bodies(url: str, count: int, start: int = 0) -> list[Outcome]:
 
 
 def body_bytes() -> st.SearchStrategy[bytes]:
-    """Bodies: valid ones with parts replaced, any JSON over the known keys, broken encodings, and plain bytes."""
+    """Returns bodies: valid ones with parts replaced, any JSON over the known keys, broken encodings, and random bytes."""
     texts = st.text(st.characters(codec=None), max_size=40) | st.sampled_from(
         ["", " ", "\0", "\ud800", "<|end|>", "x" * 5000]
     )
@@ -156,15 +157,15 @@ def body_bytes() -> st.SearchStrategy[bytes]:
 
 
 def raw(url: str, count: int, start: int = 0, threads: int = 8) -> list[Outcome]:
-    """Sends broken HTTP over plain sockets, several at a time."""
+    """Sends malformed HTTP over plain sockets, several at a time."""
     generator = random.Random(start)
-    messages = [raw_http.broken(generator) for _ in range(count)]
+    messages = [raw_http.malformed(generator) for _ in range(count)]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(partial(raw_http.send, url), messages))
 
 
 def _drawn(strategy: st.SearchStrategy[Any], send: Callable[[Any], None], count: int, start: int) -> None:
-    """Draws from a strategy and sends; Hypothesis is the generator here, and what fails is counted, not raised."""
+    """Draws values from a strategy and sends them. Hypothesis is only the generator: failures are counted, not raised."""
 
     @seed(start)
     @settings(
@@ -191,7 +192,7 @@ def _sent(kind: str, request: Callable[[], httpx.Response]) -> Outcome:
     try:
         reply = request()
     except (httpx.InvalidURL, httpx.LocalProtocolError, UnicodeError, ValueError, TypeError):
-        return Outcome(kind, None, 0.0, "not sendable")  # the client's own library refuses it
+        return Outcome(kind, None, 0.0, "not sendable")  # httpx refuses to send it
     except httpx.HTTPError as error:
         return Outcome(kind, None, 0.0, traffic.transport_fault(error))
     return Outcome(kind, reply.status_code, reply.elapsed.total_seconds(), "", "retry-after" in reply.headers)
@@ -202,7 +203,7 @@ def _encoded(value: Any) -> bytes:
 
 
 def _replace_one(body: Any, generator: random.Random, value: Any) -> None:
-    """Puts a value in the place of a random part of a body, or adds it under a new key."""
+    """Replaces a random part of a body by a value, or adds the value under a new key."""
     node = body
     while True:
         places = list(node) if isinstance(node, dict) else list(range(len(node)))

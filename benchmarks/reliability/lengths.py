@@ -1,4 +1,4 @@
-"""What rows of many different lengths cost on a CPU, in time and memory, beside rows that are filled up."""
+"""The cost of rows of many different lengths on a CPU, in time and memory, beside padded rows of few lengths."""
 
 from __future__ import annotations
 
@@ -8,60 +8,67 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import psutil
 
-from benchmarks.reliability import setup
-from benchmarks.reliability.checks import Check, Report
+from benchmarks.reliability.report import Check, Report
+from benchmarks.reliability.server import model_paths
 from marginrm import RewardModel
 from marginrm.allocator import keep_memory
 from marginrm_training.demo.preferences import generate_groups
 
-_KINDS = ("as they are", "filled up")
+_DTYPES: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+_KINDS = ("unpadded", "padded")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of forward passes: CPU milliseconds of one, and what the process took more after all of them, in MiB."""
+    """The cost of forward passes.
+
+    Attributes:
+        milliseconds: CPU time of one pass.
+        mebibytes: Growth of the process's memory over all passes.
+    """
 
     milliseconds: float
     mebibytes: float
 
 
 def lengths(passes: int) -> Report:
-    """Runs forward passes over rows of many lengths, as they are and filled up, in processes of their own."""
-    setup.model_paths()
-    found = {
-        (dtype, kind): Cost(**json.loads(_run([dtype, str(number), str(passes)])))
-        for dtype in ("bfloat16", "float32")
-        for number, kind in enumerate(_KINDS)
-    }
+    """Runs forward passes over rows of many lengths, unpadded and padded to a multiple, in processes of their own.
+
+    Args:
+        passes: Forward passes of each kind and dtype.
+    """
+    model_paths()
+    found = {(dtype, kind): Cost(**json.loads(_run(dtype, kind, passes))) for dtype in _DTYPES for kind in _KINDS}
     facts = {
         f"{dtype}, {kind}": f"{cost.milliseconds:.1f} ms of one core a pass, +{cost.mebibytes:.0f} MiB after {passes}"
         for (dtype, kind), cost in found.items()
     }
     checks = []
-    for dtype in ("bfloat16", "float32"):
-        bare, filled = (found[dtype, kind] for kind in _KINDS)
+    for dtype in _DTYPES:
+        unpadded, padded = (found[dtype, kind] for kind in _KINDS)
         checks.append(
             Check(
-                f"{dtype}: filled rows take no more time (5% allowed) and memory",
-                f"{filled.milliseconds / bare.milliseconds:.0%} and {filled.mebibytes / bare.mebibytes:.0%}",
-                filled.milliseconds <= 1.05 * bare.milliseconds and filled.mebibytes <= bare.mebibytes,
+                f"{dtype}: padded rows take no more time (5% allowed) and memory",
+                f"{padded.milliseconds / unpadded.milliseconds:.0%} and {padded.mebibytes / unpadded.mebibytes:.0%}",
+                padded.milliseconds <= 1.05 * unpadded.milliseconds and padded.mebibytes <= unpadded.mebibytes,
             )
         )
     return Report("Rows of few lengths", f"python -m benchmarks.reliability lengths --passes {passes}", facts, checks)
 
 
-def _run(arguments: list[str]) -> str:
-    command = [sys.executable, "-m", "benchmarks.reliability.lengths", *arguments]
+def _run(dtype: str, kind: str, passes: int) -> str:
+    command = [sys.executable, "-m", "benchmarks.reliability.lengths", dtype, kind, str(passes)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _measure(dtype: str, kind: int, passes: int) -> Cost:
-    path, _ = setup.model_paths()
+def _measure(dtype: str, kind: str, passes: int) -> Cost:
+    path, _ = model_paths()
     model = RewardModel.from_pretrained(path, dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    if not kind:
+    if kind == "unpadded":
         model.row_multiple = 1
     groups, generator = generate_groups(0), random.Random(0)
     work = []
@@ -81,4 +88,4 @@ def _measure(dtype: str, kind: int, passes: int) -> Cost:
 
 if __name__ == "__main__":
     keep_memory()
-    print(json.dumps(asdict(_measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))))
+    print(json.dumps(asdict(_measure(sys.argv[1], sys.argv[2], int(sys.argv[3])))))

@@ -1,7 +1,7 @@
-"""A client that costs little: what loads a server must not take the processor from it.
+"""A client with little CPU time for each request, because it shares the cores with the server that it loads.
 
-httpx takes about 2 ms of one core for each request, which at three times the capacity is a good part of a core that the
-server on the same machine then lacks. This one writes bytes that were made before, and reads a status and a body.
+httpx takes about 2 ms of a core for a request: a large part of a core at three times the capacity. This client writes
+bytes that were encoded before and reads a status and a body.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ _CLOSES = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
 class NoReplyError(ConnectionError):
-    """The connection ended before its reply was complete, or what came was no reply."""
+    """The connection ended before the reply was complete, or the bytes are not an HTTP reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: the status, whether there was a `Retry-After`, and the body."""
+    """A reply: its status, whether it has a `Retry-After`, and its body."""
 
     status: int
     retry_after: bool
     body: bytes
 
 
-class Wire:
-    """Kept connections to a server, as many as there are requests at a time; an async context manager that ends them.
+class LightClient:
+    """Kept connections to a server, one for each request in flight; an async context manager that closes them.
 
     Args:
-        url: Of the server; plain HTTP.
-        patience: Seconds for a request.
+        url: The server's URL; plain HTTP.
+        timeout: Seconds for a request.
     """
 
-    def __init__(self, url: str, patience: float) -> None:
+    def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
         self._address = (parts.hostname or "127.0.0.1", parts.port or 80)
-        self._patience = patience
+        self._timeout = timeout
         self._idle: list[_Connection] = []
 
     async def __aenter__(self) -> Self:
-        """Opens nothing yet."""
+        """Connections are opened by the first requests."""
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        """Closes what is idle."""
+        """Closes idle connections."""
         for connection in self._idle:
             connection.close()
 
@@ -58,23 +58,23 @@ class Wire:
 
         Args:
             path: With its leading slash.
-            body: As it is sent.
-            headers: More of them, as lines that each end with CR LF.
+            body: The encoded body.
+            headers: More headers, as lines that each end with CR LF.
 
         Raises:
-            ConnectionRefusedError: Nobody listens.
-            TimeoutError: No reply came in time.
+            ConnectionRefusedError: No server listens.
+            TimeoutError: The reply did not arrive in time.
             OSError: The connection was reset, or closed without a reply.
         """
         head = (
             f"POST {path} HTTP/1.1\r\nHost: {self._address[0]}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n{headers}\r\n"
         )
-        async with asyncio.timeout(self._patience):
+        async with asyncio.timeout(self._timeout):
             connection = await self._connection()
             try:
-                reply = await connection.ask(head.encode() + body)
-            except BaseException:  # nobody may read the reply of a request that was given up
+                reply = await connection.exchange(head.encode() + body)
+            except BaseException:  # the reply to a cancelled request must not be read by the next one
                 connection.close()
                 raise
         if connection.usable:
@@ -98,7 +98,7 @@ class _Connection(asyncio.Protocol):
         self._received = bytearray()
         self._reply: asyncio.Future[Reply] | None = None
 
-    async def ask(self, message: bytes) -> Reply:
+    async def exchange(self, message: bytes) -> Reply:
         """Writes a request and waits for its reply."""
         assert self._transport is not None
         self._reply = asyncio.get_running_loop().create_future()
@@ -106,7 +106,7 @@ class _Connection(asyncio.Protocol):
         return await self._reply
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         self.usable = False
         if self._transport:
             self._transport.abort()
@@ -123,7 +123,7 @@ class _Connection(asyncio.Protocol):
         head = bytes(self._received[: end + 2])
         length = _LENGTH.search(head)
         if length is None or not head.startswith(b"HTTP/1.1 "):
-            self._fail(NoReplyError("no reply that this client reads"))
+            self._fail(NoReplyError("not an HTTP/1.1 reply with a Content-Length"))
             return
         whole = end + 4 + int(length[1])
         if len(self._received) < whole:

@@ -1,4 +1,4 @@
-"""Open-loop load above what the server can do: it must answer what it accepts in time, and refuse the rest politely."""
+"""Open-loop load above the capacity: accepted requests are answered in time, the rest is refused with `Retry-After`."""
 
 from __future__ import annotations
 
@@ -10,88 +10,92 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness.server import WatchedServer
-from benchmarks.reliability import checks, setup, traffic
-from benchmarks.reliability.checks import Check, Outcome, Report
-from benchmarks.reliability.light_client import Wire
-from benchmarks.reliability.traffic import Question
+from benchmarks.reliability import checks, traffic
+from benchmarks.reliability.checks import Outcome
+from benchmarks.reliability.light_client import LightClient
+from benchmarks.reliability.report import Check, Report
+from benchmarks.reliability.server import COMPUTED, WORK, WatchedServer, model_paths, reference
+from benchmarks.reliability.traffic import CheckedRequest
 
 _CAPACITY_SECONDS = 20.0
-_TURNS = 6
-_TURN_SECONDS = 20.0
+_CYCLES = 6
+_PHASE_SECONDS = 20.0  # a cycle is one phase at capacity and one at the multiple
 
 
 def overload(minutes: float, times: float, deadline: float) -> Report:
-    """Runs the server at a multiple of its capacity, and then at one and the other in turns.
+    """Runs the server at a multiple of its capacity, and then at its capacity and at the multiple in alternation.
 
-    A machine shared with others gets slower and faster within minutes, so goodput is compared turn by turn.
+    The speed of a shared machine changes within minutes, so goodput is compared cycle by cycle.
 
     Args:
-        minutes: How long at the multiple, without a pause.
+        minutes: Minutes at the multiple without a pause.
         times: The multiple.
-        deadline: Seconds within which an answer is worth something; each request says so.
+        deadline: Seconds from the planned start of a request; sent as `X-Request-Timeout`.
     """
-    path, _ = setup.model_paths()
-    asked = traffic.questions([setup.reference(path)], 64)
-    tokens = _tokens_per_request(path, asked)
-    base = ["--model", str(path), *setup.COMPUTED]
+    path, _ = model_paths()
+    requests = traffic.checked_requests([reference(path)], 64)
+    tokens = _tokens_per_request(path, requests)
+    base = ["--model", str(path), *COMPUTED]
     seconds = minutes * 60
-    with WatchedServer(base, setup.WORK / "capacity.log") as server:
-        rate = asyncio.run(traffic.capacity(server.url, asked, min(_CAPACITY_SECONDS, seconds)))
-    with WatchedServer(base, setup.WORK / "overload.log") as server:
-        many = _load(server, asked, rate * times, seconds, deadline)
+    with WatchedServer(base, WORK / "capacity.log") as server:
+        rate = asyncio.run(traffic.capacity(server.url, requests, min(_CAPACITY_SECONDS, seconds)))
+    with WatchedServer(base, WORK / "overload.log") as server:
+        above = _measure(server, requests, rate * times, seconds, deadline)
         rss = list(server.rss)
-        turns = asyncio.run(_turns(server.url, asked, rate, times, deadline))
-    accepted = [outcome.seconds for outcome in many.outcomes if outcome.status == 200]
+        cycles = asyncio.run(_alternate(server.url, requests, rate, times, deadline))
+    accepted = [outcome.seconds for outcome in above.outcomes if outcome.status == 200]
     p99 = checks.percentile(accepted, 0.99)
     facts = {
         "capacity": f"{rate:.1f} requests/s (closed loop of 16), each 8 candidates and about {tokens:.0f} tokens",
-        "load": f"{times:g} times that, {many.sent:,} requests in {seconds:.0f} s (Poisson), all answered after "
-        f"{many.took:.0f} s",
+        "load": f"{times:g} times that, {above.sent:,} requests in {seconds:.0f} s (Poisson), the last reply after "
+        f"{above.duration:.0f} s",
         "deadline": f"{deadline:g} s, as X-Request-Timeout; the queue has its default bounds",
-        f"at {times:g}x": many.costs(),
-        "then in turns": f"{len(turns)} times {_TURN_SECONDS:g} s at 1x and as long at {times:g}x, the queue full all the "
-        "time; what was answered rightly in each, per second: "
-        + ", ".join(f"{one:.1f} and {more:.1f}" for one, more in turns),
+        f"at {times:g}x": above.costs(),
+        "alternation": f"{len(cycles)} cycles of {_PHASE_SECONDS:g} s at 1x and {_PHASE_SECONDS:g} s at {times:g}x, with "
+        "a full queue all the time; correct replies within the deadline in each phase, per second: "
+        + ", ".join(f"{one:.1f} and {more:.1f}" for one, more in cycles),
     }
     return Report(
         f"Overload, {times:g} times capacity",
         f"python -m benchmarks.reliability overload --minutes {minutes:g} --times {times:g} --deadline {deadline:g}",
         facts,
         [
-            checks.answered_once(many.outcomes, many.sent),
-            checks.only_statuses(many.outcomes, {200, 429, 503}),
-            checks.right_rewards(many.outcomes, len(accepted)),
-            Check("p99 of the accepted under the deadline", f"{p99:.2f} s of {deadline:g} s", p99 < deadline),
+            checks.answered_once(above.outcomes, above.sent),
+            checks.only_statuses(above.outcomes, {200, 429, 503}),
+            checks.right_rewards(above.outcomes, len(accepted)),
+            Check("p99 of accepted requests below the deadline", f"{p99:.2f} s of {deadline:g} s", p99 < deadline),
             checks.flat_memory(rss, 0.05),
-            _goodput(turns, times),
+            _goodput(cycles, times),
         ],
     )
 
 
-def _goodput(turns: Sequence[tuple[float, float]], times: float) -> Check:
-    ratios = [more / max(one, 1e-9) for one, more in turns]
-    seen = f"{median(ratios):.0%} (median of {len(ratios)} turns; {min(ratios):.0%} to {max(ratios):.0%})"
+def _goodput(cycles: Sequence[tuple[float, float]], times: float) -> Check:
+    ratios = [more / max(one, 1e-9) for one, more in cycles]
+    seen = f"{median(ratios):.0%} (median of {len(ratios)} cycles; {min(ratios):.0%} to {max(ratios):.0%})"
     return Check(f"goodput at {times:g}x at least 90% of that at 1x", seen, median(ratios) >= 0.9)
 
 
-async def _turns(
-    url: str, asked: Sequence[Question], rate: float, times: float, deadline: float
+async def _alternate(
+    url: str, requests: Sequence[CheckedRequest], rate: float, times: float, deadline: float
 ) -> list[tuple[float, float]]:
-    """Loads the server in turns: at capacity all the time, and above it until the queue is full and in every second turn.
+    """Sends the capacity all the time, and the rest of the multiple until the queue is full and in every second phase.
 
     Returns:
-        For each turn the right and timely answers that came, per second: at capacity, and at the multiple after it.
+        The goodput of each cycle: at capacity, and at the multiple after it.
     """
-    above, full = (times - 1) * rate, 1.5 * deadline
-    middles = [full + (2 * turn + 1) * _TURN_SECONDS for turn in range(_TURNS)]
-    crests = [(middle, above, _TURN_SECONDS) for middle in middles]
-    loads = [(0.0, rate, full + 2 * _TURNS * _TURN_SECONDS), (0.0, above, full), *crests]
-    outcomes, _ = await _send(url, asked, loads, deadline)
+    extra, filling = (times - 1) * rate, 1.5 * deadline
+    middles = [filling + (2 * cycle + 1) * _PHASE_SECONDS for cycle in range(_CYCLES)]
+    loads = [
+        _Load(0.0, rate, filling + 2 * _CYCLES * _PHASE_SECONDS),
+        _Load(0.0, extra, filling),
+        *(_Load(middle, extra, _PHASE_SECONDS) for middle in middles),
+    ]
+    outcomes, _ = await _send(url, requests, loads, deadline)
     return [
         (
-            checks.goodput(outcomes, deadline, middle - _TURN_SECONDS, _TURN_SECONDS),
-            checks.goodput(outcomes, deadline, middle, _TURN_SECONDS),
+            checks.goodput(outcomes, deadline, middle - _PHASE_SECONDS, _PHASE_SECONDS),
+            checks.goodput(outcomes, deadline, middle, _PHASE_SECONDS),
         )
         for middle in middles
     ]
@@ -99,76 +103,89 @@ async def _turns(
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What became of a load, and what it cost.
+    """A constant load.
 
     Attributes:
-        outcomes: Of its requests.
-        sent: How many those were.
-        took: Seconds until the last was answered.
+        start: Seconds after the start of the run.
+        rate: Requests per second.
+        seconds: Duration.
+    """
+
+    start: float
+    rate: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The outcomes of a load and its cost.
+
+    Attributes:
+        outcomes: Outcomes of its requests.
+        sent: Number of requests sent.
+        duration: Seconds until the last reply.
         server: CPU seconds of the server.
         client: CPU seconds of this process.
-        worked: Seconds of the steps of the server's worker.
+        in_steps: Seconds of the steps of the server's worker.
     """
 
     outcomes: Sequence[Outcome]
     sent: int
-    took: float
+    duration: float
     server: float
     client: float
-    worked: float
+    in_steps: float
 
     def costs(self) -> str:
-        """Returns who computed for how long, for people."""
-        answers = max(1, sum(outcome.status == 200 for outcome in self.outcomes))
+        """Returns the worker's load and the CPU time of a reply, as text."""
+        replies = max(1, sum(outcome.status == 200 for outcome in self.outcomes))
         return (
-            f"the worker is in a step for {self.worked / self.took:.0%} of the time; CPU time for each answer: "
-            f"{1000 * self.server / answers:.1f} ms of the server, {1000 * self.client / answers:.1f} ms of the client"
+            f"the worker is in a step for {self.in_steps / self.duration:.0%} of the time; CPU time for each reply: "
+            f"{1000 * self.server / replies:.1f} ms of the server, {1000 * self.client / replies:.1f} ms of the client"
         )
 
 
-def _load(server: WatchedServer, asked: Sequence[Question], rate: float, seconds: float, deadline: float) -> _Load:
-    cpu, own, worked, started = server.cpu_seconds, time.process_time(), server.steps[0], time.perf_counter()
-    outcomes, sent = asyncio.run(_send(server.url, asked, [(0.0, rate, seconds)], deadline))
-    return _Load(
+def _measure(
+    server: WatchedServer, requests: Sequence[CheckedRequest], rate: float, seconds: float, deadline: float
+) -> _Measured:
+    cpu, own, in_steps, started = server.cpu_seconds, time.process_time(), server.steps[0], time.perf_counter()
+    outcomes, sent = asyncio.run(_send(server.url, requests, [_Load(0.0, rate, seconds)], deadline))
+    return _Measured(
         outcomes,
         sent,
-        took=time.perf_counter() - started,
+        duration=time.perf_counter() - started,
         server=server.cpu_seconds - cpu,
         client=time.process_time() - own,
-        worked=server.steps[0] - worked,
+        in_steps=server.steps[0] - in_steps,
     )
 
 
 async def _send(
-    url: str, asked: Sequence[Question], loads: Sequence[tuple[float, float, float]], deadline: float
+    url: str, requests: Sequence[CheckedRequest], loads: Sequence[_Load], deadline: float
 ) -> tuple[list[Outcome], int]:
-    """Sends loads, each given by when it starts (in seconds), its requests per second and its seconds.
-
-    Returns:
-        All outcomes, and how many requests were sent.
-    """
+    """Sends loads side by side and returns all outcomes and the number of requests sent."""
     headers = f"X-Request-Timeout: {deadline:g}\r\n"
-    questions = itertools.cycle(asked)
-    async with Wire(url, 3 * deadline) as wire:
+    endless = itertools.cycle(requests)
+    async with LightClient(url, 3 * deadline) as client:
         origin = time.perf_counter()
 
-        async def load(number: int, start: float, rate: float, seconds: float) -> tuple[list[Outcome], int]:
-            await asyncio.sleep(start)
+        async def send(seed: int, load: _Load) -> tuple[list[Outcome], int]:
+            await asyncio.sleep(load.start)
             return await traffic.open_loop(
-                lambda planned, _: traffic.ask(wire, next(questions), planned=planned, start=origin, headers=headers),
-                rate,
-                seconds,
-                seed=number,
+                lambda planned, _: traffic.send(client, next(endless), planned=planned, start=origin, headers=headers),
+                load.rate,
+                load.seconds,
+                seed,
             )
 
-        done = await asyncio.gather(*(load(number, *one) for number, one in enumerate(loads)))
+        done = await asyncio.gather(*(send(seed, load) for seed, load in enumerate(loads)))
     return [outcome for outcomes, _ in done for outcome in outcomes], sum(sent for _, sent in done)
 
 
-def _tokens_per_request(path: Path, asked: Sequence[Question]) -> float:
-    encoder = setup.reference(path).encoder
+def _tokens_per_request(path: Path, requests: Sequence[CheckedRequest]) -> float:
+    encoder = reference(path).encoder
     total = 0
-    for question in asked:
-        (prompt,) = question.body["prompts"]
+    for request in requests:
+        (prompt,) = request.body["prompts"]
         total += sum(len(encoder.encode(prompt["prompt"], candidate).ids) for candidate in prompt["candidates"])
-    return total / len(asked)
+    return total / len(requests)

@@ -1,4 +1,4 @@
-"""Broken HTTP/1.1: messages that are almost requests, and how a connection that gets one ends."""
+"""Malformed HTTP/1.1: damaged requests, and the outcome of a connection that receives one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 
 from benchmarks.reliability.checks import Outcome
 
-_HANGS = 20.0  # seconds after the client said its last word
-_PATIENCE = 0.05  # seconds for an answer before the client half-closes
+_HANGS = 20.0  # seconds after the client has half-closed the connection
+_REPLY_SECONDS = 0.05  # for a reply before the client half-closes
 _BODY = b'{"items":[{"prompt":"Why?","response":"Because."}]}'
 
 
-def broken(generator: random.Random) -> bytes:
-    """Returns a message: a valid request, damaged in one to three ways."""
+def malformed(generator: random.Random) -> bytes:
+    """Returns a valid request that is damaged in one to three ways."""
     message = _request(generator)
     for _ in range(generator.randint(1, 3)):
         message = generator.choice(_DAMAGES)(message, generator)
@@ -26,14 +26,14 @@ def broken(generator: random.Random) -> bytes:
 
 
 def send(url: str, message: bytes) -> Outcome:
-    """Sends a message on a connection of its own, half-closes it, and reads until the server closes it, too."""
+    """Sends a message on a new connection, half-closes it, and reads until the server closes it."""
     parts = urlsplit(url)
     started = time.perf_counter()
     received = b""
     try:
         with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=_HANGS) as connection:
             connection.sendall(message)
-            connection.settimeout(_PATIENCE)
+            connection.settimeout(_REPLY_SECONDS)
             with contextlib.suppress(TimeoutError):
                 received = connection.recv(65536)
             connection.settimeout(_HANGS)
@@ -45,7 +45,7 @@ def send(url: str, message: bytes) -> Outcome:
     except ConnectionRefusedError:
         return Outcome("raw", None, time.perf_counter() - started, "refused")
     except OSError:
-        pass  # the server closed first, which is an answer to nonsense
+        pass  # the server closed first, a valid reaction to a malformed request
     found = re.match(rb"HTTP/1\.[01] (\d{3})", received)
     worst = max((int(status) for status in re.findall(rb"HTTP/1\.[01] (\d{3}) ", received)), default=None)
     return Outcome("raw", worst if found else None, time.perf_counter() - started)
@@ -82,7 +82,7 @@ def _repeat(message: bytes, generator: random.Random) -> bytes:
 
 
 def _header(message: bytes, generator: random.Random) -> bytes:
-    """Adds a header that is wrong, doubled, enormous, or asks for what is not offered."""
+    """Adds a header that is invalid, repeated, very long, or asks for an unsupported feature."""
     lines = [
         b"Content-Length: -1",
         b"Content-Length: 99999999999999999999",
@@ -127,7 +127,7 @@ def _first_line(message: bytes, generator: random.Random) -> bytes:
         b"GET /" + b"a" * generator.choice((1000, 70_000)) + b" HTTP/1.1",
         b"post /score http/1.1",
         b"HEAD /score HTTP/1.0",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # how TLS says hello
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # the start of a TLS handshake
     ]
     _, separator, rest = message.partition(b"\r\n")
     return generator.choice(lines) + separator + rest

@@ -1,4 +1,4 @@
-"""Requests whose right answers are known, and a client that says what became of each."""
+"""Load: requests with known rewards, and the outcome of each."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from typing import Any
 import httpx
 
 from benchmarks.reliability.checks import Outcome
-from benchmarks.reliability.light_client import Wire
+from benchmarks.reliability.light_client import LightClient
 from marginrm import RewardModel
 from marginrm_training.demo.preferences import generate_groups
 
-_TOLERANCE = 2e-4  # of a float32 reward against the float32 reference: sums are taken in another order in a crowd
-_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # each client would load certificates for longer than a request takes
+_TOLERANCE = 2e-4  # between float32 rewards: the order of summation depends on the batch composition
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # loading certificates takes longer than a request
 
 
 @dataclass(frozen=True)
-class Question:
-    """A Best-of-N request and its rewards, by the revision of the model that answers."""
+class CheckedRequest:
+    """A Best-of-N request and its rewards, by the revision of the model."""
 
     body: dict[str, Any]
     rewards: Mapping[str, Sequence[float]]
 
     @cached_property
     def sent(self) -> bytes:
-        """The body as it is sent, made once."""
+        """The encoded body, made once."""
         return json.dumps(self.body).encode()
 
     def fault(self, reply: Mapping[str, Any]) -> str:
-        """Returns what is wrong with a reply; empty if nothing is."""
+        """Returns the fault of a reply; empty for a correct reply."""
         expected = self.rewards.get(reply["model"]["revision"])
         if expected is None:
             return f"wrong revision {reply['model']['revision']}"
         ranking = sorted(reply["prompts"][0]["ranking"], key=lambda entry: entry["candidate"])
         found = [entry["reward"] for entry in ranking]
         if len(found) != len(expected):
-            return f"wrong number of rewards: {len(found)} in place of {len(expected)}"
+            return f"wrong number of rewards: {len(found)} instead of {len(expected)}"
         off = max(abs(one - other) for one, other in zip(found, expected, strict=True))
         return "" if off <= _TOLERANCE else f"wrong reward, off by {off:.3g}"
 
 
-def questions(
+def checked_requests(
     models: Sequence[RewardModel], count: int, *, candidates: int = 8, characters: int = 4000
-) -> list[Question]:
-    """Returns requests over the demo's texts with the rewards of each model, computed one request at a time.
+) -> list[CheckedRequest]:
+    """Returns requests with texts of the demo and the rewards of each model, computed one request at a time.
 
     Args:
-        models: What the answers are checked against.
-        count: How many requests.
-        candidates: Of each request.
-        characters: Of each candidate, at most.
+        models: The reference models.
+        count: Number of requests.
+        candidates: Candidates of each request.
+        characters: The most characters of a candidate.
     """
     groups = generate_groups(0)
     generator = random.Random(0)
@@ -68,29 +68,31 @@ def questions(
             text[:characters] for text in generator.sample(group.candidates, min(candidates, len(group.candidates)))
         ]
         rewards = {model.info.revision: model.score(group.prompt, texts) for model in models}
-        made.append(Question({"prompts": [{"prompt": group.prompt, "candidates": texts}]}, rewards))
+        made.append(CheckedRequest({"prompts": [{"prompt": group.prompt, "candidates": texts}]}, rewards))
     return made
 
 
-def client(url: str, timeout: float) -> httpx.AsyncClient:
-    """Returns a client without a limit on connections: waiting in the client is not what is measured."""
+def http_client(url: str, timeout: float) -> httpx.AsyncClient:
+    """Returns a client without a limit on connections, so that requests never wait in the client."""
     return httpx.AsyncClient(base_url=url, timeout=timeout, limits=httpx.Limits(max_connections=None), verify=_NO_TLS)
 
 
-async def ask(wire: Wire, question: Question, *, planned: float, start: float, headers: str = "") -> Outcome:
-    """Sends one request and checks its answer."""
+async def send(
+    client: LightClient, request: CheckedRequest, *, planned: float, start: float, headers: str = ""
+) -> Outcome:
+    """Sends one request and checks its reply."""
     at = planned - start
     try:
-        reply = await wire.post("/best-of-n", question.sent, headers)
+        reply = await client.post("/best-of-n", request.sent, headers)
     except OSError as error:
         return Outcome("best-of-n", None, time.perf_counter() - planned, transport_fault(error), at=at)
     seconds = time.perf_counter() - planned
-    fault = question.fault(json.loads(reply.body)) if reply.status == 200 else ""
+    fault = request.fault(json.loads(reply.body)) if reply.status == 200 else ""
     return Outcome("best-of-n", reply.status, seconds, fault, reply.retry_after, at)
 
 
 def transport_fault(error: Exception) -> str:
-    """Returns what happened to a request that got no answer: refused at the door, reset, or never answered."""
+    """Returns the fault of a request without a reply: `refused`, `timeout` or `reset (...)`."""
     if isinstance(error, ConnectionRefusedError | httpx.ConnectError):
         return "refused"
     if isinstance(error, TimeoutError | httpx.TimeoutException):
@@ -101,16 +103,16 @@ def transport_fault(error: Exception) -> str:
 async def open_loop(
     send: Callable[[float, float], Awaitable[Outcome]], rate: float, seconds: float, seed: int = 0
 ) -> tuple[list[Outcome], int]:
-    """Sends at random times (Poisson), whether or not earlier requests have been answered.
+    """Sends at random times (a Poisson process), without waiting for replies.
 
     Args:
-        send: Sends one request, given its planned time and the run's start, both of `time.perf_counter`.
+        send: Sends one request, given its planned time and the start of the run, both of `time.perf_counter`.
         rate: Requests per second.
-        seconds: How long.
-        seed: Of the times.
+        seconds: Duration.
+        seed: Seed of the times.
 
     Returns:
-        All outcomes, and how many requests were sent.
+        All outcomes, and the number of requests sent.
     """
     generator = random.Random(seed)
     start = planned = time.perf_counter()
@@ -124,22 +126,22 @@ async def open_loop(
     return list(await asyncio.gather(*tasks)), len(tasks)
 
 
-async def capacity(url: str, asked: Sequence[Question], seconds: float, concurrency: int = 16) -> float:
-    """Returns the requests per second of clients that each wait for their answer before they ask again."""
+async def capacity(url: str, requests: Sequence[CheckedRequest], seconds: float, concurrency: int = 16) -> float:
+    """Returns the requests per second of clients that each wait for the reply before the next request."""
     done = 0
     end = time.perf_counter() + seconds
 
-    async def ask_again(wire: Wire, first: int) -> None:
+    async def send_again(client: LightClient, first: int) -> None:
         nonlocal done
         number = first
         while time.perf_counter() < end:
             now = time.perf_counter()
-            outcome = await ask(wire, asked[number % len(asked)], planned=now, start=now)
+            outcome = await send(client, requests[number % len(requests)], planned=now, start=now)
             if outcome.status != 200 or outcome.fault:
-                raise RuntimeError(f"An unhurried request failed: {outcome}")
+                raise RuntimeError(f"A request failed without overload: {outcome}")
             done += 1
             number += concurrency
 
-    async with Wire(url, 120) as wire:
-        await asyncio.gather(*(ask_again(wire, index) for index in range(concurrency)))
+    async with LightClient(url, 120) as client:
+        await asyncio.gather(*(send_again(client, index) for index in range(concurrency)))
     return done / seconds

@@ -1,29 +1,30 @@
-"""The comparison: all contenders of a model loaded at once, taking turns on the same portions, round after round."""
+"""The comparison: all contenders of a model stay loaded and are interleaved on the same samples, round by round."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import pstdev
 
-from benchmarks.harness.groups import Group, sample
 from benchmarks.harness.rates import largest_difference
-from benchmarks.harness.worker_process import ContenderError, ContenderProcess, Scored
-from benchmarks.harness.workloads import Portions, Workload
-from benchmarks.throughput.contenders import OURS, REFERENCE, Entrant, variables
+from benchmarks.harness.texts import Sample
+from benchmarks.harness.worker_process import Timed, WorkerError, WorkerProcess
+from benchmarks.harness.workloads import Samples, Workload
+from benchmarks.throughput.contenders import OURS, REFERENCE, Contender, variables
 from benchmarks.throughput.results import Measurement, Results
 
-_WARM_UP = 0  # the portion that no round takes
+_WARM_UP = 0  # the number of a sample that no round uses
+_WARM_UP_RESPONSES = 2
 
 
 class Clock:
     """Counts down.
 
     Args:
-        seconds: How long it runs from now.
+        seconds: The time from now.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -31,7 +32,7 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds that are left; negative when it is over."""
+        """Seconds left; negative after the end."""
         return self._end - time.monotonic()
 
 
@@ -40,154 +41,143 @@ class Setting:
     """How contenders are started.
 
     Attributes:
-        entrants: Who may take part.
-        pythons: Interpreter by environment; an entrant without one stays out.
-        threads: Threads for each.
-        say: Where progress goes.
+        contenders: The contenders that may take part.
+        interpreters: Interpreter by environment; a contender whose environment is missing does not take part.
+        threads: Threads for each contender.
+        report_progress: Receives one line of progress at a time.
     """
 
-    entrants: Sequence[Entrant]
-    pythons: Mapping[str, Path]
+    contenders: Sequence[Contender]
+    interpreters: Mapping[str, Path]
     threads: int
-    say: Callable[[str], None]
+    report_progress: Callable[[str], None]
 
-    def start(self, entrant: Entrant) -> ContenderProcess:
+    def start(self, contender: Contender) -> WorkerProcess:
         """Starts a contender's process."""
-        python = self.pythons[entrant.environment]
-        return ContenderProcess(entrant.kind, python, variables(entrant, python, self.threads))
+        python = self.interpreters[contender.environment]
+        return WorkerProcess(contender.kind, python, variables(contender, python, self.threads))
 
 
-def compare(
-    model: str,
-    folder: Path,
-    portions: Portions,
-    workloads: Sequence[Workload],
-    rounds: int,
-    setting: Setting,
-    results: Results,
-    clock: Clock,
-) -> None:
-    """Measures one model until all rounds are done or the clock runs out; portions measured before are skipped."""
-    wanted = [
-        entrant
-        for entrant in setting.entrants
-        if entrant.environment in setting.pythons and entrant.takes(portions.architecture)
-    ]
-    if all(
-        results.finished(model, workload.name, number, _names(wanted, workload))
-        for workload in workloads
-        for number in range(rounds)
-    ):
-        setting.say(f"{model}: done before")
-        return
-    with ExitStack() as stack:
-        running = _loaded(model, folder, wanted, setting, results, stack)
-        for workload in workloads:
-            _warm_up(model, workload, portions, running, setting, results)
-        took: dict[str, float] = {}
-        for number in range(rounds):
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The comparison of all contenders on one model.
+
+    Attributes:
+        model: Name of the model.
+        folder: Its folder.
+        samples: Makes its samples.
+        setting: How contenders are started.
+        results: Receives the measurements.
+        running: The processes of the contenders that take part.
+    """
+
+    model: str
+    folder: Path
+    samples: Samples
+    setting: Setting
+    results: Results
+    running: dict[Contender, WorkerProcess] = field(default_factory=dict)
+
+    def run(self, workloads: Sequence[Workload], rounds: int, clock: Clock) -> None:
+        """Measures until all rounds are done or the time is over; rounds that were measured before are skipped."""
+        possible = [
+            contender
+            for contender in self.setting.contenders
+            if contender.environment in self.setting.interpreters
+            and contender.takes(self.samples.architecture)
+            and any(contender.scores(workload) for workload in workloads)
+        ]
+        if all(self._finished(workload, number, possible) for workload in workloads for number in range(rounds)):
+            self._report("measured before")
+            return
+        with ExitStack() as processes:
+            for contender in possible:
+                self._load(contender, processes)
             for workload in workloads:
-                present = {e: process for e, process in running.items() if e.scores(workload)}
-                if not present or results.finished(model, workload.name, number, (e.name for e in present)):
-                    continue
-                if clock.left < took.get(workload.name, 0.0):
-                    setting.say(f"{model}: out of time before {workload.name}, round {number}")
-                    return
-                started = time.monotonic()
-                results.add(_portion(model, workload, number, portions, present, setting))
-                took[workload.name] = time.monotonic() - started
+                self._warm_up(workload)
+            durations: dict[str, float] = {}
+            for number in range(rounds):
+                for workload in workloads:
+                    if self._finished(workload, number, self.running):
+                        continue
+                    if clock.left < durations.get(workload.name, 0.0):
+                        self._report(f"out of time before {workload.name}, round {number}")
+                        return
+                    started = time.monotonic()
+                    self.results.add(self._round(workload, number))
+                    durations[workload.name] = time.monotonic() - started
 
+    def _finished(self, workload: Workload, number: int, contenders: Iterable[Contender]) -> bool:
+        names = [contender.name for contender in contenders if contender.scores(workload)]
+        return self.results.finished(self.model, workload.name, number, names)
 
-def _names(entrants: Sequence[Entrant], workload: Workload) -> list[str]:
-    return [entrant.name for entrant in entrants if entrant.scores(workload)]
-
-
-def _loaded(
-    model: str, folder: Path, entrants: Sequence[Entrant], setting: Setting, results: Results, stack: ExitStack
-) -> dict[Entrant, ContenderProcess]:
-    running = {}
-    for entrant in entrants:
+    def _load(self, contender: Contender, processes: ExitStack) -> None:
         started = time.monotonic()
-        process = stack.enter_context(setting.start(entrant))
+        process = processes.enter_context(self.setting.start(contender))
         try:
-            detail = process.load(folder, entrant.options)
-        except ContenderError as error:
-            _stays_out(model, entrant, error, setting, results)
-            continue
-        running[entrant] = process
-        results.add_detail(model, entrant.name, detail)
-        setting.say(f"{model}: {entrant.name} loaded in {time.monotonic() - started:.0f} s, {detail}")
-    return running
+            detail = process.load(self.folder, contender.options)
+        except WorkerError as error:
+            self._exclude(contender, error)
+            return
+        self.running[contender] = process
+        self.results.add_detail(self.model, contender.name, detail)
+        self._report(f"{contender.name} loaded in {time.monotonic() - started:.0f} s, {detail}")
 
+    def _warm_up(self, workload: Workload) -> None:
+        """Runs a workload once on every contender, with two responses, and excludes contenders that fail."""
+        sample = self.samples.sample(workload, _WARM_UP).subset(_WARM_UP_RESPONSES)
+        for contender in [contender for contender in self.running if contender.scores(workload)]:
+            try:
+                self.running[contender].run(sample)
+            except WorkerError as error:
+                self._exclude(contender, error)
+                self.running.pop(contender).close()
 
-def _warm_up(
-    model: str,
-    workload: Workload,
-    portions: Portions,
-    running: dict[Entrant, ContenderProcess],
-    setting: Setting,
-    results: Results,
-) -> None:
-    """Lets every contender meet a workload once, with two responses; who fails stays out."""
-    groups = sample(portions.portion(workload, _WARM_UP), 2)
-    for entrant in [entrant for entrant in running if entrant.scores(workload)]:
-        try:
-            running[entrant].score(groups)
-        except ContenderError as error:
-            _stays_out(model, entrant, error, setting, results)
-            running.pop(entrant).close()
+    def _exclude(self, contender: Contender, error: WorkerError) -> None:
+        self._report(f"{contender.name} cannot take part: {error}")
+        self.results.add_detail(self.model, contender.name, {"error": str(error)[-300:]})
 
+    def _round(self, workload: Workload, number: int) -> list[Measurement]:
+        whole = self.samples.sample(workload, _WARM_UP + 1 + number)
+        measured: list[tuple[Contender, Sample, Timed, float | None]] = []
+        order = [contender for contender in self.running if contender.scores(workload)]
+        shift = number % len(order)  # no contender always follows the same other one
+        for contender in order[shift:] + order[:shift]:
+            sample = whole.subset(contender.limit)
+            timed = self.running[contender].run(sample)
+            rate = self.running[contender].call("gemm_rate") if contender.name == OURS else None
+            measured.append((contender, sample, timed, rate))
+            self._report(
+                f"{workload.name} round {number}: {contender.name:28} {len(timed.values):3} rewards in "
+                f"{timed.seconds:7.2f} s; other processes used {timed.others:.0%} of the cores"
+            )
+        reference = {
+            ids: reward
+            for contender, sample, timed, _ in measured
+            if contender.name == REFERENCE
+            for ids, reward in zip(sample.ids, timed.values, strict=True)
+        }
+        return [
+            Measurement(
+                model=self.model,
+                workload=workload.name,
+                contender=contender.name,
+                round=number,
+                seconds=timed.seconds,
+                rewards=len(timed.values),
+                tokens=sample.tokens,
+                sample_rewards=whole.responses,
+                sample_tokens=whole.tokens,
+                computed=timed.computed,
+                peak_rss=timed.peak_rss,
+                loaded_rss=self.running[contender].loaded_rss,
+                others=timed.others,
+                gemm_rate=rate,
+                difference=largest_difference(dict(zip(sample.ids, timed.values, strict=True)), reference),
+                deviation=pstdev(timed.values),
+            )
+            for contender, sample, timed, rate in measured
+        ]
 
-def _stays_out(model: str, entrant: Entrant, error: ContenderError, setting: Setting, results: Results) -> None:
-    setting.say(f"{model}: {entrant.name} cannot take part: {error}")
-    results.add_detail(model, entrant.name, {"error": str(error)[-300:]})
-
-
-def _portion(
-    model: str,
-    workload: Workload,
-    number: int,
-    portions: Portions,
-    present: dict[Entrant, ContenderProcess],
-    setting: Setting,
-) -> list[Measurement]:
-    groups = portions.portion(workload, _WARM_UP + 1 + number)
-    measured: list[tuple[Entrant, list[Group], Scored, float | None]] = []
-    order = list(present)
-    turn = number % len(order)  # so that nobody always follows the same contender
-    for entrant in order[turn:] + order[:turn]:
-        given = sample(groups, entrant.limit)
-        scored = present[entrant].score(given)
-        rate = present[entrant].call("gemm_rate") if entrant.name == OURS else None
-        measured.append((entrant, given, scored, rate))
-        setting.say(
-            f"{model} {workload.name} round {number}: {entrant.name:28} {len(scored.rewards):3} rewards in "
-            f"{scored.seconds:7.2f} s; other processes used {scored.others:.0%} of the cores"
-        )
-    rewards = {entrant.name: _by_ids(given, scored) for entrant, given, scored, _ in measured}
-    return [
-        Measurement(
-            model=model,
-            workload=workload.name,
-            contender=entrant.name,
-            round=number,
-            seconds=scored.seconds,
-            rewards=len(scored.rewards),
-            tokens=sum(group.tokens for group in given),
-            portion_rewards=sum(len(group.responses) for group in groups),
-            portion_tokens=sum(group.tokens for group in groups),
-            computed=scored.computed,
-            peak_rss=scored.peak_rss,
-            loaded_rss=present[entrant].loaded_rss,
-            others=scored.others,
-            gemm_rate=rate,
-            difference=largest_difference(rewards[entrant.name], rewards.get(REFERENCE, {})),
-            deviation=pstdev(scored.rewards),
-        )
-        for entrant, given, scored, rate in measured
-    ]
-
-
-def _by_ids(groups: Sequence[Group], scored: Scored) -> dict[tuple[int, ...], float]:
-    sequences = [ids for group in groups for ids in group.ids]
-    return dict(zip(sequences, scored.rewards, strict=True))
+    def _report(self, line: str) -> None:
+        self.setting.report_progress(f"{self.model}: {line}")

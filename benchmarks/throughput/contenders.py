@@ -1,4 +1,4 @@
-"""Who takes part: each contender's module, settings, environment, and the models and workloads that suit it."""
+"""The contenders: module, settings and environment of each, and the models and workloads that it takes part in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.harness.workloads import Workload
+from benchmarks.harness.workloads import WORKLOADS, Workload
 
 OURS = "marginrm"
 COMPILED = "marginrm, compiled"
@@ -19,23 +19,27 @@ REFERENCE = "loop, float32"
 ARRIVAL = "padded, arrival order"
 SORTED = "padded, sorted by length"
 VLLM = "vLLM, prefix cache"
+VLLM_OVER_HTTP = "vLLM over HTTP, prefix cache"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
 INFINITY = "Infinity"
-CLIENTS = 16
+
+Use = Literal["comparison", "scaling", "requests"]
+_SCORERS = "throughput.scorers."
+_VLLM = {"dtype": "bfloat16", "batched_tokens": 4096, "block": 32, "cache_gib": 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Entrant:
+class Contender:
     """One contender.
 
     Attributes:
-        name: What the report calls it.
-        kind: Its module under `benchmarks.throughput.scorers`.
-        options: What it is loaded with.
-        environment: Which Python it needs: ours, or the one that an option of the command names.
-        limit: The most responses that it scores in a portion; the slow ones would take all the time.
-        scales: Whether it also takes part in the workloads with other N.
-        architecture: Models that it takes part with; None for all.
+        name: Its name in the report.
+        kind: Its module under `benchmarks`.
+        options: The options that it is loaded with.
+        environment: The Python environment that it needs: ours, or one that an option of the command names.
+        limit: The most responses of a sample that it scores; slow contenders score a subset.
+        uses: The workloads that it takes part in, by their use.
+        architecture: The models that it takes part with; None for all.
     """
 
     name: str
@@ -43,7 +47,7 @@ class Entrant:
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Literal["own", "vllm", "infinity", "sentence_transformers"] = "own"
     limit: int | None = None
-    scales: bool = False
+    uses: tuple[Use, ...] = ("comparison",)
     architecture: Literal["decoder", "encoder"] | None = None
 
     def takes(self, architecture: str) -> bool:
@@ -52,58 +56,60 @@ class Entrant:
 
     def scores(self, workload: Workload) -> bool:
         """Returns whether it takes part in this workload."""
-        return self.scales or not workload.scaling
+        return workload.use in self.uses
 
 
-def lineup(device: str = "cpu") -> list[Entrant]:
-    """Returns all contenders; the reference, whose rewards the others are compared with, comes first."""
+def contenders(device: str = "cpu") -> list[Contender]:
+    """Returns all contenders; the first is the reference for the others' rewards.
+
+    Args:
+        device: `cpu`, or `cuda` for the contenders that run there.
+    """
     padded = {"dtype": "bfloat16", "batch": 16, "device": device}
     looped = {"dtype": "float32", "batch": 1, "order": "arrival", "device": device}
     own = {"device": device}
-    served = {"batched_tokens": 4096, "block": 32, "cache_gib": 2}
+    batched: tuple[Use, ...] = ("comparison", "scaling")
+    decoder: Literal["decoder"] = "decoder"
     return [
-        Entrant(REFERENCE, "throughput.scorers.hugging_face", looped, limit=4),
-        Entrant(ARRIVAL, "throughput.scorers.hugging_face", padded | {"order": "arrival"}, limit=16),
-        Entrant(SORTED, "throughput.scorers.hugging_face", padded | {"order": "length"}),
-        Entrant(
-            VLLM,
-            "throughput.scorers.vllm_pooling",
-            {"dtype": "bfloat16"} | served,
-            "vllm",
-            scales=True,
-            architecture="decoder",
-        ),
+        Contender(REFERENCE, f"{_SCORERS}hugging_face", looped, limit=4, uses=("comparison", "requests")),
+        Contender(ARRIVAL, f"{_SCORERS}hugging_face", padded | {"order": "arrival"}, limit=16),
+        Contender(SORTED, f"{_SCORERS}hugging_face", padded | {"order": "length"}),
+        Contender(VLLM, f"{_SCORERS}vllm_offline", _VLLM, "vllm", uses=batched, architecture=decoder),
         *(
-            Entrant(f"{name}, {dtype}", kind, {"dtype": dtype}, environment, architecture="encoder")
-            for name, kind, environment in _TEXT_PEERS
+            Contender(f"{name}, {dtype}", _SCORERS + module, {"dtype": dtype}, environment, architecture="encoder")
+            for name, module, environment in _ENCODER_PEERS
             for dtype in ("float32", "bfloat16")
         ),
-        Entrant(OURS, "throughput.scorers.in_process", own, scales=True),
-        Entrant(
-            COMPILED, "throughput.scorers.in_process", own | {"compiled": True}, scales=True, architecture="decoder"
-        ),
-        Entrant(DETERMINISTIC, "throughput.scorers.in_process", own | {"deterministic": True}),
-        Entrant(OVER_HTTP, "throughput.scorers.over_http", own | {"clients": CLIENTS}),
+        Contender(OURS, f"{_SCORERS}in_process", own, uses=batched),
+        Contender(COMPILED, f"{_SCORERS}in_process", own | {"compiled": True}, uses=batched, architecture=decoder),
+        Contender(DETERMINISTIC, f"{_SCORERS}in_process", own | {"deterministic": True}),
+        Contender(OVER_HTTP, f"{_SCORERS}over_http", own, uses=("comparison", "requests")),
+        Contender(VLLM_OVER_HTTP, f"{_SCORERS}vllm_over_http", _VLLM, "vllm", uses=("requests",), architecture=decoder),
     ]
 
 
-_TEXT_PEERS: tuple[tuple[str, str, Literal["infinity", "sentence_transformers"]], ...] = (
-    (SENTENCE_TRANSFORMERS, "throughput.scorers.cross_encoder", "sentence_transformers"),
-    (INFINITY, "throughput.scorers.infinity", "infinity"),
+_ENCODER_PEERS: tuple[tuple[str, str, Literal["infinity", "sentence_transformers"]], ...] = (
+    (SENTENCE_TRANSFORMERS, "cross_encoder", "sentence_transformers"),
+    (INFINITY, "infinity", "infinity"),
 )
 
 
-def pythons(**given: Path | None) -> dict[str, Path]:
-    """Returns the interpreter of each environment that there is; `own` is this one."""
+def ours(workload: str) -> str:
+    """Returns the contender that the others are compared with in a workload."""
+    return OVER_HTTP if WORKLOADS[workload].use == "requests" else OURS
+
+
+def interpreters(**given: Path | None) -> dict[str, Path]:
+    """Returns the interpreter of each available environment; `own` is this one."""
     return {"own": Path(sys.executable)} | {name: path for name, path in given.items() if path is not None}
 
 
-def variables(entrant: Entrant, python: Path, threads: int) -> dict[str, str]:
-    """Returns the environment variables under which a contender runs on this many threads."""
+def variables(contender: Contender, python: Path, threads: int) -> dict[str, str]:
+    """Returns the environment variables with which a contender runs on this many threads."""
     found = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    if entrant.environment == "vllm":
+    if contender.environment == "vllm":
         cores = sorted(os.sched_getaffinity(0))[:threads]
-        # By default it leaves one core to its scheduler, which on few cores costs more than it brings.
+        # By default vLLM leaves one core to its scheduler, which on few cores costs more than it saves.
         found["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         found["VLLM_NO_USAGE_STATS"] = "1"
         found["LD_PRELOAD"] = ":".join(map(str, _preloads(python)))
@@ -111,6 +117,6 @@ def variables(entrant: Entrant, python: Path, threads: int) -> dict[str, str]:
 
 
 def _preloads(python: Path) -> list[Path]:
-    """Returns the libraries that vLLM's installation page asks to preload, as far as they are there."""
+    """Returns the libraries that vLLM's installation page asks to preload, if they are in the environment."""
     libraries = python.parent.parent / "lib"
     return [path for name in ("libtcmalloc_minimal.so.4", "libiomp5.so") if (path := libraries / name).exists()]

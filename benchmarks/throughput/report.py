@@ -1,21 +1,28 @@
-"""Measurements -> Markdown tables, a JSON summary, and the part of a page between two markers."""
+"""Measurements -> Markdown tables, a JSON summary, a figure, and the section of a page between two markers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.rates import Spread
-from benchmarks.throughput.contenders import OURS
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from benchmarks.harness.rates import Spread, median_or_none
+from benchmarks.throughput.contenders import OURS, OVER_HTTP, ours
 from benchmarks.throughput.results import Results
 from benchmarks.throughput.targets import findings, gemm_shares, speed_ratio
 
 BEGIN = "<!-- results: begin; written by python -m benchmarks.run -->"
 END = "<!-- results: end -->"
 _MIB = 2**20
+_OURS_COLOUR, _OTHERS_COLOUR = "#1f5fa8", "#9aa5b1"
 
 
 def cells(results: Results) -> list[dict[str, Any]]:
@@ -27,20 +34,21 @@ def cells(results: Results) -> list[dict[str, Any]]:
 def _cell(results: Results, model: str, workload: str, contender: str) -> dict[str, Any]:
     found = [m for m in results.measurements if (m.model, m.workload, m.contender) == (model, workload, contender)]
     differences = [m.difference for m in found if m.difference is not None]
+    ratio = speed_ratio(results.measurements, model, workload, contender)
     return {
         "model": model,
         "workload": workload,
         "contender": contender,
         "rounds": len(found),
-        "rewards_per_second": _spread([m.rate for m in found]),
+        "rewards_per_second": asdict(_spread([m.rate for m in found])),
         "tokens_per_second": median(m.tokens / m.seconds for m in found),
-        "computed_share": _median(m.computed / m.tokens for m in found if m.computed),
-        "gemm_share": _median(gemm_shares(results, model, workload, contender)),
+        "computed_share": median_or_none(m.computed / m.tokens for m in found if m.computed),
+        "gemm_share": median_or_none(gemm_shares(results, model, workload, contender)),
         "peak_over_loaded_mib": max(m.peak_rss - m.loaded_rss for m in found) / _MIB,
         "peak_mib": max(m.peak_rss for m in found) / _MIB,
         "difference": max(differences, default=None),
-        "deviation": _median(m.deviation for m in found if m.deviation),
-        "ours_times": _spread_of(speed_ratio(results.measurements, model, workload, contender)),
+        "deviation": median_or_none(m.deviation for m in found if m.deviation),
+        "ours_times": None if ratio is None else asdict(ratio),
         "others": max(m.others for m in found),
     }
 
@@ -59,7 +67,12 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def markdown(results: Results, source: str) -> str:
-    """Returns the tables."""
+    """Returns the tables.
+
+    Args:
+        results: The measurements.
+        source: The name of the texts' source.
+    """
     machine = results.machine
     place = f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['bf16']) or 'no bf16 units'}"
     lines = [
@@ -68,7 +81,9 @@ def markdown(results: Results, source: str) -> str:
         "| target | at least, or at most | measured (lowest to highest round) | |",
         "|---|---:|---:|---|",
     ]
-    lines += [f"| {f.text} | {f.bound:g} | {_text(f.found)} | {f.verdict} |" for f in findings(results)]
+    lines += [
+        f"| {f.text} | {f.bound:g} | {f.found.text() if f.found else ''} | {f.verdict} |" for f in findings(results)
+    ]
     summaries = cells(results)
     for model, workload in dict.fromkeys((cell["model"], cell["workload"]) for cell in summaries):
         chosen = [cell for cell in summaries if (cell["model"], cell["workload"]) == (model, workload)]
@@ -76,34 +91,62 @@ def markdown(results: Results, source: str) -> str:
     for (name, model), finding in results.studies.items():
         lines += ["", f"**{name}, {model}**", "", "| | |", "|---|---:|"]
         lines += [f"| {key} | {_number(value)} |" for key, value in finding.items()]
-    lines += ["", *_absent(results)]
+    excluded = [(model, name) for (model, name), detail in results.details.items() if "error" in detail]
+    lines += ["", *(f"- {name} could not take part with {model}." for model, name in excluded)]
     return "\n".join(lines).strip()
 
 
 def _table(chosen: Sequence[dict[str, Any]]) -> list[str]:
+    base = ours(chosen[0]["workload"])
     lines = [
-        "| contender | rewards/s | tokens/s | computed / asked | GEMM share | MiB over loaded | differs by | marginrm is |",
+        f"| contender | rewards/s | tokens/s | computed / requested | GEMM share | MiB over loaded | differs by | {base} is |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in sorted(chosen, key=lambda cell: cell["rewards_per_second"]["median"]):
-        times = "" if cell["contender"] == OURS else _times(cell["ours_times"])
+        times = cell["ours_times"] and cell["contender"] != base
         lines.append(
-            f"| {cell['contender']} | {_range(cell['rewards_per_second'])} | {cell['tokens_per_second']:,.0f} "
+            f"| {cell['contender']} | {Spread(**cell['rewards_per_second']).text()} | {cell['tokens_per_second']:,.0f} "
             f"| {_number(cell['computed_share'])} | {_percent(cell['gemm_share'])} "
-            f"| {cell['peak_over_loaded_mib']:,.0f} | {_difference(cell)} | {times} |"
+            f"| {cell['peak_over_loaded_mib']:,.0f} | {_difference(cell)} "
+            f"| {Spread(**cell['ours_times']).text('.2f', 'x') if times else ''} |"
         )
     rounds, others = {cell["rounds"] for cell in chosen}, max(cell["others"] for cell in chosen)
     lines += ["", f"{min(rounds)} rounds; other processes used at most {others:.0%} of the cores meanwhile."]
     return lines
 
 
-def _absent(results: Results) -> list[str]:
-    failed = [(model, name) for (model, name), detail in results.details.items() if "error" in detail]
-    return [f"- {name} could not take part with {model}." for model, name in failed]
+def draw(summaries: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws rewards per second, a panel for each workload: medians as bars, lowest to highest round as lines.
+
+    Args:
+        summaries: The summaries that `cells` returns; without any, nothing is drawn.
+        path: The file; its suffix sets the format.
+    """
+    panels = list(dict.fromkeys((cell["model"], cell["workload"]) for cell in summaries))
+    if not panels:
+        return
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 0.6 + 2.2 * len(panels)), squeeze=False)
+    for axis, (model, workload) in zip(axes[:, 0], panels, strict=True):
+        chosen = [cell for cell in summaries if (cell["model"], cell["workload"]) == (model, workload)]
+        chosen.sort(key=lambda cell: cell["rewards_per_second"]["median"])
+        rates = [cell["rewards_per_second"] for cell in chosen]
+        names = [cell["contender"] for cell in chosen]
+        error = [
+            [rate["median"] - rate["low"] for rate in rates],
+            [rate["high"] - rate["median"] for rate in rates],
+        ]
+        colours = [_OURS_COLOUR if name in {OURS, OVER_HTTP} else _OTHERS_COLOUR for name in names]
+        axis.barh(names, [rate["median"] for rate in rates], xerr=error, color=colours, height=0.7)
+        axis.set_title(f"{model}, {workload}: rewards per second", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def write_between_markers(page: Path, text: str) -> None:
-    """Replaces what stands between the markers of a page.
+    """Replaces the text between the markers of a page.
 
     Raises:
         ValueError: The page lacks a marker.
@@ -115,29 +158,10 @@ def write_between_markers(page: Path, text: str) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
-def _median(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return median(found) if found else None
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return asdict(Spread(median(values), min(values), max(values), len(values)))
-
-
-def _spread_of(spread: Spread | None) -> dict[str, Any] | None:
-    return None if spread is None else asdict(spread)
-
-
-def _text(spread: Spread | None) -> str:
-    return "" if spread is None else _range(asdict(spread))
-
-
-def _range(spread: dict[str, Any]) -> str:
-    return f"{spread['median']:.3g} ({spread['low']:.3g} to {spread['high']:.3g})"
-
-
-def _times(spread: dict[str, Any] | None) -> str:
-    return "" if spread is None else f"{spread['median']:.2f}x ({spread['low']:.2f} to {spread['high']:.2f})"
+def _spread(values: Sequence[float]) -> Spread:
+    spread = Spread.of(values)
+    assert spread is not None
+    return spread
 
 
 def _number(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What was measured, as JSON lines that are appended at once: a run that is stopped is continued from them."""
+"""Measurements as JSON lines, appended at once, so that an interrupted run continues from them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from benchmarks.harness.rates import reward_rate
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One contender on one portion.
+    """One contender on one sample.
 
     Attributes:
         model: Name of the model.
         workload: Name of the workload.
         contender: Name of the contender.
-        round: Number of the round; all contenders of a round and workload scored the same texts in turn.
+        round: Number of the round; in a round of a workload all contenders score the same texts.
         seconds: Wall time.
         rewards: Responses scored.
-        tokens: Their tokens as asked: every sequence with its prompt, without padding.
-        portion_rewards: Responses of the whole portion.
-        portion_tokens: Tokens of the whole portion.
+        tokens: Requested tokens: every sequence with its prompt, without padding.
+        sample_rewards: Responses of the whole sample.
+        sample_tokens: Requested tokens of the whole sample.
         computed: Tokens put through the model, or None if unknown.
-        peak_rss: The most memory of the contender's processes meanwhile, in bytes.
-        loaded_rss: Their memory right after loading.
+        peak_rss: Peak memory of the contender's processes meanwhile, in bytes.
+        loaded_rss: Their memory right after loading, in bytes.
         others: Share of all cores that other processes used meanwhile.
-        gemm_rate: Measured rate of a matrix product at that time, FLOP/s; ours alone.
-        difference: The largest difference of a reward to the reference's, or None where that had none in common.
-        deviation: Standard deviation of the rewards, the scale on which to read the difference.
+        gemm_rate: Rate of a large matrix product at that time, FLOP/s; measured by marginrm in process only.
+        difference: Largest difference between a reward and the reference's; None without rewards in common.
+        deviation: Standard deviation of the rewards, the scale for the difference.
     """
 
     model: str
@@ -45,8 +45,8 @@ class Measurement:
     seconds: float
     rewards: int
     tokens: int
-    portion_rewards: int
-    portion_tokens: int
+    sample_rewards: int
+    sample_tokens: int
     computed: int | None
     peak_rss: int
     loaded_rss: int
@@ -57,15 +57,15 @@ class Measurement:
 
     @property
     def rate(self) -> float:
-        """Rewards per second on the whole portion."""
-        return reward_rate(self.seconds, self.tokens, self.portion_tokens, self.portion_rewards)
+        """Rewards per second on the whole sample."""
+        return reward_rate(self.seconds, self.tokens, self.sample_tokens, self.sample_rewards)
 
 
 class Results:
     """The lines of one output file.
 
     Args:
-        path: The file; created when missing.
+        path: The file; it is created if it is missing.
         threads: Threads of each contender, for the report.
     """
 
@@ -80,20 +80,22 @@ class Results:
             self._take(line)
 
     def finished(self, model: str, workload: str, number: int, contenders: Iterable[str]) -> bool:
-        """Returns whether this portion has been measured with all these contenders."""
-        there = {m.contender for m in self.measurements if (m.model, m.workload, m.round) == (model, workload, number)}
-        return set(contenders) <= there
+        """Returns whether this round has been measured with all these contenders."""
+        measured = {
+            m.contender for m in self.measurements if (m.model, m.workload, m.round) == (model, workload, number)
+        }
+        return set(contenders) <= measured
 
     def add(self, measurements: Iterable[Measurement]) -> None:
-        """Keeps the measurements of one portion."""
+        """Appends the measurements of one round."""
         self._append(*({"kind": "measurement", **asdict(measurement)} for measurement in measurements))
 
     def add_detail(self, model: str, contender: str, detail: dict[str, Any]) -> None:
-        """Keeps what a contender says of itself, or why it could not take part."""
+        """Appends a contender's settings and versions, or the error that excluded it."""
         self._append({"kind": "detail", "model": model, "contender": contender, "detail": detail})
 
     def add_study(self, name: str, model: str, findings: dict[str, Any]) -> None:
-        """Keeps the findings of a study, in place of earlier ones."""
+        """Appends the findings of a study; they replace earlier ones."""
         self._append({"kind": "study", "name": name, "model": model, "findings": findings})
 
     def _append(self, *lines: dict[str, Any]) -> None:
@@ -118,7 +120,7 @@ class Results:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what the figures depend on besides the code: processor and versions."""
+    """Returns the processor and the versions that the figures depend on."""
     fields = dict(_cpu_fields())
     flags = set(fields.get("flags", "").split())
     return {

@@ -1,13 +1,12 @@
-"""marginrm's own training loop on pairs of token ids: packed rows, prompts shared between chosen and rejected."""
+"""marginrm's training loop on pairs of token ids: packed rows, with the prompt shared by chosen and rejected."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.groups import Group
+from benchmarks.harness.texts import Sample
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
 from marginrm.loading import load_for_training
@@ -19,11 +18,11 @@ from marginrm_training.run.trainer import MarginTrainer
 
 
 class MarginrmTrainer:
-    """`MarginTrainer`; a portion is trained on in one run, and the next goes on with the weights.
+    """`MarginTrainer`; each sample is one training run, and the next continues with its weights.
 
     Args:
         folder: The model.
-        dtype: Of matrix products.
+        dtype: Dtype of matrix products.
         batch: Pairs per forward pass and per step.
         preset: The margin method.
     """
@@ -47,21 +46,21 @@ class MarginrmTrainer:
         self.detail: dict[str, Any] = {"dtype": dtype, "batch": batch, "preset": preset}
         self.computed: int | None = None
 
-    def prepare(self, groups: Sequence[Group]) -> MarginTrainer:
-        """Returns a trainer for a portion."""
+    def prepare(self, sample: Sample) -> MarginTrainer:
+        """Returns a trainer for a sample."""
+        # The texts have no strengths, and the time of a step does not depend on their values.
+        strength = 0.8 if self._config.method.method().estimator in ("column", "strength") else None
         pairs = []
-        for group in groups:
+        for group in sample.groups:
             chosen, rejected = map(EncodedResponse, group.ids)  # without segment ids: TRL passes none
-            # The texts have no strengths, and how long a step takes does not depend on them.
-            given = 0.8 if self._config.method.method().estimator in ("column", "strength") else None
-            pair = PreferencePair(group.prompt, group.responses[0], group.responses[1], strength=given)
-            pairs.append(EncodedPair(chosen, rejected, given, pair))
+            pair = PreferencePair(str(group.prompt), group.responses[0], group.responses[1], strength=strength)
+            pairs.append(EncodedPair(chosen, rejected, strength, pair))
         trainer = MarginTrainer(self._module, pairs, self._config, Path(self._directory.name), progress=False)
         tune_for_training(trainer, self._module)
         return trainer
 
-    def score(self, work: MarginTrainer) -> list[float]:
-        """Trains for an epoch and returns the loss of every step."""
+    def run(self, work: MarginTrainer) -> list[float]:
+        """Trains for one epoch and returns the loss of each step."""
         work.train()
         self.computed = round(sum(entry["tokens"] for entry in work.history))
         return [entry["loss"] for entry in work.history]

@@ -1,9 +1,9 @@
-"""TRL's `RewardTrainer` on pairs of token ids, with the optimiser settings that marginrm has."""
+"""TRL's `RewardTrainer` on pairs of token ids, with marginrm's optimiser settings."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,22 @@ from datasets.arrow_dataset import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from benchmarks.harness.groups import Group
+from benchmarks.harness.texts import Sample
 
 
 class TrlTrainer:
-    """`RewardTrainer`; a portion is trained on in one run, and the next goes on with the weights.
+    """`RewardTrainer`; each sample is one training run, and the next continues with its weights.
 
     Args:
         folder: The model.
-        dtype: Of matrix products.
+        dtype: Dtype of matrix products.
         batch: Pairs per forward pass and per step.
-        settings: Of `RewardConfig`, in place of those that marginrm has in the benchmark of speed.
+        settings: Settings of `RewardConfig` that replace those of the speed benchmark.
     """
 
     def __init__(self, folder: Path, *, dtype: str, batch: int, settings: Mapping[str, Any] | None = None) -> None:
         changes = dict(settings or {})
-        set_seed(changes.get("seed", 0))  # the head is drawn by it, where the folder has none
+        set_seed(changes.get("seed", 0))  # sets the random head, if the folder has none
         self._model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._directory = tempfile.TemporaryDirectory()
@@ -59,9 +59,9 @@ class TrlTrainer:
         self.detail: dict[str, Any] = {"dtype": dtype, "batch": batch, "version": version("trl"), "settings": changes}
         self.computed: int | None = None
 
-    def prepare(self, groups: Sequence[Group]) -> RewardTrainer:
-        """Returns a trainer for a portion; TRL takes what is tokenised as it is."""
-        rows = [{"chosen_ids": list(group.ids[0]), "rejected_ids": list(group.ids[1])} for group in groups]
+    def prepare(self, sample: Sample) -> RewardTrainer:
+        """Returns a trainer for a sample; TRL leaves rows with token ids unchanged."""
+        rows = [{"chosen_ids": list(group.ids[0]), "rejected_ids": list(group.ids[1])} for group in sample.groups]
         return RewardTrainer(
             model=self._model,
             args=self._arguments,
@@ -69,13 +69,13 @@ class TrlTrainer:
             processing_class=self._tokenizer,
         )
 
-    def score(self, work: RewardTrainer) -> list[float]:
-        """Trains for an epoch and returns the loss of every step."""
+    def run(self, work: RewardTrainer) -> list[float]:
+        """Trains for one epoch and returns the loss of each step."""
         work.train()
         return [entry["loss"] for entry in work.state.log_history if "loss" in entry]
 
     def save(self) -> str:
-        """Writes the model and its tokenizer, and returns the folder, which is there as long as this process."""
+        """Writes model and tokenizer and returns their folder, which is deleted when this process ends."""
         folder = Path(self._directory.name, "saved")
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)

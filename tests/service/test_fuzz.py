@@ -41,7 +41,7 @@ def test_bodies_that_are_nearly_right(server):
     assert {400, 422} <= {outcome.status for outcome in outcomes}
 
 
-def test_broken_http_over_plain_sockets(server):
+def test_malformed_http_over_plain_sockets(server):
     outcomes = fuzz.raw(server.url, 150)
     assert fuzz.no_faults(outcomes).passed, Counter((outcome.status, outcome.fault) for outcome in outcomes)
     assert 400 in {outcome.status for outcome in outcomes}
@@ -56,4 +56,4 @@ def test_the_sender_reports_the_answers_of_a_server(server):
     assert raw_http.send(server.url, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").status == 200
     assert raw_http.send(server.url, b"nonsense\r\n\r\n").status == 400
     assert raw_http.send(server.url, head + body).status in {200, None}
-    assert raw_http.broken(random.Random(3)) == raw_http.broken(random.Random(3))
+    assert raw_http.malformed(random.Random(3)) == raw_http.malformed(random.Random(3))

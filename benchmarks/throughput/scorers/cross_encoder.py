@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from sentence_transformers import CrossEncoder
 
-from benchmarks.harness.groups import Group
+from benchmarks.harness.texts import Sample
 
 
 class SentenceTransformers:
@@ -21,11 +20,11 @@ class SentenceTransformers:
         self.detail: dict[str, Any] = {"dtype": dtype, "version": version("sentence-transformers")}
         self.computed: int | None = None
 
-    def prepare(self, groups: Sequence[Group]) -> list[tuple[str, str]]:
+    def prepare(self, sample: Sample) -> list[tuple[str, str]]:
         """Returns (prompt, response) pairs."""
-        return [(group.prompt, response) for group in groups for response in group.responses]
+        return [(str(group.prompt), response) for group in sample.groups for response in group.responses]
 
-    def score(self, work: list[tuple[str, str]]) -> list[float]:
+    def run(self, work: list[tuple[str, str]]) -> list[float]:
         """Predicts raw scores."""
         scores = self._model.predict(work, activation_fn=torch.nn.Identity(), show_progress_bar=False)
         return [float(score) for score in scores]

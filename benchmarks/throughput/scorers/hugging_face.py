@@ -1,15 +1,14 @@
-"""transformers as most people use it: rectangles of padded token ids, in batches of one or more."""
+"""transformers' own forward pass on padded batches of token ids, one or more sequences in a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.harness.groups import Group
+from benchmarks.harness.texts import Sample
 
 
 class _Sequence(NamedTuple):
@@ -22,9 +21,9 @@ class HuggingFace:
 
     Args:
         folder: The model.
-        dtype: Of the whole model.
+        dtype: Dtype of the whole model.
         batch: Responses in a batch; 1 is a plain loop.
-        order: `arrival`, or `length` to make neighbours of equal length.
+        order: `arrival`, or `length` to batch sequences of similar length.
         device: `cpu` or `cuda`.
     """
 
@@ -37,13 +36,13 @@ class HuggingFace:
         self.detail: dict[str, Any] = {"dtype": dtype, "batch": batch, "order": order}
         self.computed: int | None = None
 
-    def prepare(self, groups: Sequence[Group]) -> list[_Sequence]:
+    def prepare(self, sample: Sample) -> list[_Sequence]:
         """Returns the token ids of all responses."""
-        return [_Sequence(*both) for group in groups for both in zip(group.ids, group.type_ids, strict=True)]
+        return [_Sequence(*both) for group in sample.groups for both in zip(group.ids, group.type_ids, strict=True)]
 
     @torch.inference_mode()
-    def score(self, work: list[_Sequence]) -> list[float]:
-        """Scores batch after batch."""
+    def run(self, work: list[_Sequence]) -> list[float]:
+        """Scores one batch after another."""
         order = list(range(len(work)))
         if self._by_length:
             order.sort(key=lambda index: len(work[index].ids))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.harness.groups import Group
+from benchmarks.harness.texts import Sample, TokenizedGroup
 from marginrm import RewardModel
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
@@ -23,21 +22,21 @@ from marginrm.tuning.tune import tune
 
 _GEMM_SIZE = 4096
 _GEMM_REPEATS = 5
-# What a layer multiplies every token by, even where the rest is for the tokens that are read alone.
+# Products that the last layer computes for every token, even when it computes the others for reward tokens only.
 _BEFORE_ATTENTION = {"q_proj", "k_proj", "v_proj", "query_key_value", "query", "key", "value"}
 
 
 class InProcess:
-    """`RewardModel` as a Python user has it.
+    """`RewardModel` as Python programs use it.
 
     Args:
         folder: The model.
-        dtype: Of the backbone; `auto` is what the server takes.
+        dtype: Dtype of the backbone; `auto` as in the server.
         device: `cpu` or `cuda`.
-        token_budget: Tokens of a forward pass at most; by default what is measured, as in the server.
-        compiled: Whether the parts between the matrix products are compiled.
-        deterministic: Whether rewards are the same to the bit in any company.
-        whole_last_layer: Whether to compute all of the last layer, as it was before.
+        token_budget: The most tokens of a forward pass; measured by default, as in the server.
+        compiled: Whether the operators between matrix products are compiled.
+        deterministic: Whether rewards are batch-invariant.
+        whole_last_layer: Whether to compute the last layer for every token.
     """
 
     def __init__(
@@ -77,32 +76,36 @@ class InProcess:
             "weight_bytes": sum(weight.nbytes for weight in self._module.parameters()),
         }
 
-    def prepare(self, groups: Sequence[Group]) -> Sequence[Group]:
-        """Checks that our encoder gives the token ids that the others were given, and takes the texts."""
-        for group in groups:
-            if tuple(response.ids for response in self._encoded(group)) != group.ids:
-                raise ValueError("the model's encoder gives other token ids than the benchmark handed out")
-        return groups
+    def prepare(self, sample: Sample) -> Sample:
+        """Returns the sample.
 
-    def score(self, work: Sequence[Group]) -> list[float]:
+        Raises:
+            ValueError: The model's encoder gives other token ids than the sample has.
+        """
+        for group in sample.groups:
+            if tuple(response.ids for response in self._encoded(group)) != group.ids:
+                raise ValueError("the model's encoder gives other token ids than the sample that peers receive")
+        return sample
+
+    def run(self, work: Sample) -> list[float]:
         """Encodes and scores."""
         self.computed = 0
-        rewards = self._model.score_encoded([self._encoded(group) for group in work])
+        rewards = self._model.score_encoded([self._encoded(group) for group in work.groups])
         return [reward for group in rewards for reward in group]
 
     def gemm_rate(self) -> float:
-        """Returns the best rate of a large matrix product in the model's dtype, in FLOP/s: what hardware and torch give."""
+        """Returns the best rate of a large matrix product in the model's dtype, in FLOP/s."""
         left, right = (
             torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(self._module.device, self._module.dtype) for _ in range(2)
         )
         best = float("inf")
         for _ in range(_GEMM_REPEATS):
             started = time.perf_counter()
-            float((left @ right)[0, 0])  # reading the result waits for the device
+            float((left @ right)[0, 0])  # reading an element waits for the device
             best = min(best, time.perf_counter() - started)
         return 2 * _GEMM_SIZE**3 / best
 
-    def _encoded(self, group: Group) -> list[EncodedResponse]:
+    def _encoded(self, group: TokenizedGroup) -> list[EncodedResponse]:
         encoded = []
         for outcome in self._model.encoder.encode_group(group.prompt, group.responses):
             if isinstance(outcome, EncodingError):
@@ -115,12 +118,12 @@ class InProcess:
 
 
 def _linear_weights(part: nn.Module) -> dict[str, int]:
-    """Returns how many weights each linear layer has, by its name: 2 FLOP each for every token that it multiplies."""
+    """Returns the number of weights of each linear layer by its name: 2 FLOP each for every token."""
     return {name: layer.weight.numel() for name, layer in part.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def _skipped_weights(module: RewardModule) -> int:
-    """Returns how many weights multiply only the tokens that rewards are read at."""
+    """Returns the number of weights that multiply reward tokens only."""
     layer = last_layer(module) if module.execution.last_layer == "reward_tokens" else None
     weights = _linear_weights(layer) if layer else {}
     return sum(count for name, count in weights.items() if name.rsplit(".", 1)[-1] not in _BEFORE_ATTENTION)

@@ -1,20 +1,19 @@
-"""Infinity's engine in process: `rerank` for every prompt, all at once."""
+"""Infinity's engine in process: `rerank` for all prompts concurrently."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from infinity_emb import AsyncEmbeddingEngine, EngineArgs
 
-from benchmarks.harness.groups import Group
+from benchmarks.harness.texts import Sample
 
 
 class Infinity:
-    """Reranks every group concurrently, so that Infinity forms its own batches; raw scores."""
+    """Reranks all groups concurrently, so that Infinity forms its own batches; raw scores."""
 
     def __init__(self, folder: Path, *, dtype: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -32,17 +31,18 @@ class Infinity:
         self.detail: dict[str, Any] = {"dtype": dtype, "version": version("infinity-emb")}
         self.computed: int | None = None
 
-    def prepare(self, groups: Sequence[Group]) -> Sequence[Group]:
-        """Takes texts as they are."""
-        return groups
+    def prepare(self, sample: Sample) -> Sample:
+        """Returns the sample: Infinity takes texts."""
+        return sample
 
-    def score(self, work: Sequence[Group]) -> list[float]:
+    def run(self, work: Sample) -> list[float]:
         """Reranks all groups."""
         return self._loop.run_until_complete(self._all(work))
 
-    async def _all(self, groups: Sequence[Group]) -> list[float]:
+    async def _all(self, sample: Sample) -> list[float]:
         calls = [
-            self._engine.rerank(query=group.prompt, docs=list(group.responses), raw_scores=True) for group in groups
+            self._engine.rerank(query=str(group.prompt), docs=list(group.responses), raw_scores=True)
+            for group in sample.groups
         ]
         rewards = []
         for results, _ in await asyncio.gather(*calls):

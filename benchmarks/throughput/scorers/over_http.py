@@ -1,91 +1,68 @@
-"""marginrm over HTTP: `marginrm serve` in a process of its own, and clients that ask at the same time."""
+"""marginrm over HTTP: `marginrm serve` in a process of its own, and clients in this one."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Sequence
 from contextlib import ExitStack
-from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.harness.groups import Group
-from benchmarks.harness.server import WatchedServer
-from benchmarks.reliability.light_client import Wire
+from benchmarks.harness.server import ServerProcess, marginrm_command
+from benchmarks.harness.texts import Sample
+from benchmarks.throughput.scorers.classify_client import REPLY_SECONDS, ClassifyClient, Requests, send_all
+from marginrm.client import AsyncRewardClient
 
-_REPLY_SECONDS = 600
+_COMPUTED = "marginrm_tokens_computed_total"
 
 
 class OverHttp:
-    """One request a group, from at most `clients` connections.
+    """One group in a request, by marginrm's client; or one response in a request to `/classify`.
 
     Args:
         folder: The model.
-        clients: Requests at a time.
-        dtype: Of the backbone.
+        dtype: Dtype of the backbone.
         device: `cpu` or `cuda`.
+        arguments: More arguments of `marginrm serve`.
     """
 
-    def __init__(self, folder: Path, *, clients: int = 16, dtype: str = "auto", device: str = "cpu") -> None:
-        arguments = ["--model", str(folder), "--dtype", dtype, "--device", device]
-        arguments += ["--reward-cache-mib", "0"]  # every round sends the same texts
-        held = ExitStack()  # until this process ends, and with it all that it has started
-        logs = held.enter_context(TemporaryDirectory(prefix="marginrm-serve-"))
-        self._held, self._server = held, held.enter_context(WatchedServer(arguments, Path(logs, "log")))
+    def __init__(
+        self, folder: Path, *, dtype: str = "auto", device: str = "cpu", arguments: tuple[str, ...] = ()
+    ) -> None:
+        given = ["--model", str(folder), "--dtype", dtype, "--device", device, *arguments]
+        given += ["--reward-cache-mib", "0"]  # warm-up and measurement send some of the same texts
+        resources = ExitStack()  # held until this process ends, and with it its children
+        logs = resources.enter_context(TemporaryDirectory(prefix="marginrm-serve-"))
+        server = ServerProcess(marginrm_command(*given), Path(logs, "log"), ready="/readyz")
+        self._resources, self._server = resources, resources.enter_context(server)
         self._loop = asyncio.new_event_loop()
-        self._clients = clients
-        # It shares the cores with the server, and httpx would take 2 ms of them for each request.
-        self._wire = Wire(self._server.url, _REPLY_SECONDS)
-        self.computed: int | None = None
-        self.detail: dict[str, Any] = {"clients": clients}
+        self._client = AsyncRewardClient(server.url, timeout=REPLY_SECONDS)
+        self._classify = ClassifyClient(server.url, folder)
+        self._computed_before = 0.0
+        self.detail: dict[str, Any] = {"arguments": given[2:]}
 
-    def prepare(self, groups: Sequence[Group]) -> list[tuple[str, bytes]]:
-        """Returns one request a group: the route and its body."""
-        requests = (_request(group) for group in groups)
-        return [(route, json.dumps(body).encode()) for route, body in requests]
+    @property
+    def computed(self) -> int | None:
+        """Tokens that the server has computed since `prepare`."""
+        return round(self._server.metric(_COMPUTED) - self._computed_before)
 
-    def score(self, work: list[tuple[str, bytes]]) -> list[float]:
-        """Sends all requests, `clients` at a time, and reads the rewards."""
-        self.computed = 0
-        return self._loop.run_until_complete(self._all(work))
+    def prepare(self, sample: Sample) -> Sample | Requests:
+        """Returns the sample for marginrm's client, which builds requests itself, or bodies for `/classify`."""
+        self._computed_before = self._server.metric(_COMPUTED)
+        return self._classify.requests(sample) if sample.classify else sample
 
-    async def _all(self, work: list[tuple[str, bytes]]) -> list[float]:
-        replies: list[dict[str, Any]] = [{} for _ in work]
-        places = iter(range(len(work)))
+    def run(self, work: Sample | Requests) -> list[float]:
+        """Sends all requests and returns the rewards."""
+        send = self._classify.rewards(work) if isinstance(work, Requests) else self._rewards(work)
+        return self._loop.run_until_complete(send)
 
-        async def client() -> None:
-            for place in places:
-                route, body = work[place]
-                reply = await self._wire.post(route, body)
-                if reply.status != HTTPStatus.OK:
-                    raise RuntimeError(f"{route} answered {reply.status}: {reply.body.decode()}")
-                replies[place] = json.loads(reply.body)
-
-        await asyncio.gather(*(client() for _ in range(self._clients)))
-        self.computed = sum(reply["usage"]["tokens_computed"] for reply in replies)
-        return [reward for reply in replies for reward in _rewards(reply)]
-
-
-def _request(group: Group) -> tuple[str, dict[str, Any]]:
-    if len(group.responses) == 1:
-        return "/score", {"items": [{"prompt": group.prompt, "response": group.responses[0]}]}
-    if len(group.responses) == 2:
-        chosen, rejected = group.responses
-        return "/score", {"pairs": [{"prompt": group.prompt, "chosen": chosen, "rejected": rejected}]}
-    return "/best-of-n", {"prompts": [{"prompt": group.prompt, "candidates": list(group.responses)}]}
-
-
-def _rewards(reply: dict[str, Any]) -> list[float]:
-    """Returns the rewards of one group in the order of its responses."""
-    if reply.get("items"):
-        return [float(reply["items"][0]["reward"])]
-    if reply.get("pairs"):
-        pair = reply["pairs"][0]
-        return [float(pair["chosen"]["reward"]), float(pair["rejected"]["reward"])]
-    ranking = sorted(reply["prompts"][0]["ranking"], key=lambda entry: int(entry["candidate"]))
-    return [float(entry["reward"]) for entry in ranking]
+    async def _rewards(self, sample: Sample) -> list[float]:
+        rewards = await send_all(
+            [[group] for group in sample.groups],
+            lambda group: self._client.score(group.prompt, group.responses),
+            sample.clients,
+        )
+        return [reward for group in rewards for reward in group]
 
 
 load = OverHttp
