@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marginrm.calibration import T_MAX, T_MIN, calibrate, fit_temperature, temperature_interval
+from marginrm import ranking
+from marginrm.calibration import T_MAX, T_MIN, calibrate, correctness, fit_temperature, sigmoid, temperature_interval
 from marginrm.errors import CalibrationError, NonFiniteRewardError
 
 
@@ -88,3 +89,14 @@ def test_empty_and_non_finite_margins_are_refused() -> None:
         fit_temperature([])
     with pytest.raises(NonFiniteRewardError):
         fit_temperature([1.0, math.nan])
+
+
+@given(st.lists(st.floats(-800, 800), min_size=1, max_size=20))
+def test_the_logistic_of_an_array_is_that_of_a_number(values: list[float]) -> None:
+    assert sigmoid(values).tolist() == pytest.approx([ranking.sigmoid(value) for value in values], rel=1e-15)
+    assert ranking.sigmoid(-800.0) >= 0.0
+
+
+def test_a_tie_counts_half() -> None:
+    assert correctness([[2.0, 0.0], [-1.0, -0.0]]).tolist() == [[1.0, 0.5], [0.0, 0.5]]
+    assert float(correctness(0.0)) == 0.5

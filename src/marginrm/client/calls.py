@@ -135,16 +135,16 @@ class Calls:
 
         A group larger than that is sent in several requests and ranked here.
         """
-        asked = self.groups(groups)
-        sizes = [len(group["candidates"]) for group in asked]
+        sent = self.groups(groups)
+        sizes = [len(group["candidates"]) for group in sent]
         until = self.until()
         calls = [
-            finding(self._rank(asked, parts, top_k, tie_below, until))
+            finding(self._rank(sent, parts, top_k, tie_below, until))
             for parts in split_into_requests(sizes, self.batch_size)
         ]
 
         def join(parts: list[list[Ranked]]) -> list[Ranking | ItemScoreError]:
-            found: list[list[Ranked]] = [[] for _ in asked]
+            found: list[list[Ranked]] = [[] for _ in sent]
             for ranked in (one for part in parts for one in part):
                 found[ranked.part.group].append(ranked)
             return [rejoined(ranges, top_k, tie_below) for ranges in found]
@@ -220,14 +220,14 @@ class Calls:
     def _compare(
         self, pairs: Sequence[PairInput], start: int, tie_below: float, until: float
     ) -> Exchange[list[Comparison | ItemScoreError]]:
-        asked = [_fields(pair, ("prompt", "chosen", "rejected")) for pair in pairs]
-        body = {**self.common(tie_below), "pairs": asked}
+        sent = [_fields(pair, ("prompt", "chosen", "rejected")) for pair in pairs]
+        body = {**self.common(tie_below), "pairs": sent}
         try:
             reply = yield from self._request("POST", "/score", body, ScoreResponse, until)
         except RewardClientError as error:
-            error.add_note(f"This was about pairs {start} to {start + len(asked) - 1}.")
-            return [lone_item_error(error, asked, start)]
-        check_order(reply.pairs, len(asked))
+            error.add_note(f"This was about pairs {start} to {start + len(sent) - 1}.")
+            return [lone_item_error(error, sent, start)]
+        check_order(reply.pairs, len(sent))
         return [comparison(pair, start + pair.index) for pair in reply.pairs]
 
     def _rank(
@@ -238,17 +238,17 @@ class Calls:
         tie_below: float,
         until: float,
     ) -> Exchange[list[Ranked]]:
-        asked = [
+        sent = [
             {**groups[one.group], "candidates": groups[one.group]["candidates"][one.first : one.stop]} for one in parts
         ]
-        whole = len(asked[0]["candidates"]) == len(groups[parts[0].group]["candidates"])
-        body = {**self.common(tie_below), "top_k": top_k if whole else None, "prompts": asked}
+        whole = len(sent[0]["candidates"]) == len(groups[parts[0].group]["candidates"])
+        body = {**self.common(tie_below), "top_k": top_k if whole else None, "prompts": sent}
         try:
             reply = yield from self._request("POST", "/best-of-n", body, BestOfNResponse, until)
         except RewardClientError as error:
             error.add_note(f"This was about groups {parts[0].group} to {parts[-1].group}.")
-            return [Ranked(parts[0], lone_item_error(error, asked, parts[0].group, parts[0].first), None)]
-        check_order(reply.prompts, len(asked))
+            return [Ranked(parts[0], lone_item_error(error, sent, parts[0].group, parts[0].first), None)]
+        check_order(reply.prompts, len(sent))
         return [
             Ranked(one, ranking(prompt, one.group, one.first), reply.model)
             for one, prompt in zip(parts, reply.prompts, strict=True)

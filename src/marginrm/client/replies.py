@@ -60,11 +60,11 @@ def retry_after(value: str | None) -> float | None:
 def refusal(outcome: Reply | httpx.HTTPError, attempts: int) -> tuple[RewardClientError, float | None]:
     """Returns the error of a failed request, and the least wait before a retry in seconds; None if a retry is no use."""
     if isinstance(outcome, Reply):
-        asked = retry_after(outcome.headers.get("retry-after"))
+        delay = retry_after(outcome.headers.get("retry-after"))
         body = error_body(outcome)
         request_id = body.request_id or outcome.headers.get("x-request-id")
-        error = response_error(outcome.status, body.code, body.message, request_id, asked, body.param)
-        return error, (asked or 0.0) if outcome.status in _RETRIED else None
+        error = response_error(outcome.status, body.code, body.message, request_id, delay, body.param)
+        return error, (delay or 0.0) if outcome.status in _RETRIED else None
     tries = f"{attempts} tries" if attempts > 1 else "1 try"
     failure = TransportError(f"No answer after {tries}: {type(outcome).__name__}: {outcome}")
     failure.__cause__ = outcome
@@ -95,10 +95,10 @@ def parsed(reply: Reply, shape: type[_Model]) -> _Model:
         ) from error
 
 
-def check_order(outcomes: Sequence[Any], asked: int) -> None:
-    """Raises UnexpectedReplyError unless there is an outcome for each item asked, in order."""
-    if [outcome.index for outcome in outcomes] != list(range(asked)):
-        raise UnexpectedReplyError(f"Expected {asked} outcomes in order; got {len(outcomes)}, or another order.")
+def check_order(outcomes: Sequence[Any], expected: int) -> None:
+    """Raises UnexpectedReplyError unless there is one outcome for each item, in order."""
+    if [outcome.index for outcome in outcomes] != list(range(expected)):
+        raise UnexpectedReplyError(f"Expected {expected} outcomes in order; got {len(outcomes)}, or another order.")
 
 
 def comparison(outcome: PairOut | ItemError, index: int) -> Comparison | ItemScoreError:
@@ -133,16 +133,16 @@ def ranking(outcome: PromptOut | ItemError, index: int, first: int = 0) -> Ranki
     )
 
 
-def rewards_of(ranked: Ranking, asked: int) -> list[float]:
+def rewards_of(ranked: Ranking, expected: int) -> list[float]:
     """Returns the rewards of a whole ranking in the candidates' order.
 
     Raises:
         UnexpectedReplyError: The ranking does not hold each candidate once.
     """
     rewards = {entry.candidate: entry.reward for entry in ranked.ranking}
-    if sorted(rewards) != list(range(asked)):
-        raise UnexpectedReplyError(f"Expected {asked} rewards, got {len(rewards)}.")
-    return [rewards[index] for index in range(asked)]
+    if sorted(rewards) != list(range(expected)):
+        raise UnexpectedReplyError(f"Expected {expected} rewards, got {len(rewards)}.")
+    return [rewards[index] for index in range(expected)]
 
 
 def item_error(outcome: ItemError, index: int) -> ItemScoreError:
@@ -152,16 +152,16 @@ def item_error(outcome: ItemError, index: int) -> ItemScoreError:
 
 
 def lone_item_error(
-    error: RewardClientError, asked: Sequence[Mapping[str, Any]], index: int, first: int = 0
+    error: RewardClientError, sent: Sequence[Mapping[str, Any]], index: int, first: int = 0
 ) -> ItemScoreError:
     """Turns an HTTP error into an item error if the request had exactly one item and the error's code is about items.
 
     Any other error is raised again. The item's candidates begin at `first`, which a refusal of a lone candidate is about.
     """
-    if len(asked) != 1 or not isinstance(error, ResponseError) or error.code not in _ITEM_CODES:
+    if len(sent) != 1 or not isinstance(error, ResponseError) or error.code not in _ITEM_CODES:
         raise error
     param = f"candidates[{first}]" if first else error.param
-    return ItemScoreError(index, error.code, error.message, asked[0].get("id"), param)
+    return ItemScoreError(index, error.code, error.message, sent[0].get("id"), param)
 
 
 def or_raise(outcome: Result | ItemScoreError) -> Result:

@@ -25,11 +25,11 @@ def best_of_n_stream(
     calls: Calls, groups: Sequence[GroupInput], top_k: int | None, tie_below: float
 ) -> Call[GroupOutcome]:
     """Ranks many groups in requests of about `batch_size` responses; finds each as soon as the server has it."""
-    asked = calls.groups(groups)
+    sent = calls.groups(groups)
     until = calls.until()
-    sizes = [min(len(group["candidates"]), calls.batch_size) for group in asked]  # a larger one is sent alone, whole
+    sizes = [min(len(group["candidates"]), calls.batch_size) for group in sent]  # a larger one is sent alone, whole
     for part in split_into_requests(sizes, calls.batch_size):
-        missing: dict[int, Mapping[str, Any]] = {one.group: asked[one.group] for one in part}
+        missing: dict[int, Mapping[str, Any]] = {one.group: sent[one.group] for one in part}
         attempt = 0
         while missing:
             before = len(missing)

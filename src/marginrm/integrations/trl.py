@@ -87,8 +87,8 @@ def _groups(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list[di
     """Returns groups of consecutive completions with one prompt, and the positions of their members."""
     groups: list[dict[str, Any]] = []
     members: list[list[int]] = []
-    for place, (asked, completion) in enumerate(zip(prompts, completions, strict=True)):
-        prompt, response = _split(asked, completion)
+    for place, (given, completion) in enumerate(zip(prompts, completions, strict=True)):
+        prompt, response = _split(given, completion)
         if not groups or groups[-1]["prompt"] != prompt:
             groups.append({"prompt": prompt, "candidates": []})
             members.append([])

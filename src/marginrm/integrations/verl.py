@@ -65,11 +65,11 @@ def compute_score(
             "needs it there. Set reward_kwargs.prompt_key if it has another name."
         )
     # A list of messages from a Parquet file arrives as an array.
-    asked = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     try:
         with _lock:  # without the lock, concurrent first calls would each make a client
             client = _client(base_url, model, api_key, truncation)
-        (reward,) = client.score(asked, [solution_str])
+        (reward,) = client.score(messages, [solution_str])
     except ItemScoreError:
         if unscorable is None:
             raise
