@@ -12,7 +12,7 @@ from typing import Literal
 
 from marginrm.packing import Group, shared_prefix
 
-ForwardPath = Literal["packed", "padded"]
+ForwardPath = Literal["packed", "padded", "one_at_a_time"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def plan_steps(
         budget: Tokens that a step may compute. One response that is longer gets a step of its own.
         path: `packed` keeps the order, and splits a group only if it exceeds a step of its own; each slice then
             computes the prefix again, so a slice may hold as many other tokens as `part_room` says. `padded` sorts all
-            responses by length, longest first.
+            responses by length, longest first. `one_at_a_time` gives each response a step.
         share_prefix: Whether a packed row computes the prefix of a group once, as for `plan_row`.
 
     Yields:
@@ -70,7 +70,7 @@ def plan_steps(
     """
     if path == "packed":
         return _packed_steps(groups, budget, share_prefix=share_prefix)
-    return _padded_steps([[len(member) for member in group] for group in groups], budget)
+    return _padded_steps([[len(member) for member in group] for group in groups], budget if path == "padded" else 0)
 
 
 def _packed_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[GroupSlice]]:
@@ -111,3 +111,31 @@ def _padded_steps(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[lis
         step.append(GroupSlice(number, index, index + 1))
     if step:
         yield step
+
+
+def split_by_length(
+    step: Sequence[GroupSlice], lengths: Sequence[Sequence[int]], boundary: int | None, *, alone: bool = False
+) -> Iterator[list[GroupSlice]]:
+    """Splits a step so that a forward pass takes sequences of one kind.
+
+    Args:
+        step: The slices of one step.
+        lengths: For each group the tokens of its members.
+        boundary: Sequences up to this length and longer ones are different kinds; None if all are alike.
+        alone: Whether each response gets a step of its own.
+
+    Yields:
+        The slices of one step: those of the shorter responses, then those of the longer ones.
+    """
+    if alone:
+        yield from ([GroupSlice(part.group, at, at + 1)] for part in step for at in range(part.start, part.stop))
+        return
+    kinds: dict[bool, list[GroupSlice]] = {False: [], True: []}
+    for part in step:
+        start = part.start
+        for at in range(part.start, part.stop):
+            long = boundary is not None and lengths[part.group][at] > boundary
+            if at + 1 == part.stop or long != (boundary is not None and lengths[part.group][at + 1] > boundary):
+                kinds[long].append(GroupSlice(part.group, start, at + 1))
+                start = at + 1
+    yield from (kind for kind in kinds.values() if kind)

@@ -126,12 +126,3 @@ def test_bfloat16_keeps_a_float32_head(tmp_path: Path) -> None:
 def test_a_head_with_two_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match="2 values per sequence"):
         build_module(load(tiny_checkpoint(tmp_path, "llama", num_labels=2)), max_length=512)
-
-
-def test_a_rope_that_depends_on_the_batch_takes_the_padded_path_and_says_why(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    module = build_module(load(tiny_checkpoint(tmp_path, "llama", rope_parameters=rope)), max_length=512)
-    assert module.forward_path == "padded"
-    assert "dynamic RoPE" in module.forward_reason
-    groups = groups_of(300)
-    torch.testing.assert_close(module(module.collate(groups)), one_by_one(module.base, groups), atol=1e-5, rtol=0)

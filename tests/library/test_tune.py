@@ -38,7 +38,7 @@ def test_an_illegal_combination_is_refused_by_its_rule(fields: dict[str, Any], r
 def test_a_module_that_is_not_tuned_computes_plainly(tmp_path: Path) -> None:
     module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     assert module.execution == Execution(device="cpu")
-    assert module.forward_reason == "packed rows reproduce the padded forward (prefixes shared)"
+    assert module.forward_reason == "packed rows reproduce the model's own forward (prefixes shared)"
 
 
 def test_the_purpose_decides_and_a_module_may_be_tuned_again(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class ServedModel:
             **self.info.model_dump(),
             id=self.name,
             created=self._created,
-            forward_path="packed" if self._model.forward_path == "packed" else "padded",
+            forward_path=self._model.forward_path,
             forward_reason=self._model.forward_reason,
             max_length=self.encoder.max_length,
         )

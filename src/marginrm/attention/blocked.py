@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marginrm.attention.gathered import sequences_of
-from marginrm.attention.layout import AttentionOptions
+from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError
 from marginrm.packing import Ints, PackingPlan
 
 BLOCK = 64  # positions
@@ -89,7 +89,13 @@ class BlockLayout:
         return BlockLayout(tuple(batch.to(device) for batch in self.batches), self.order.to(device), self.causal)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        """Computes a layer's attention over the row, as `AttentionLayout.attend` says."""
+        """Computes a layer's attention over the row, as `AttentionLayout.attend` says.
+
+        Raises:
+            UnsupportedAttentionError: Soft-capping or sinks are asked for.
+        """
+        if not options.plain:
+            raise UnsupportedAttentionError("attention in blocks does not support soft-capping or attention sinks")
         results = []
         for number, batch in enumerate(self.batches):
             gathered = [part[0].transpose(0, 1)[batch.tokens].transpose(1, 2) for part in (query, key, value)]

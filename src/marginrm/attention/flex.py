@@ -52,8 +52,10 @@ class IntervalLayout:
         """Computes a layer's attention over the row, as `AttentionLayout.attend` says.
 
         Raises:
-            UnsupportedAttentionError: Dropout is asked for, or gradients on a CPU.
+            UnsupportedAttentionError: Soft-capping, sinks or dropout are asked for, or gradients on a CPU.
         """
+        if not options.plain:
+            raise UnsupportedAttentionError("FlexAttention is not used for soft-capping or attention sinks")
         if options.dropout:
             raise UnsupportedAttentionError("FlexAttention does not support dropout")
         if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marginrm.attention.cpu_fused import FusedCPUAttention
-from marginrm.attention.cpu_matmul import matmul_attention
 from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError
+from marginrm.attention.matmul import masked_attention, matmul_attention
 from marginrm.packing import ROOT, Ints, PackingPlan
 
 # A shorter prefix is cheaper to read again in each sequence than to merge.
@@ -60,34 +60,39 @@ class PaddedCall:
         return replace(self, lengths=self.lengths.to(device), masks={})
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Returns the mask that is added to the scores, made once for all layers; None if no mask is needed.
+        """Returns the mask that is added to the scores, made once for all layers; None if causality is enough.
 
         Args:
             window: As in `AttentionOptions`.
             dtype: The dtype of the scores.
+
+        Returns:
+            [sequences or 1, 1, longest or 1, longest], or with a window [..., prefix + longest].
         """
         if (window, dtype) not in self.masks:
-            seen = self._seen(window)
-            self.masks[window, dtype] = (
-                None
-                if seen is None
-                else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-            )
+            self.masks[window, dtype] = additive(self._seen(window), dtype)
         return self.masks[window, dtype]
+
+    def causal_mask(self, dtype: torch.dtype) -> Tensor:
+        """Returns causality as a mask, [1, 1, longest, prefix + longest], for kernels that need one."""
+        mask = self.mask(self.prefix + self.longest, dtype)  # a window that hides nothing
+        assert mask is not None
+        return mask
 
     def _seen(self, window: int | None) -> Tensor | None:
         if window is None and self.causal:
             return None
-        places = torch.arange(self.longest, device=self.lengths.device)
-        distance = (places[:, None] - places[None, :]).abs()
-        near = distance < (self.longest if window is None else window)
+        keys = torch.arange(self.prefix + self.longest, device=self.lengths.device)
+        queries = keys[self.prefix :]
+        distance = queries[:, None] - keys[None, :]
+        near = distance.abs() < (len(keys) if window is None else window)
         if self.causal:
-            return (near & (places[:, None] >= places[None, :]))[None, None]
-        real = places[None, :] < self.lengths[:, None]
+            return (near & (distance >= 0))[None, None]
+        real = keys[None, :] < self.lengths[:, None]
         if window is None:
             return None if bool(real.all()) else real[:, None, None]
         # Padding attends to itself, since a softmax over nothing is NaN.
-        return (near & real[:, None, :] | torch.eye(self.longest, dtype=torch.bool, device=real.device))[:, None]
+        return (near & real[:, None, :] | (distance == 0))[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ class GatheredLayout:
         tokens: Row indices of the calls' sequences, end to end, [sum of sequences * longest].
         prefixes: Row indices of the calls' shared prefixes, end to end, [sum of prefix].
         order: Index of each row token's result among the results of all calls, [tokens].
-        matmul: Whether causal calls without gradients are computed by `cpu_matmul` instead of the fused kernel.
+        matmul: Whether causal calls without gradients are computed by `matmul_attention` instead of the fused kernel.
     """
 
     calls: tuple[PaddedCall, ...]
@@ -118,9 +123,11 @@ class GatheredLayout:
         """Computes a layer's attention over the row, as `AttentionLayout.attend` says.
 
         Raises:
-            UnsupportedAttentionError: A prefix is computed apart, and the layer asks for a window, for dropout or for
-                values of another size than keys.
+            UnsupportedAttentionError: A prefix is computed apart, and the layer asks for dropout or for values of another
+                size than keys.
         """
+        if options.window is not None and options.window >= max(call.prefix + call.longest for call in self.calls):
+            options = replace(options, window=None)
         # One gather for all calls: its gradient is one scatter, where a gather per call would fill a whole row each.
         sizes = [call.sequences * call.longest for call in self.calls]
         suffixes = [_gathered(tensor, self.tokens, sizes) for tensor in (query, key, value)]
@@ -252,14 +259,17 @@ def _run_call(
 ) -> Tensor:
     """Returns the attention of one call, [sequences * longest, heads, value size]."""
     query, key, value = (part.view(call.sequences, call.longest, *part.shape[1:]).transpose(1, 2) for part in suffix)
+    if call.prefix and (options.dropout or key.shape[-1] != value.shape[-1]):
+        raise UnsupportedAttentionError("prefixes cannot be computed apart with dropout or values of another size")
+    prefix_key, prefix_value = (part.transpose(0, 1)[None] if call.prefix else None for part in prefix)
     mask = call.mask(options.window, query.dtype)
     causal = call.causal and mask is None
-    if call.prefix and (options.window is not None or options.dropout or key.shape[-1] != value.shape[-1]):
-        raise UnsupportedAttentionError("prefixes cannot be computed apart with a window, dropout or unequal heads")
-    prefix_key, prefix_value = (part.transpose(0, 1)[None] if call.prefix else None for part in prefix)
-    result: Tensor
-    if matmul and causal and not options.dropout and not query.requires_grad:
-        result = matmul_attention(query, key, value, prefix_key, prefix_value, options.scale)
+    gradients = torch.is_grad_enabled() and query.requires_grad
+    if causal and not options.dropout and not gradients and (matmul or not options.plain):
+        result = matmul_attention(query, key, value, prefix_key, prefix_value, options)
+    elif not options.plain or (call.prefix and not causal):
+        keys, values = _with_prefix(key, prefix_key), _with_prefix(value, prefix_value)
+        result = masked_attention(query, keys, values, call.causal_mask(query.dtype) if causal else mask, options)
     elif call.prefix or _backward_is_slow(query, value, options.dropout):
         result = FusedCPUAttention.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             query, key, value, prefix_key, prefix_value, mask, causal, options.scale
@@ -276,6 +286,17 @@ def _run_call(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     return result.transpose(1, 2).flatten(0, 1)
+
+
+def _with_prefix(suffix: Tensor, prefix: Tensor | None) -> Tensor:
+    return suffix if prefix is None else torch.cat([prefix.expand(suffix.shape[0], -1, -1, -1), suffix], 2)
+
+
+def additive(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Returns a boolean mask as one that is added to scores: 0 where it is true, minus infinity elsewhere."""
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _backward_is_slow(query: Tensor, value: Tensor, dropout: float) -> bool:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from marginrm.attention.layout import AttentionLayout, AttentionOptions, UnsupportedAttentionError
+from marginrm.attention.layout import AttentionLayout, AttentionOptions
 
 ATTENTION_NAME = "marginrm_packed"
 
@@ -47,22 +47,24 @@ def packed_attention(
         [1, tokens, heads, value size], and None for the weights, which are not materialised.
 
     Raises:
-        UnsupportedAttentionError: The model asks for soft-capping or attention sinks, or for an option that the row's
-            layout does not support.
+        UnsupportedAttentionError: The model asks for an option that the row's layout does not support.
     """
     batch = kwargs.pop("packed_batch", None)
     if batch is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for option in ("softcap", "s_aux"):
-        if kwargs.get(option) is not None:
-            raise UnsupportedAttentionError(f"attention with {option}")
     if torch.is_autocast_enabled(query.device.type):  # autocast casts the inputs of SDPA, but not of our kernels
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     layout: AttentionLayout = batch.layout
-    options = AttentionOptions(scale=scaling, dropout=dropout, window=kwargs.get("sliding_window"))
+    options = AttentionOptions(
+        scale=scaling,
+        dropout=dropout,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
     return layout.attend(query, key, value, options), None
 
 

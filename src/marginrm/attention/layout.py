@@ -23,11 +23,22 @@ class AttentionOptions:
         scale: Factor on the dot products; None for 1 / sqrt(head size).
         dropout: Share of attention weights that training drops.
         window: Tokens attend to each other only at a distance below this one; None for no window.
+        softcap: Scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv 2408.00118, section 2);
+            None for plain scores.
+        sinks: One more score for each head, [heads], that takes part in the softmax and has no value (gpt-oss); None for
+            none.
     """
 
     scale: float | None = None
     dropout: float = 0.0
     window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores and softmax are the usual ones, as fused kernels compute them."""
+        return self.softcap is None and self.sinks is None
 
 
 class AttentionLayout(Protocol):

@@ -1,115 +1,271 @@
-"""Eligibility: are packed rows exact for a model? Static obstacles first, then a probe against its padded forward."""
+"""Chooses a classifier's forward path by a probe: the first one whose rewards are those of the classifier itself.
+
+The truth is the classifier's own forward with transformers' eager attention on each conversation alone. Held against it
+are our rewards of the same conversations in one batch: on packed rows, on padded batches, on padded batches through the
+classifier's own forward, and through that one conversation at a time. Whatever a path raises means the next path.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from marginrm.attention.gathered import GatheredLayout
 from marginrm.attention.interface import ATTENTION_NAME
-from marginrm.attention.layout import UnsupportedAttentionError
-from marginrm.errors import HeadError
-from marginrm.forward.batch import PackedBatch, pad
+from marginrm.attention.layout import AttentionLayout, AttentionOptions
+from marginrm.encoding import Architecture
+from marginrm.errors import HeadError, ModelError
+from marginrm.forward.batch import EncodedGroup, PackedBatch, pad
 from marginrm.forward.module import RewardModule, evaluating
-from marginrm.forward.pooling import Pooling, keep_head_in_float32, pooling_of
-from marginrm.forward.self_check import difference, groups_for, tolerance
+from marginrm.forward.own_forward import (
+    is_own_code,
+    on_meta,
+    own_rewards,
+    pad_token_of,
+    reading_the_last_token,
+    vocabulary_of,
+)
+from marginrm.forward.pooling import Pooling, head_in_float32, poolings_of
+from marginrm.forward.rope import length_boundary, rope_obstacle
+from marginrm.forward.self_check import difference, probe_groups, tolerance
+from marginrm.steps import ForwardPath, GroupSlice, split_by_length
 
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
-_ROPE_OF_BATCH = {"dynamic", "longrope"}
-_PROBE_TOKENS = 12
+_PROBE_TOKENS = (12, 160)
+_PLACES = {"packed": "packed", "padded": "padded", "one_at_a_time": "one at a time"}
 
 
-def build_module(classifier: PreTrainedModel, *, max_length: int) -> RewardModule:
-    """Builds the forward pass of a classifier on packed rows if a probe shows them to be exact, else on padded ones.
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    path: ForwardPath
+    pooling: Pooling | None
+    attention: str
+
+
+def build_module(
+    classifier: PreTrainedModel,
+    *,
+    max_length: int,
+    architecture: Architecture | None = None,
+    probe: Sequence[EncodedGroup] = (),
+) -> RewardModule:
+    """Builds the forward pass of a classifier on the best path that reproduces the classifier's own forward.
 
     Args:
-        classifier: A transformers sequence-classification model (or a PEFT wrapper of one) with one label. Its head is
-            cast to float32, and its attention implementation is set.
+        classifier: A transformers sequence-classification model, a PEFT wrapper of one, or a class of the checkpoint's own,
+            with one value per sequence. Its attention implementation is set; a head that is pooled is cast to float32.
         max_length: The longest sequence that it will be given, in tokens.
+        architecture: If it is known already; by default a classifier with a `score` is taken for a decoder.
+        probe: Conversations to try (`self_check.conversations`); random tokens by default.
 
     Raises:
         HeadError: The classifier does not give exactly one value per sequence.
+        ModelError: No path reproduces the classifier's own forward; the message says what was tried.
     """
     unwrap = getattr(classifier, "get_base_model", None)
     base: PreTrainedModel = unwrap() if unwrap else classifier
+    if on_meta(base):
+        return _unprobed(classifier, base, max_length, architecture)
+    groups = probe or _random_groups(base, max_length)
+    truth = _truth(classifier, base, groups)
+    tried: list[tuple[_Candidate, str]] = []
+    for candidate in _candidates(base, architecture):
+        reason = _obstacle(candidate, base, max_length)
+        if reason is None:
+            undo = head_in_float32(base, candidate.pooling) if candidate.pooling else lambda: None
+            module = _module(classifier, candidate, max_length, architecture, tried)
+            reason = _differs(module, groups, truth)
+            if reason is None:
+                return module
+            undo()
+        tried.append((candidate, reason))
+    shown = "; ".join(dict.fromkeys(f"{_PLACES[candidate.path]}: {reason}" for candidate, reason in tried))
+    raise ModelError(f"No forward path gives the rewards of {type(base).__name__}'s own forward. {shown}.")
+
+
+def _unprobed(
+    classifier: PreTrainedModel, base: PreTrainedModel, max_length: int, architecture: Architecture | None
+) -> RewardModule:
+    """Builds the module of a classifier whose weights are not in memory yet: on the first path without an obstacle."""
     if base.config.num_labels != 1:
-        raise HeadError(
-            f"The model's head gives {base.config.num_labels} values per sequence; a reward model gives 1 "
-            "(num_labels = 1). Is this a classifier, or a checkpoint saved without its reward head?"
-        )
-    pooling = pooling_of(base)
-    keep_head_in_float32(base, pooling)
-    obstacle = _static_obstacle(base, pooling) or _unreplaceable_attention(base)
-    if obstacle is None:
-        sharing = "prefixes shared" if pooling and pooling.reads == "last" else "an encoder, nothing to share"
-        module = RewardModule(
-            classifier,
-            max_length=max_length,
-            pooling=pooling,
-            forward_path="packed",
-            path_reason=f"packed rows reproduce the padded forward ({sharing})",
-        )
-        obstacle = _probe(module)
-        if obstacle is None:
-            return module
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")  # noqa: SLF001 - no public name for it
+        raise HeadError(f"The model's head gives {base.config.num_labels} values per sequence; a reward model gives 1.")
+    for candidate in _candidates(base, architecture):
+        if _obstacle(candidate, base, max_length) is None:
+            if candidate.pooling:
+                head_in_float32(base, candidate.pooling)
+            return _module(classifier, candidate, max_length, architecture, [])
+    raise ModelError(f"{type(base).__name__} has no attention implementation.")
+
+
+def _candidates(base: PreTrainedModel, architecture: Architecture | None) -> Iterator[_Candidate]:
+    poolings = poolings_of(base, architecture)
+    for pooling in poolings:
+        yield _Candidate("packed", pooling, ATTENTION_NAME)
+    # SDPA ignores soft-capping.
+    plain = getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is None
+    implementations = ("sdpa", "eager") if plain and getattr(base, "_supports_sdpa", False) else ("eager",)
+    for implementation in implementations:
+        for pooling in poolings:
+            yield _Candidate("padded", pooling, implementation)
+        yield _Candidate("padded", None, implementation)
+    yield _Candidate("one_at_a_time", None, "eager")
+
+
+def _module(
+    classifier: PreTrainedModel,
+    candidate: _Candidate,
+    max_length: int,
+    architecture: Architecture | None,
+    tried: Sequence[tuple[_Candidate, str]],
+) -> RewardModule:
+    own = "" if candidate.pooling else " by the model's own forward"
+    if candidate.path == "packed":
+        assert candidate.pooling is not None
+        shared = "prefixes shared" if candidate.pooling.reads == "last" else "an encoder, nothing to share"
+        reason = f"packed rows reproduce the model's own forward ({shared})"
+    else:
+        why = {_PLACES[one.path]: text for one, text in reversed(tried) if one.path != candidate.path}
+        reasons = "; ".join(f"not {path}: {text}" for path, text in sorted(why.items()))
+        reason = f"{_PLACES[candidate.path]}{own}; {reasons or 'its head is not one that reads one token'}"
     return RewardModule(
-        classifier, max_length=max_length, pooling=pooling, forward_path="padded", path_reason=f"padded: {obstacle}"
+        classifier,
+        max_length=max_length,
+        pooling=candidate.pooling,
+        architecture=architecture,
+        forward_path=candidate.path,
+        path_reason=reason,
+        length_boundary=length_boundary(classifier.config, max_length),
     )
 
 
-def _static_obstacle(base: PreTrainedModel, pooling: Pooling | None) -> str | None:
-    """Returns what in class or configuration rules out packed rows."""
-    if pooling is None:
-        return f"the head of {type(base).__name__} is not one that marginrm can pool by position"
-    unknown = set(getattr(base.config, "layer_types", None) or ()) - _EXACT_LAYERS
-    if unknown:
-        return f"layers of type {', '.join(sorted(unknown))}"
-    rope = getattr(base.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _ROPE_OF_BATCH:
-        return f"{rope['rope_type']} RoPE depends on the longest sequence of the batch"
+def _obstacle(candidate: _Candidate, base: PreTrainedModel, max_length: int) -> str | None:
+    """Sets a candidate's attention; returns what rules the candidate out without a probe."""
+    config = base.config.get_text_config()
+    if candidate.path == "packed":
+        unknown = set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYERS
+        if unknown:
+            return f"layers of type {', '.join(sorted(unknown))}"
+    if candidate.path != "one_at_a_time" and (obstacle := rope_obstacle(config, max_length)):
+        return obstacle
+    if not _set_attention(base, candidate.attention) and candidate.path == "packed":
+        return "its attention does not go through transformers' AttentionInterface"
     return None
 
 
-def _unreplaceable_attention(base: PreTrainedModel) -> str | None:
-    """Sets the attention function for packed rows; returns why it cannot be set."""
+def _set_attention(base: PreTrainedModel, name: str) -> bool:
+    """Sets the attention implementation, if the model lets it be set; says if it did."""
+    settable = getattr(
+        base, "_can_set_attn_implementation", None
+    )  # private; without it, set_attn_implementation decides
+    if settable is not None and not settable():
+        return False
     try:
-        base.set_attn_implementation(ATTENTION_NAME)
-    except (ValueError, NotImplementedError) as error:
-        return f"its attention cannot be replaced ({type(error).__name__})"
-    return None
+        base.set_attn_implementation(name)
+    except Exception:  # noqa: BLE001 - own code raises errors of any class
+        return False
+    return True
 
 
 @torch.no_grad()
-def _probe(module: RewardModule) -> str | None:
-    """Compares packed with padded rewards on a few random sequences; returns what speaks against packing."""
-    if next(module.parameters()).is_meta:
-        return None
-    groups = groups_for(module, _PROBE_TOKENS)
-    batch = module.collate(groups).to(module.device)
-    assert isinstance(batch, PackedBatch)
-    with evaluating(module):
-        padded = module(pad(groups, pad_token_id=module.base.config.pad_token_id).to(module.device))
-        try:
-            packed = module(batch)
-        except UnsupportedAttentionError as error:
-            return str(error)
-    found = difference(packed, padded)
-    if not found <= tolerance(module):
-        return f"packed and padded rewards differ by {found:.2g} in a probe"
-    return _silent_window(module, batch)
+def _truth(classifier: PreTrainedModel, base: PreTrainedModel, groups: Sequence[EncodedGroup]) -> Tensor:
+    """Returns the rewards of the classifier's own forward, one conversation at a time, [responses].
+
+    Raises:
+        HeadError: The classifier does not give exactly one value per sequence.
+        ModelError: Its own forward fails.
+    """
+    _set_attention(base, "eager")
+    last = not is_own_code(base) and any(pooling.reads == "last" for pooling in poolings_of(base))
+    device = next(base.parameters()).device
+    try:
+        with evaluating(classifier), reading_the_last_token(base) if last else nullcontext():
+            return torch.cat(
+                [
+                    own_rewards(classifier, pad([[response]], pad_token_id=None).to(device))
+                    for group in groups
+                    for response in group
+                ]
+            )
+    except HeadError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{type(base).__name__}'s own forward fails on a conversation: {type(error).__name__}: {reason}"
+        ) from error
 
 
-def _silent_window(module: RewardModule, batch: PackedBatch) -> str | None:
+@torch.no_grad()
+def _differs(module: RewardModule, groups: Sequence[EncodedGroup], truth: Tensor) -> str | None:
+    """Returns what speaks against a path: an error, or rewards of all conversations together that are not the truth."""
+    recorder = _OptionsRecorder()
+    try:
+        with evaluating(module):
+            found = _together(module, groups, recorder)
+    except Exception as error:  # noqa: BLE001 - a model's code raises errors of any class, and there is another path
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    same = found.isnan() & truth.isnan()  # a model that gives NaN gives it on every path
+    worst = difference(torch.where(same, 0, found), torch.where(same, 0, truth))
+    module.probe_difference = worst
+    if not worst <= tolerance(module):
+        return f"rewards differ by {worst:.2g} from the model's own in a probe"
+    return _silent_window(module, recorder) if module.forward_path == "packed" else None
+
+
+def _together(module: RewardModule, groups: Sequence[EncodedGroup], recorder: _OptionsRecorder) -> Tensor:
+    """Returns the rewards of groups in as few batches as the path allows, [responses]."""
+    whole = [GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]
+    lengths = [[len(response.ids) for response in group] for group in groups]
+    found = [torch.empty(len(group), device=module.device) for group in groups]
+    for step in split_by_length(whole, lengths, module.length_boundary, alone=module.forward_path == "one_at_a_time"):
+        batch = module.collate([groups[part.group][part.start : part.stop] for part in step]).to(module.device)
+        if isinstance(batch, PackedBatch):
+            batch = replace(batch, layout=recorder.around(batch.layout))
+        rewards = module(batch)
+        for part in step:
+            count = part.stop - part.start
+            found[part.group][part.start : part.stop], rewards = rewards[:count], rewards[count:]
+    return torch.cat(found)
+
+
+class _OptionsRecorder:
+    """A layout that notes which windows layers pass to their attention."""
+
+    def __init__(self) -> None:
+        self.windows: set[int | None] = set()
+        self._layout: AttentionLayout
+
+    def around(self, layout: AttentionLayout) -> _OptionsRecorder:
+        """Returns itself, around the layout that computes."""
+        self._layout = layout
+        return self
+
+    def to(self, device: torch.device) -> _OptionsRecorder:
+        self._layout = self._layout.to(device)
+        return self
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        self.windows.add(options.window)
+        return self._layout.attend(query, key, value, options)
+
+
+def _silent_window(module: RewardModule, recorder: _OptionsRecorder) -> str | None:
     """Returns an obstacle if the configuration has a window that no layer passed to its attention function."""
-    window = _sliding_window(module.base.config)
-    assert isinstance(batch.layout, GatheredLayout)
-    seen = {key for call in batch.layout.calls for key, _ in call.masks}
-    if window is not None and window < module.max_length and seen == {None}:
+    config = module.base.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    used = isinstance(window, int) and getattr(config, "use_sliding_window", True)
+    if used and (types is None or "sliding_attention" in types) and recorder.windows == {None}:
         return f"a sliding window of {window:,} tokens that its attention does not announce"
     return None
 
 
-def _sliding_window(config: object) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    return window if isinstance(window, int) and getattr(config, "use_sliding_window", True) else None
+def _random_groups(base: PreTrainedModel, max_length: int) -> list[EncodedGroup]:
+    short, long = (
+        probe_groups(vocabulary_of(base), min(max_length, tokens), avoid=pad_token_of(base)) for tokens in _PROBE_TOKENS
+    )
+    return [*short, long[1]]

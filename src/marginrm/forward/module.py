@@ -18,6 +18,7 @@ from marginrm.attention.layout import LayoutFn
 from marginrm.encoding import Architecture
 from marginrm.forward.batch import EncodedGroup, PackedBatch, PaddedBatch, pack, pad
 from marginrm.forward.execution import Execution
+from marginrm.forward.own_forward import own_rewards, pad_token_of
 from marginrm.forward.pooling import Pooling, ResponseBounds
 from marginrm.steps import ForwardPath
 
@@ -30,16 +31,21 @@ class RewardModule(nn.Module):
     Args:
         classifier: A transformers sequence-classification model (or a PEFT wrapper of one) with one label.
         max_length: The longest sequence that it will be given, in tokens.
-        pooling: The family's head; None if only the classifier's own forward computes rewards.
-        forward_path: `packed`, or `padded` for models that packing cannot represent exactly.
+        pooling: Where the reward is read; None if the classifier's own forward computes it.
+        forward_path: `packed`, `padded`, or `one_at_a_time` for classifiers whose rewards depend on the batch.
         path_reason: Why that path, in words.
+        architecture: `decoder` or `encoder`; by default as the pooling says.
+        length_boundary: A batch holds only sequences up to this length, or only longer ones (`rope.length_boundary`).
 
     Attributes:
         classifier: As given; save it with `classifier.save_pretrained`.
         max_length: As given.
         pooling: As given.
         forward_path: As given.
+        length_boundary: As given.
         execution: How packed rows are computed here.
+        probe_difference: The largest difference to the classifier's own forward in the probe at load, relative to the
+            larger of 1 and the reward; None if there was no probe.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class RewardModule(nn.Module):
         pooling: Pooling | None,
         forward_path: ForwardPath,
         path_reason: str,
+        architecture: Architecture | None = None,
+        length_boundary: int | None = None,
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -57,8 +65,12 @@ class RewardModule(nn.Module):
         self.max_length = max_length
         self.pooling = pooling
         self.forward_path: ForwardPath = forward_path
+        self.length_boundary = length_boundary
+        self.architecture: Architecture = architecture or (pooling.architecture if pooling else "encoder")
+        self.probe_difference: float | None = None
         self.execution = Execution(device=self.device.type)
         self._path_reason = path_reason
+        self._first_position = _first_position(self.backbone)
         # FSDP shards by these layers, and accelerate looks for them here.
         self._no_split_modules = self.base._no_split_modules  # noqa: SLF001 - transformers has no public name for it
 
@@ -71,12 +83,7 @@ class RewardModule(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The classifier without its head."""
-        return cast("nn.Module", getattr(self.base, self.base.base_model_prefix))
-
-    @property
-    def architecture(self) -> Architecture:
-        """`decoder` (reward at the last token) or `encoder` (reward at the first, or over all)."""
-        return self.pooling.architecture if self.pooling else "encoder"
+        return cast("nn.Module", getattr(self.base, self.base.base_model_prefix, self.base))
 
     @property
     def forward_reason(self) -> str:
@@ -108,7 +115,7 @@ class RewardModule(nn.Module):
         if self.forward_path == "packed":
             multiple = self.execution.tile or multiple
             return pack(groups, causal=self.architecture == "decoder", layout=self._layout(), multiple=multiple)
-        return pad(groups, pad_token_id=self.base.config.pad_token_id)
+        return pad(groups, pad_token_id=pad_token_of(self.base))
 
     def forward(self, batch: PackedBatch | PaddedBatch) -> Tensor:
         """Computes rewards.
@@ -141,7 +148,7 @@ class RewardModule(nn.Module):
             inputs["use_cache"] = False
         hidden = self.backbone(
             input_ids=batch.ids,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids + self._first_position,
             # transformers passes a 4D mask on as it is, so it does not build a [tokens, tokens] mask.
             attention_mask=torch.empty(1, 1, 1, 1, device=batch.ids.device),
             packed_batch=batch,
@@ -153,10 +160,9 @@ class RewardModule(nn.Module):
         return self._rewards(hidden, ResponseBounds(places, places, None))
 
     def _forward_padded(self, batch: PaddedBatch) -> Tensor:
-        inputs: dict[str, Any] = {} if batch.type_ids is None else {"token_type_ids": batch.type_ids}
         if self.pooling is None:
-            logits = self.base(input_ids=batch.ids, attention_mask=batch.mask, **inputs).logits
-            return cast("Tensor", logits.float()[:, 0])
+            return own_rewards(self.classifier, batch)
+        inputs: dict[str, Any] = {} if batch.type_ids is None else {"token_type_ids": batch.type_ids}
         if self.architecture == "decoder":
             inputs["use_cache"] = False
         hidden = self.backbone(input_ids=batch.ids, attention_mask=batch.mask, **inputs).last_hidden_state
@@ -169,6 +175,14 @@ class RewardModule(nn.Module):
         assert self.pooling is not None  # models without one take their own forward
         with torch.autocast(hidden.device.type, enabled=False):
             return self.pooling.rewards(self.base, hidden, bounds)
+
+
+def _first_position(backbone: nn.Module) -> int:
+    """Returns the position of a sequence's first token: RoBERTa and kin count from behind the padding token's."""
+    for name, part in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            return part.padding_idx + 1
+    return 0
 
 
 @contextmanager

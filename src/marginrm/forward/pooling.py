@@ -1,10 +1,11 @@
-"""Pooling: where each family reads its reward, and the head that turns hidden states into rewards, in float32."""
+"""Pooling: where a classifier reads its reward, and the head that turns hidden states into rewards, in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class ResponseBounds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """One family's head.
+    """One way to read rewards from hidden states, as a classifier of transformers does it.
 
     Attributes:
         reads: The tokens of a response whose hidden states become its reward.
@@ -47,30 +48,52 @@ class Pooling:
         return "decoder" if self.reads == "last" else "encoder"
 
 
-def pooling_of(classifier: PreTrainedModel) -> Pooling | None:
-    """Returns a family's pooling; None if only the classifier's own forward computes it."""
-    if isinstance(getattr(classifier, "score", None), nn.Module):
-        return Pooling("last", ("score",), _last_token)
-    if classifier.config.model_type == "bert":
-        return Pooling("first", ("bert.pooler", "classifier"), _bert)
-    if classifier.config.model_type == "modernbert":
-        if classifier.config.classifier_pooling == "cls":
-            return Pooling("first", ("head", "classifier"), _modernbert_first)
-        return Pooling("all", ("head", "classifier"), _modernbert_mean)
-    return None
+def poolings_of(classifier: PreTrainedModel, architecture: Architecture | None = None) -> list[Pooling]:
+    """Returns the ways in which a classifier may read its reward, by its modules; a probe tells which one is right.
+
+    Args:
+        classifier: A transformers classifier.
+        architecture: If it is known already; by default a classifier with a `score` is taken for a decoder.
+    """
+    if architecture != "encoder" and _has(classifier, "score"):
+        return [Pooling("last", ("score",), _last_token)]
+    if architecture == "decoder" or not _has(classifier, "classifier"):
+        return []
+    if _has(classifier, "head") and _has(classifier, "drop"):  # ModernBERT
+        if getattr(classifier.config, "classifier_pooling", "cls") == "cls":
+            return [Pooling("first", ("head", "classifier"), _head_on_first)]
+        return [Pooling("all", ("head", "classifier"), _head_on_mean)]
+    found = [Pooling("first", ("classifier",), _classifier_on_first)]
+    pooler = f"{classifier.base_model_prefix}.pooler"
+    if _has(getattr(classifier, classifier.base_model_prefix, None), "pooler"):  # BERT and kin
+        found.insert(0, Pooling("first", (pooler, "classifier"), partial(_classifier_on_pooled, pooler)))
+    return found
 
 
-def keep_head_in_float32(classifier: PreTrainedModel, pooling: Pooling | None) -> None:
+def head_in_float32(classifier: PreTrainedModel, pooling: Pooling) -> Callable[[], None]:
     """Casts a head to float32, and its inputs at every call: in bfloat16 many rewards tie.
 
     Args:
         classifier: Changed in place.
-        pooling: As `pooling_of` found it; without one the modules that usually are a head are cast.
+        pooling: Names the modules.
+
+    Returns:
+        A function that undoes it.
     """
-    found = dict(classifier.named_modules())
-    for name in pooling.head if pooling else ("score",):
-        if name in found:
-            found[name].float().register_forward_pre_hook(_in_float32)
+    parts = [classifier.get_submodule(path) for path in pooling.head]
+    dtypes = [next((weight.dtype for weight in part.parameters()), None) for part in parts]
+    hooks = [part.float().register_forward_pre_hook(_in_float32) for part in parts]
+
+    def undo() -> None:
+        for part, dtype, hook in zip(parts, dtypes, hooks, strict=True):
+            hook.remove()
+            part.to(dtype)
+
+    return undo
+
+
+def _has(part: nn.Module | None, name: str) -> bool:
+    return isinstance(getattr(part, name, None), nn.Module)
 
 
 def _in_float32(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -78,25 +101,32 @@ def _in_float32(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _last_token(model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
-    return cast("Tensor", model.score(hidden[bounds.last])[:, 0])
+    return _one_value(model.score(hidden[bounds.last]), bounds)
 
 
-def _bert(model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
-    pooled = model.bert.pooler(hidden[bounds.first][:, None])
-    return cast("Tensor", model.classifier(model.dropout(pooled))[:, 0])
+def _classifier_on_pooled(pooler: str, model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
+    pooled = model.get_submodule(pooler)(hidden[bounds.first][:, None])
+    dropout = getattr(model, "dropout", None)
+    return _one_value(model.classifier(dropout(pooled) if dropout else pooled), bounds)
 
 
-def _modernbert_first(model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
-    return _modernbert_head(model, hidden[bounds.first])
+def _classifier_on_first(model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
+    # Heads of several layers index the first of [responses, tokens, size]; a linear one treats each token by itself.
+    return _one_value(model.classifier(hidden[bounds.first][:, None]), bounds)
 
 
-def _modernbert_mean(model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
+def _head_on_first(model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
+    return _one_value(model.classifier(model.drop(model.head(hidden[bounds.first]))), bounds)
+
+
+def _head_on_mean(model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
     assert bounds.owner is not None  # encoders share no tokens
     responses = len(bounds.first)
     sums = torch.zeros(responses + 1, hidden.shape[1], device=hidden.device)  # the last row takes a filler's tokens
     sums = sums.index_add(0, bounds.owner, hidden.float())[:responses]
-    return _modernbert_head(model, sums / (bounds.last - bounds.first + 1)[:, None])
+    means = sums / (bounds.last - bounds.first + 1)[:, None]
+    return _one_value(model.classifier(model.drop(model.head(means))), bounds)
 
 
-def _modernbert_head(model: Any, pooled: Tensor) -> Tensor:
-    return cast("Tensor", model.classifier(model.drop(model.head(pooled)))[:, 0])
+def _one_value(values: Tensor, bounds: ResponseBounds) -> Tensor:
+    return values.reshape(len(bounds.first))

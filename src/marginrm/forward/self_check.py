@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marginrm.encoding import EncodedResponse
+from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.forward.module import RewardModule, evaluating
+from marginrm.forward.own_forward import pad_token_of, vocabulary_of
 
 # How far two computations of one reward may differ, relative to the larger of 1 and the reward, by the dtype of the
 # matrix products. A token that attends to one token too many or too few is off by far more than rounding.
@@ -14,17 +15,40 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 _OTHER_DTYPES = 0.1
 
 
-def probe_groups(vocabulary: int, longest: int) -> list[list[EncodedResponse]]:
+_SENTENCE = "Why does bread rise, and how long should the dough rest before it goes into a hot oven? "
+_PROBES = (
+    ("Why is the sky blue?", ("Air scatters blue light most.", "No.")),
+    (_SENTENCE * 8, ("Yeast eats sugar and gives off gas.", "It does not rise.", "The dough holds the bubbles. " * 8)),
+    ("How do I boil an egg?", ("Put it into boiling water for eight minutes, then cool it. " * 6,)),
+)
+
+
+def conversations(encoder: Encoder) -> list[list[EncodedResponse]]:
+    """Returns one conversation of each shape: short, long, and several responses to one prompt.
+
+    Args:
+        encoder: The model's encoder; what it refuses is left out.
+    """
+    groups = []
+    for prompt, responses in _PROBES:
+        encoded = encoder.encode_group(prompt, responses, "prompt_left")
+        groups.append([one for one in encoded if isinstance(one, EncodedResponse)])
+    return [group for group in groups if group]
+
+
+def probe_groups(vocabulary: int, longest: int, avoid: int | None = None) -> list[list[EncodedResponse]]:
     """Makes two groups with a shared prefix and one without, of random tokens.
 
     Args:
         vocabulary: Number of token ids that the model knows.
         longest: Tokens of the longest sequence.
+        avoid: A token that is left out, such as the padding token.
     """
     generator = torch.Generator().manual_seed(0)
+    known = torch.tensor([one for one in range(min(1, vocabulary - 1), vocabulary) if one != avoid])
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(min(1, vocabulary - 1), vocabulary, (count,), generator=generator).tolist())
+        return tuple(known[torch.randint(len(known), (count,), generator=generator)].tolist())
 
     prefix = tokens(max(longest // 2, 1))
     shared = [EncodedResponse(prefix + tokens(max(count, 1))) for count in (longest // 2, longest // 4, 1)]
@@ -33,7 +57,8 @@ def probe_groups(vocabulary: int, longest: int) -> list[list[EncodedResponse]]:
 
 def groups_for(module: RewardModule, longest: int) -> list[list[EncodedResponse]]:
     """Returns `probe_groups` of tokens that a module knows, of at most as many as it takes."""
-    return probe_groups(module.base.config.get_text_config().vocab_size, min(longest, module.max_length))
+    longest = min(longest, module.max_length, module.length_boundary or longest)
+    return probe_groups(vocabulary_of(module.base), longest, avoid=pad_token_of(module.base))
 
 
 def probe_rewards(module: RewardModule) -> Tensor:

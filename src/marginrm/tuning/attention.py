@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marginrm.attention.cpu_matmul import matmul_attention
 from marginrm.attention.flex import interval_layout
 from marginrm.attention.gathered import gathered_layout
-from marginrm.attention.layout import LayoutFn, UnsupportedAttentionError
+from marginrm.attention.layout import AttentionOptions, LayoutFn, UnsupportedAttentionError
+from marginrm.attention.matmul import matmul_attention
 from marginrm.forward.batch import PackedBatch, pack
 from marginrm.forward.execution import Attention, Choice
 from marginrm.forward.module import RewardModule, evaluating
@@ -88,7 +88,7 @@ def matmul_speed(module: RewardModule) -> float:
     with torch.inference_mode():
         fused, products = best_seconds(
             lambda: attend(query, key, key, is_causal=True, enable_gqa=heads != key_heads),
-            lambda: matmul_attention(query, key, key, None, None, None),
+            lambda: matmul_attention(query, key, key, None, None, AttentionOptions()),
         )
     return fused / products
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from marginrm.attention.layout import UnsupportedAttentionError
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import ModelError
 from marginrm.forward.execution import Choice
@@ -48,8 +49,12 @@ def try_it(module: RewardModule) -> Choice:
             f"deterministic: this model cannot be packed, and padded batches differ in shape. {module.forward_reason}."
         )
     apply(module)
-    with evaluating(module):
-        worst = largest_difference(lambda groups: _rewards(module, groups), _probe(module))
+    try:
+        with evaluating(module):
+            worst = largest_difference(lambda groups: _rewards(module, groups), _probe(module))
+    except UnsupportedAttentionError as error:
+        undo(module)
+        raise ModelError(f"deterministic: {error}, and this model asks for it. Go without.") from error
     if worst:
         undo(module)
         raise ModelError(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from marginrm.attention.gathered import additive
 from marginrm.attention.layout import AttentionOptions
+from marginrm.attention.matmul import masked_attention
 from marginrm.forward.batch import PackedBatch
 from marginrm.forward.execution import Choice
 from marginrm.forward.module import RewardModule
@@ -180,13 +182,17 @@ class _RewardTokenLayout:
         seen = self.seen
         if options.window is not None:
             seen = seen & ((self.positions[self.index][:, None] - self.positions).abs() < options.window)
-        result = F.scaled_dot_product_attention(
-            query,
-            self.key,
-            self.value,
-            attn_mask=seen,
-            dropout_p=options.dropout,
-            scale=options.scale,
-            enable_gqa=query.shape[1] != self.key.shape[1],
-        )
+        if options.plain:
+            result = F.scaled_dot_product_attention(
+                query,
+                self.key,
+                self.value,
+                attn_mask=seen,
+                dropout_p=options.dropout,
+                scale=options.scale,
+                enable_gqa=query.shape[1] != self.key.shape[1],
+            )
+        else:
+            mask = additive(seen[None, None], query.dtype)
+            result = masked_attention(query, self.key, self.value, mask, options)
         return result.transpose(1, 2)
