@@ -23,8 +23,8 @@ from pydantic import (
 from marginrm import schema_examples as examples
 from marginrm.text import Truncation
 
-Text = Annotated[Any, WithJsonSchema({"type": "string"})]
-Prompt = Annotated[
+WireText = Annotated[Any, WithJsonSchema({"type": "string"})]
+WirePrompt = Annotated[
     Any,
     WithJsonSchema(
         {
@@ -90,17 +90,17 @@ class PairIn(_Request):
     """A preference pair to score."""
 
     id: Id | None = Field(default=None, description=_ID)
-    prompt: Prompt = Field(description=_PROMPT)
-    chosen: Text = Field(description="The response that is labelled as better.")
-    rejected: Text = Field(description="The response that is labelled as worse.")
+    prompt: WirePrompt = Field(description=_PROMPT)
+    chosen: WireText = Field(description="The response that is labelled as better.")
+    rejected: WireText = Field(description="The response that is labelled as worse.")
 
 
 class ItemIn(_Request):
     """A single response to score."""
 
     id: Id | None = Field(default=None, description=_ID)
-    prompt: Prompt = Field(description=_PROMPT)
-    response: Text = Field(description="The response to score.")
+    prompt: WirePrompt = Field(description=_PROMPT)
+    response: WireText = Field(description="The response to score.")
 
 
 class ScoreRequest(_Request):
@@ -128,8 +128,8 @@ class PromptIn(_Request):
     """A prompt and the candidates to choose from."""
 
     id: Id | None = Field(default=None, description=_ID)
-    prompt: Prompt = Field(description=_PROMPT)
-    candidates: list[Text] = Field(min_length=1, description="Responses to rank.")
+    prompt: WirePrompt = Field(description=_PROMPT)
+    candidates: list[WireText] = Field(min_length=1, description="Responses to rank.")
 
 
 class BestOfNRequest(_Request):

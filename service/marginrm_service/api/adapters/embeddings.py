@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
-from marginrm.schemas import Text
+from marginrm.schemas import WireText
 from marginrm_service.api.adapters.common import ContractReply, ContractRequest, TokenUsage, reply, score, templated
 from marginrm_service.api.adapters.vllm import as_list
 from marginrm_service.api.errors import ERROR_REPLIES
@@ -21,7 +21,7 @@ class EmbeddingsRequest(ContractRequest):
     """Templated text or texts."""
 
     model: str | None = None
-    input: Text | list[Text]
+    input: WireText | list[WireText]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Literal[1] | None = None
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from marginrm.errors import SequenceTooLongError
-from marginrm.schemas import Text
+from marginrm.schemas import WireText
 from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
@@ -28,7 +28,7 @@ class ScoreEvaluationRequest(ContractRequest):
     """Templated texts. LLaMA-Factory's own client calls every model `model`."""
 
     model: str = "model"
-    messages: list[Text] = Field(min_length=1)
+    messages: list[WireText] = Field(min_length=1)
     max_length: int | None = Field(default=None, ge=1, description="A text of more tokens is refused, and never cut.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from marginrm.schemas import Text
+from marginrm.schemas import WireText
 from marginrm_service.api.adapters.common import ContractReply, ContractRequest, reply, score, templated
 from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import ServiceOf
@@ -15,7 +15,7 @@ router = APIRouter()
 class GetRewardRequest(ContractRequest):
     """Templated texts. OpenRLHF's `prompts` and `labels` come along and are not read, as by its own server."""
 
-    query: list[Text]
+    query: list[WireText]
 
 
 class GetRewardResponse(ContractReply):

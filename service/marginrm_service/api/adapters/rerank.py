@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Field, Tag
 
 from marginrm.ranking import sigmoid
-from marginrm.schemas import Prompt, Text
+from marginrm.schemas import WirePrompt, WireText
 from marginrm_service.api.adapters import tei
 from marginrm_service.api.adapters.common import (
     ContractReply,
@@ -33,7 +33,7 @@ class RerankRequest(ContractRequest):
     """A prompt and its candidates."""
 
     model: str | None = None
-    query: Prompt
+    query: WirePrompt
     documents: list[Any] = Field(min_length=1, description='Texts, or objects with a "text".')
     top_n: int | None = Field(default=None, ge=0, description="Places to return; all by default, and for 0.")
     return_documents: bool | None = False
@@ -47,7 +47,7 @@ class RerankRequest(ContractRequest):
 class Document(ContractReply):
     """A candidate's text."""
 
-    text: Text
+    text: WireText
 
 
 class RerankResult(ContractReply):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from pydantic import RootModel
 
-from marginrm.schemas import Prompt, Text
+from marginrm.schemas import WirePrompt, WireText
 from marginrm_service.api.adapters.common import ContractRequest, reply, score
 from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.engine.request import TextGroup
@@ -17,8 +17,8 @@ router = APIRouter()
 class SlimeRequest(ContractRequest):
     """A sample; its `label` is not read."""
 
-    prompt: Prompt
-    response: Text
+    prompt: WirePrompt
+    response: WireText
 
 
 class SlimeReward(RootModel[float]):

@@ -9,7 +9,7 @@ from pydantic import Field, RootModel, model_validator
 
 from marginrm.errors import InvalidTextError
 from marginrm.ranking import sigmoid
-from marginrm.schemas import Text
+from marginrm.schemas import WireText
 from marginrm.text import Truncation
 from marginrm_service.api.adapters.common import ContractReply, ContractRequest, reply, score
 from marginrm_service.api.errors import ERROR_REPLIES
@@ -44,7 +44,7 @@ class TeiRerankRequest(_TeiOptions):
     """A prompt and its candidates, in TEI's words."""
 
     query: str
-    texts: list[Text] = Field(min_length=1)
+    texts: list[WireText] = Field(min_length=1)
     return_text: bool = False
 
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from marginrm.ranking import sigmoid
-from marginrm.schemas import Prompt, Text
+from marginrm.schemas import WirePrompt, WireText
 from marginrm.text import Truncation
 from marginrm_service.api.adapters.common import (
     ContractReply,
@@ -61,7 +61,7 @@ class _PoolingOptions(ContractRequest):
 class PoolingRequest(_PoolingOptions):
     """Templated texts, or one conversation that ends with the response."""
 
-    input: Text | list[Text] | None = None
+    input: WireText | list[WireText] | None = None
     messages: list[Any] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
@@ -108,8 +108,8 @@ class PairScoreRequest(_PoolingOptions):
     vLLM has four names for the two: text_1/text_2, queries/documents, queries/items, data_1/data_2.
     """
 
-    text_1: Prompt | list[Prompt] = Field(description="Prompt or prompts.")
-    text_2: Text | list[Text] = Field(description="Response or responses.")
+    text_1: WirePrompt | list[WirePrompt] = Field(description="Prompt or prompts.")
+    text_2: WireText | list[WireText] = Field(description="Response or responses.")
     max_tokens_per_query: int = Field(default=0, ge=0, le=0, description="Queries are never cut to a length: 0 only.")
     max_tokens_per_doc: int = Field(default=0, ge=0, le=0, description="Responses are never cut: 0 only.")
 
