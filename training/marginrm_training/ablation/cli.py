@@ -39,16 +39,14 @@ def ablate(
         for run in runs:
             typer.echo(f"{'finished' if run.digest in known else 'to do   '} {run.label}")
         return
-    signal.signal(signal.SIGTERM, _leave)
-    failed = run_all(ablation, jobs=jobs, limit_minutes=limit_minutes)
+    received: list[int] = []  # an exception in the handler could lose a process that has just been started
+    signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
+    failed = run_all(ablation, jobs=jobs, limit_minutes=limit_minutes, stopped=lambda: bool(received))
+    if received:
+        raise SystemExit(128 + received[0])
     table = Path(ablation.output) / "table.md"
     if table.is_file():
         typer.echo(table.read_text(encoding="utf-8"))
     if failed:
         logs = ", ".join(str(run_folder(ablation, run) / "log") for run in failed)
         raise MarginRMError(f"{len(failed)} runs failed. Their logs say why: {logs}")
-
-
-def _leave(number: int, _frame: object) -> None:
-    """Ends the command by an exception, so that it ends the processes it has started."""
-    raise SystemExit(128 + number)

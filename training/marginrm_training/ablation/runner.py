@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -21,7 +21,13 @@ from marginrm_training.demo.build import write_demo
 _POLL_SECONDS = 0.2
 
 
-def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = None) -> list[Run]:
+def run_all(
+    ablation: Ablation,
+    *,
+    jobs: int = 1,
+    limit_minutes: float | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Run]:
     """Makes all runs that are not finished, each in a process of its own, and writes results and reports.
 
     A run that the time limit cuts short continues from its last saved step when it is called again.
@@ -30,6 +36,7 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
         ablation: The ablation.
         jobs: Processes at a time.
         limit_minutes: After this time running processes are ended, and no other one is started.
+        stopped: Called at every poll; once it returns True, running processes are ended as by the time limit.
 
     Returns:
         The runs that failed.
@@ -43,7 +50,7 @@ def run_all(ablation: Ablation, *, jobs: int = 1, limit_minutes: float | None = 
     failed: list[Run] = []
     with tqdm(total=len(runs), initial=len(done), desc="ablation", unit="run") as bar:
         try:
-            while (pending or active) and time.monotonic() < deadline:
+            while (pending or active) and time.monotonic() < deadline and not stopped():
                 while pending and len(active) < jobs:
                     run = pending.pop(0)
                     active[run.digest] = (run, _start(ablation, run, jobs))
