@@ -13,26 +13,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, ModelError, SequenceTooLongError
+from marginrm.errors import EncodingError, ModelError, SequenceTooLongError
 from marginrm.manifest import EncodingInfo, template_hash
-from marginrm.messages import may_be_empty, normalised
-from marginrm.text import Prompt, Truncation
+from marginrm.messages import check_messages
+from marginrm.rendering import Renderer, transcript
+from marginrm.special_tokens import EncodingPolicy, SpecialTokens
+from marginrm.text import Prompt, Truncation, check_choice, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Architecture = Literal["decoder", "encoder"]
-
-_SENTINEL = "\ue000"  # a private-use character, which no response starts with
-
-# Some templates print today's date, which would make a reward depend on the day. This macro goes before them and takes
-# the place of the function that they ask; the date is the one that Llama 3's own template falls back to.
-_FIXED_DATE = "26 Jul 2024"
-_DATELESS = "{%- macro strftime_now(format) -%}" + _FIXED_DATE + "{%- endmacro -%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +60,11 @@ class _Draft:
 
 @functools.lru_cache(maxsize=4)
 def _backend(serialised: str) -> Tokenizer:
-    """Makes a tokenizer of what `to_str` wrote; equal ones are one.
+    """Makes a tokenizer from the text that `to_str` wrote; equal texts share one tokenizer.
 
-    Each thread that tokenises remembers words for each tokenizer for as long as it lives, even when the tokenizer is
-    gone (tokenizers 0.23; clearing its cache does not help). So a server whose models are swapped must not make anew
-    what it has.
+    Each thread that tokenises keeps a cache of words for each tokenizer as long as the thread lives, even after the
+    tokenizer is gone (tokenizers 0.23; clearing its cache does not help). So a server whose models are swapped must
+    reuse the tokenizer it has.
     """
     tokenizer = Tokenizer.from_str(serialised)
     tokenizer.no_truncation()
@@ -81,19 +75,28 @@ def _backend(serialised: str) -> Tokenizer:
 class Encoder:
     """Turns (prompt, response) into token ids for one tokenizer and one kind of model.
 
-    Thread-safe: it works on a copy of the tokenizer, which nobody changes, with the padding and truncation that some
+    Thread-safe: it works on a copy of the tokenizer that is never changed, with the padding and truncation that some
     tokenizer files carry switched off.
 
     Args:
         tokenizer: A transformers tokenizer with the `tokenizers` back end (all current families have it).
         max_length: The most tokens a sequence may have, special tokens included.
         architecture: `decoder` (causal, reward at the last token) or `encoder` (reward at the first).
+        policy: How sequences begin and end; without effect on encoders.
 
     Raises:
         ModelError: The tokenizer has no `tokenizers` back end.
+        ConfigError: The policy asks for a token that the tokenizer lacks.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        architecture: Architecture,
+        policy: EncodingPolicy | None = None,
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ModelError(
@@ -103,10 +106,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.architecture: Architecture = architecture
+        self.policy = policy or EncodingPolicy()
         self._backend = _backend(backend.to_str())
-        self._templated = architecture == "decoder" and bool(tokenizer.chat_template)
-        self._chat_template = _dateless(tokenizer.get_chat_template()) if self._templated else None
-        self._bos = self._leading_bos()
+        self._renderer = Renderer(tokenizer, self.policy.frame, strip_end=self.policy.eos == "on")
+        self.special = SpecialTokens(tokenizer, self._backend, self._renderer, self.policy)
+        ending = self._renderer.ending()
+        self._ending = str(tokenizer.eos_token) if self.special.ends_in_eos and not ending else ending
 
     def encode(self, prompt: Prompt, response: str, truncation: Truncation = "error") -> EncodedResponse:
         """Encodes one response to a prompt.
@@ -122,6 +127,7 @@ class Encoder:
 
         Raises:
             EncodingError: The texts are unusable, or too long under this truncation.
+            ConfigError: `truncation` is not a valid value.
         """
         outcome = self.encode_group(prompt, [response], truncation)[0]
         if isinstance(outcome, EncodingError):
@@ -136,16 +142,20 @@ class Encoder:
         Returns:
             One outcome per response, in order: its encoding, or the error that makes it unusable. A bad prompt makes
             every response unusable; a bad response only itself.
+
+        Raises:
+            ConfigError: `truncation` is not a valid value.
         """
+        check_choice(truncation, "truncation", Truncation)
         try:
-            messages = _checked_messages(prompt)
+            messages = check_messages(prompt)
         except EncodingError as error:
             return [error.about(error.param or "prompt") for _ in responses]
         outcomes: list[EncodedResponse | EncodingError | None] = [None] * len(responses)
         good = []
         for index, response in enumerate(responses):
             try:
-                _check_text(response, "response")
+                check_text(response, "response")
                 good.append(index)
             except EncodingError as error:
                 outcomes[index] = error
@@ -157,19 +167,30 @@ class Encoder:
             outcomes[index] = draft if isinstance(draft, EncodingError) else self._fitted(draft, truncation)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def encode_text(self, text: str, truncation: Truncation = "error") -> EncodedResponse:
-        """Encodes a text that a client has templated already; special tokens that it holds are not added again.
+    def encode_text(self, text: str, truncation: Truncation = "error", *, ended: bool = False) -> EncodedResponse:
+        """Encodes a text that a client has templated already.
+
+        Special tokens that it holds are not added again, and padding tokens at its ends are left out.
+
+        Args:
+            text: The rendered conversation.
+            truncation: `prompt_left` cuts from the left.
+            ended: Whether a text that stops short (a generation that was cut off, or that ends without the template's
+                last line break) gets the end that this model's conversations have, as OpenRLHF's server does.
 
         Raises:
-            EncodingError: The text is unusable, or too long under this truncation (`prompt_left` cuts from the left).
+            EncodingError: The text is unusable, or too long under this truncation.
         """
-        _check_text(text, "text")
+        check_choice(truncation, "truncation", Truncation)
+        check_text(text, "text")
         if self.architecture == "encoder":
             encoding = self._backend.encode(text, add_special_tokens=True)
             draft = _Draft(encoding.ids, encoding.type_ids, _sequence_range(encoding, 0))
         else:
-            ids, _ = self._framed(self._backend.encode(text, add_special_tokens=False).ids)
-            draft = _Draft(ids, None, range(self._start, len(ids) - 1))
+            text = self._without_padding(text, ended=ended)
+            text = self._repaired(text) if ended else text
+            ids, _ = self.special.put(self._backend.encode(text, add_special_tokens=False).ids, rendered_here=False)
+            draft = _Draft(ids, None, range(self.special.count(ids), len(ids) - 1))
         outcome = self._fitted(draft, truncation)
         if isinstance(outcome, EncodingError):
             raise outcome
@@ -177,88 +198,58 @@ class Encoder:
 
     def describe(self) -> EncodingInfo:
         """Returns what a manifest records of the encoding, so that a server can tell whether it reads as trained."""
+        frame = self.policy.frame
         return EncodingInfo(
             architecture=self.architecture,
-            template_hash=template_hash(self._chat_template) if self._chat_template else None,
+            template_hash=template_hash(self.chat_template) if self.chat_template else None,
             max_length=self.max_length,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             pooling="last" if self.architecture == "decoder" else "first",
+            bos=self.policy.bos,
+            eos=self.policy.eos,
+            unread_token_ids=sorted(self.policy.unread),
+            appended_token_id=self.policy.appended,
+            frame=(frame.template if frame.name == "custom" else frame.name) if frame else None,
         )
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in use, its date fixed, or None."""
+        return self._renderer.chat_template if self.architecture == "decoder" else None
 
     def _drafts(self, messages: list[dict[str, Any]], responses: list[str]) -> list[_Draft | EncodingError]:
         if self.architecture == "encoder":
-            prompt = _transcript(messages)
+            prompt = transcript(messages)
             encodings = self._backend.encode_batch([(prompt, text) for text in responses], add_special_tokens=True)
             return [_Draft(e.ids, e.type_ids, _sequence_range(e, 0)) for e in encodings]
-        texts, prompt_chars = self._rendered(messages, responses)
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        rendered = self._renderer.texts(messages, responses)
+        encodings = self._backend.encode_batch(
+            [one.text for one in rendered], add_special_tokens=self.special.added_by_tokenizer
+        )
         drafts: list[_Draft | EncodingError] = []
-        for encoding, chars in zip(encodings, prompt_chars, strict=True):
-            ids, moved = self._framed(encoding.ids)
-            prompt_tokens = sum(end <= chars for _, end in encoding.offsets)
-            drafts.append(_Draft(ids, None, range(self._start, prompt_tokens + moved)))
+        for encoding, one in zip(encodings, rendered, strict=True):
+            ids, moved = self.special.put(encoding.ids, rendered_here=True)
+            cut = _token_range(encoding, one.start, one.end)
+            start = max(cut.start + moved, self.special.count(ids))
+            drafts.append(_Draft(ids, None, range(start, min(cut.stop + moved, len(ids)))))
         return drafts
 
-    def _rendered(self, messages: list[dict[str, Any]], responses: list[str]) -> tuple[list[str], list[int]]:
-        """Returns the texts of prompt and response, and how many characters of each come before the response."""
-        if not self._templated:
-            prompt = _transcript(messages)
-            if len(messages) > 1:
-                prompt += "\n\nAssistant: "
-            return [prompt + response for response in responses], [len(prompt)] * len(responses)
+    def _repaired(self, text: str) -> str:
+        """Returns a client's text with this model's ending, of which it may have the first characters already."""
+        known = next((n for n in range(len(self._ending), 0, -1) if text.endswith(self._ending[:n])), 0)
+        return text + self._ending[known:]
 
-        def render(response: str) -> str:
-            return self._template([*messages, {"role": "assistant", "content": response}])
-
-        # Where the response starts is seen by rendering another one: a template may strip or rewrite the turns before.
-        other = render(_SENTINEL)
-        if _SENTINEL not in other:
-            raise InvalidTextError("The model's chat template drops the last assistant turn.", param="prompt")
-        texts = [render(response) for response in responses]
-        return texts, [_common_length(text, other) for text in texts]
-
-    def _template(self, messages: list[dict[str, Any]]) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=self._chat_template, date_string=_FIXED_DATE
-            )
-        except TemplateError as error:
-            raise InvalidTextError(
-                f"The model's chat template refuses these messages: {str(error)[:200]}", param="prompt"
-            ) from error
-        return str(text)
-
-    def _framed(self, ids: list[int]) -> tuple[list[int], int]:
-        """Gives a decoder's ids exactly one BOS, where the tokenizer has one, and the end marker that they need.
-
-        Returns:
-            The ids, and by how many places their content moved to the right.
-        """
-        eos = self.tokenizer.eos_token_id
-        doubled = 0
-        while self._bos is not None and ids[doubled : doubled + 1] == [self._bos]:
-            doubled += 1
-        framed = ([] if self._bos is None else [self._bos]) + ids[doubled:]
-        if not self._templated and eos is not None and framed[-1] != eos:
-            framed.append(eos)
-        return framed, self._start - doubled
-
-    @property
-    def _start(self) -> int:
-        """Index of the first token after BOS."""
-        return 0 if self._bos is None else 1
-
-    def _leading_bos(self) -> int | None:
-        """Returns the BOS id if this model's texts start with one."""
-        bos = self.tokenizer.bos_token_id
-        if bos is None or self.architecture == "encoder":
-            return None
-        adds_it = self._backend.encode("a", add_special_tokens=True).ids[:1] == [bos]
-        if not adds_it and self._templated:
-            adds_it = self._template([{"role": "user", "content": "a"}]).startswith(str(self.tokenizer.bos_token))
-        return int(bos) if adds_it else None
+    def _without_padding(self, text: str, *, ended: bool) -> str:
+        """Returns a client's text without padding tokens at its ends; those that are EOS stay unless one is put."""
+        pad, bos = self.tokenizer.pad_token, self.tokenizer.bos_token
+        if pad and (ended or pad not in (self.tokenizer.eos_token, bos)):
+            while pad != bos and text.startswith(pad):
+                text = text.removeprefix(pad)
+            while text.endswith(pad):
+                text = text.removesuffix(pad)
+        return text
 
     def _fitted(self, draft: _Draft, truncation: Truncation) -> EncodedResponse | EncodingError:
         excess = len(draft.ids) - self.max_length
@@ -284,64 +275,14 @@ class Encoder:
         return EncodedResponse(tuple(draft.ids), tuple(types) if types is not None else None, truncated=True)
 
 
-def _dateless(template: str) -> str:
-    return _DATELESS + template if "strftime_now" in template else template
-
-
-def _common_length(first: str, second: str) -> int:
-    """Returns how many leading characters two texts share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))
+def _token_range(encoding: Encoding, start: int, end: int) -> range:
+    """Returns the tokens that lie within a range of characters, the special tokens before them excluded."""
+    offsets = list(enumerate(encoding.offsets))
+    first = next((index for index, (begin, stop) in offsets if stop > begin >= start), len(offsets))
+    return range(first, next((index for index, (_, stop) in offsets if stop > end), len(offsets)))
 
 
 def _sequence_range(encoding: Encoding, sequence: int) -> range:
     """Returns the token range of one sequence of a text pair, special tokens excluded."""
     indices = [index for index, owner in enumerate(encoding.sequence_ids) if owner == sequence]
     return range(indices[0], indices[-1] + 1) if indices else range(0)
-
-
-def _transcript(messages: list[dict[str, Any]]) -> str:
-    """Writes a conversation as plain text: a lone message as it is, several with their roles."""
-    if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
-
-
-def _checked_messages(prompt: Any) -> list[dict[str, Any]]:
-    if isinstance(prompt, str):
-        _check_text(prompt, "prompt")
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise InvalidTextError(
-            f'{{param}} must be a string or a list of {{"role", "content"}} messages, not {type(prompt).__name__}.',
-            param="prompt",
-        )
-    if not prompt:
-        raise EmptyTextError("{param} has no messages.", param="prompt")
-    messages = []
-    for index, message in enumerate(prompt):
-        where = f"prompt[{index}]"
-        found = normalised(message, where)
-        _check_text(found["role"], f"{where}.role")
-        if found["content"] or not may_be_empty(found):
-            _check_text(found["content"], f"{where}.content")
-        messages.append(found)
-    if messages[-1]["role"] == "assistant":
-        raise InvalidTextError(
-            "The prompt must end before the answer that is scored, so its last message cannot be the assistant's.",
-            param=f"prompt[{len(messages) - 1}].role",
-        )
-    return messages
-
-
-def _check_text(value: Any, param: str) -> None:
-    if not isinstance(value, str):
-        raise InvalidTextError(f"{{param}} must be a string, not {type(value).__name__}.", param=param)
-    if not value.strip():
-        raise EmptyTextError("{param} is empty.", param=param)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidTextError(
-            f"{{param}} has a lone surrogate at character {error.start}, which is not valid Unicode.", param=param
-        ) from error

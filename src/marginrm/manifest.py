@@ -57,6 +57,27 @@ class EncodingInfo(_Strict):
     truncation: Literal["error", "drop", "prompt_left"] = Field(
         default="error", description="Treatment of sequences that were too long in training."
     )
+    bos: Literal["single", "auto", "on", "off", "double"] = Field(
+        default="single", description="How sequences begin; `single` is one BOS where tokenizer or template put one."
+    )
+    eos: Literal["auto", "on", "off"] = Field(default="auto", description="How sequences end.")
+    unread_token_ids: list[int] = Field(
+        default_factory=list, description="Ids at the end of a sequence that are left out, since they are not read."
+    )
+    appended_token_id: int | None = Field(default=None, description="Put after the text; the reward is read at it.")
+    frame: str | None = Field(
+        default=None, description="A reranker's text around query and document: a known frame's name, or a template."
+    )
+
+
+class HeadInfo(_Strict):
+    """What the user said about a head that does not say it itself (`ReadingOptions`)."""
+
+    label_weights: list[float] | None = Field(default=None, description="Weights of the rows of a head with several.")
+    reward_tokens: list[str] | None = Field(default=None, description="Vocabulary entries whose logits are the reward.")
+    head_activation: Literal["relu", "gelu", "silu", "tanh"] | None = Field(
+        default=None, description="The activation between the layers of a head with two."
+    )
 
 
 class MethodInfo(_Strict):
@@ -159,6 +180,7 @@ class Manifest(_Strict):
     method: MethodInfo | None = Field(default=None, description="Null for a model that was trained elsewhere.")
     data: list[DataFile] = Field(default_factory=list)
     encoding: EncodingInfo
+    head: HeadInfo | None = Field(default=None, description="Null where the checkpoint says it all itself.")
     reward_mean: float | None = None
     reward_std: float | None = None
     calibration: Calibration | None = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from marginrm.errors import InvalidTextError
+from marginrm.errors import EmptyTextError, InvalidTextError
+from marginrm.text import check_text
 
 # Fields beside role and content that chat templates render. Templates of transformers take them by these names.
 _FIELDS = ("tool_calls", "name", "tool_call_id", "reasoning_content", "thinking")
@@ -45,6 +46,39 @@ def normalised(message: Any, param: str, *, other_fields: bool = False) -> dict[
     if "tool_calls" in found:
         found["tool_calls"] = _tool_calls(found["tool_calls"], f"{param}.tool_calls")
     return found
+
+
+def check_messages(prompt: Any) -> list[dict[str, Any]]:
+    """Returns a prompt as a list of messages that ends before the response.
+
+    Raises:
+        InvalidTextError: The prompt is not a string or a list of messages, or its last turn is the assistant's.
+        EmptyTextError: The prompt or one of its messages is empty.
+    """
+    if isinstance(prompt, str):
+        check_text(prompt, "prompt")
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise InvalidTextError(
+            f'{{param}} must be a string or a list of {{"role", "content"}} messages, not {type(prompt).__name__}.',
+            param="prompt",
+        )
+    if not prompt:
+        raise EmptyTextError("{param} has no messages.", param="prompt")
+    messages = []
+    for index, message in enumerate(prompt):
+        where = f"prompt[{index}]"
+        found = normalised(message, where)
+        check_text(found["role"], f"{where}.role")
+        if found["content"] or not may_be_empty(found):
+            check_text(found["content"], f"{where}.content")
+        messages.append(found)
+    if messages[-1]["role"] == "assistant":
+        raise InvalidTextError(
+            "The prompt must end before the answer that is scored, so its last message cannot be the assistant's.",
+            param=f"prompt[{len(messages) - 1}].role",
+        )
+    return messages
 
 
 def may_be_empty(message: Mapping[str, Any]) -> bool:

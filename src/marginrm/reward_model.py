@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ from marginrm.encoding import Encoder
 from marginrm.errors import ConfigError, EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.forward.batch import EncodedGroup
 from marginrm.forward.module import RewardModule, evaluating
-from marginrm.loading import load_for_scoring
+from marginrm.loading import find_checkpoint, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
 from marginrm.ranking import Comparison, Ranking
+from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.schemas import ModelInfo
 from marginrm.steps import ForwardPath, GroupSlice, StepResult, plan_steps, split_by_length
 from marginrm.text import Dtype, Prompt, Truncation
@@ -39,6 +41,7 @@ class RewardModel:
         info: Name, revision, dtype and calibration, as each reply of the server states them.
         token_budget: Tokens that one forward pass computes at most, padding included; a single longer response exceeds it.
         row_multiple: Packed rows are filled to a multiple of so many tokens.
+        reading: What the checkpoint is and how it is read; None for a module in memory.
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class RewardModel:
         revision: str,
         base_model: str,
         token_budget: int | None = None,
+        reading: CheckpointReading | None = None,
     ) -> None:
         self.module = module
         self.encoder = encoder
         self.manifest = manifest
+        self.reading = reading
         self.token_budget = token_budget or default_token_budget(module.device)
         self.row_multiple = _ROW_MULTIPLE if module.device.type == "cpu" else 1
         calibration = manifest.calibration if manifest else None
@@ -73,17 +78,18 @@ class RewardModel:
         path: str | Path,
         *,
         name: str = "default",
-        dtype: Dtype = "auto",
+        dtype: Dtype | torch.dtype = "auto",
         device: str = "auto",
         max_length: int | None = None,
         trust_remote_code: bool = False,
+        reading: ReadingOptions | None = None,
         token_budget: int | None = None,
         revision: str | None = None,
         compiled: bool = False,
         deterministic: bool = False,
         ignore_manifest: bool = False,
     ) -> RewardModel:
-        """Loads a checkpoint that `marginrm train` wrote, or any sequence-classification reward model.
+        """Loads a checkpoint that `marginrm train` wrote, or any other reward model that gives one reward to a response.
 
         Args:
             path: A folder or a name on the Hugging Face Hub.
@@ -91,7 +97,9 @@ class RewardModel:
             dtype: The backbone's dtype; `auto` measures which is faster here. The head is always float32.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             max_length: The most tokens a sequence may have; by default what the manifest or the model says.
-            trust_remote_code: Whether code that comes with the checkpoint may run.
+            trust_remote_code: Whether code that comes with the checkpoint may run; as in `reading`.
+            reading: What you say about a checkpoint that does not say it itself: BOS and EOS, which rows or tokens are
+                the reward, a reranker's text.
             token_budget: Tokens that one forward pass computes at most, padding included; only a single longer response
                 exceeds it. By default the device's default (`measure_token_budget` finds the best, as the server does).
             revision: Branch, tag or commit on the Hub.
@@ -108,27 +116,31 @@ class RewardModel:
             raise ConfigError(
                 "compiled and deterministic exclude each other: compiled kernels choose their own shapes."
             )
-        manifest = Manifest.load(path) if Path(path).is_dir() and not ignore_manifest else None
+        options = reading or ReadingOptions()
+        if trust_remote_code:
+            options = replace(options, trust_remote_code=True)
+        files = find_checkpoint(path, revision)
+        manifest = None if ignore_manifest else Manifest.load(files.folder)
         if manifest and max_length is None:
             max_length = manifest.encoding.max_length
-        module, encoder = load_for_scoring(
-            path,
+        loaded = load_for_scoring(
+            files,
             dtype=dtype,
             device=device,
             max_length=max_length,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
+            reading=options,
+            manifest=manifest,
             purpose="deterministic_scoring" if deterministic else "compiled_scoring" if compiled else "scoring",
         )
-        commit = getattr(module.config, "_commit_hash", None)
         return cls(
-            module,
-            encoder,
+            loaded.module,
+            loaded.encoder,
             manifest,
             name=name,
-            revision=revision_of(path) if Path(path).is_dir() else f"hub:{commit or revision or 'main'}",
+            revision=f"hub:{files.commit}" if files.commit else revision_of(files.folder),
             base_model=manifest.base_model if manifest else str(path),
             token_budget=token_budget,
+            reading=loaded.reading,
         )
 
     @classmethod

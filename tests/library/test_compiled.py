@@ -31,7 +31,7 @@ def test_compiled_rewards_are_the_same_at_any_size(tmp_path: Path, monkeypatch: 
     found = [model.score(PROMPT, RESPONSES[:count]) for count in (1, 2, 3)]
     for rewards, wanted in zip(found, expected, strict=True):
         assert rewards == pytest.approx(wanted, abs=1e-5)
-    module, _ = load_for_scoring(folder, dtype="float32", purpose=None)
+    module, *_ = load_for_scoring(folder, dtype="float32", purpose=None)
     row = module.collate([model.encoder.encode_group(PROMPT, RESPONSES)])  # type: ignore[list-item]
     module(row).sum().backward()  # the family's shared rotary function still has gradients
     assert all(torch.isfinite(weight.grad).all() for weight in module.parameters() if weight.grad is not None)

@@ -113,7 +113,7 @@ def test_a_model_that_stays_batch_dependent_is_refused(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", "qwen3")
     with pytest.raises(ConfigError, match="exclude each other"):
         RewardModel.from_pretrained(checkpoint, compiled=True, deterministic=True)
-    module, _ = load_for_scoring(checkpoint, purpose=None)
+    module, *_ = load_for_scoring(checkpoint, purpose=None)
 
     def with_neighbours(_module: object, _inputs: object, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + 1e-3 * hidden.mean(dim=1, keepdim=True)
@@ -126,7 +126,7 @@ def test_a_model_that_stays_batch_dependent_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_becomes_nan_with_its_neighbours_is_refused(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path / "model", "qwen3"), purpose=None)
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path / "model", "qwen3"), purpose=None)
 
     def with_neighbours(_module: object, _inputs: object, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if hidden.shape[1] <= TILE else hidden * torch.nan
@@ -138,7 +138,7 @@ def test_a_reward_that_becomes_nan_with_its_neighbours_is_refused(tmp_path: Path
 
 def test_a_model_on_padded_rows_is_refused(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", "mistral", sliding_window=50)
-    module, _ = load_for_scoring(checkpoint, purpose=None)
+    module, *_ = load_for_scoring(checkpoint, purpose=None)
     module.forward_path = "padded"
     with pytest.raises(ModelError, match="cannot be packed"):
         tune(module, "deterministic_scoring")

@@ -52,7 +52,7 @@ def seen_by_linear_layers(module: RewardModule) -> dict[str, list[int]]:
 @pytest.mark.parametrize(("family", "options"), CASES)
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-5), ("bfloat16", 0.03)])
 def test_rewards_stay(tmp_path: Path, family: str, options: dict[str, Any], dtype: Any, allowed: float) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, family, **options), dtype=dtype, device="cpu")
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, family, **options), dtype=dtype, device="cpu")
     assert (SHORT in module.forward_reason) == (options.get("classifier_pooling") != "mean")
     whole, short = both(module, family)
     assert len(set(whole.tolist())) > 4
@@ -62,13 +62,13 @@ def test_rewards_stay(tmp_path: Path, family: str, options: dict[str, Any], dtyp
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3", "mistral"])
 def test_a_window_in_the_last_layer_stays_a_window(tmp_path: Path, family: str) -> None:
     window = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0} if family != "gpt_neox" else {}
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, family, **window), dtype="float32", device="cpu")
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, family, **window), dtype="float32", device="cpu")
     whole, short = both(module, family)
     torch.testing.assert_close(short, whole, atol=1e-5, rtol=0)
 
 
 def test_all_after_the_keys_is_computed_for_few_tokens(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu")
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu")
     rows = seen_by_linear_layers(module)  # one pass with the layer short, one whole
     tokens = rows["layers.0.mlp.up_proj"][0]
     assert tokens > 100
@@ -108,7 +108,7 @@ def test_gradients_stay(tmp_path: Path, family: str, options: dict[str, Any], ch
 
 
 def test_rewards_alone_and_together_are_equal(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "qwen3"), dtype="float32", device="cpu")
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "qwen3"), dtype="float32", device="cpu")
     groups = groups_of(module.base.config.vocab_size)
     with torch.inference_mode():
         together = module(module.collate(groups))
@@ -117,7 +117,7 @@ def test_rewards_alone_and_together_are_equal(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_cannot_be_cut_stays_whole_and_says_so(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     tokens: list[int] = []
 
     # As GPT-2, which views its output as the input's shape.
@@ -139,7 +139,7 @@ def test_a_layer_that_cannot_be_cut_stays_whole_and_says_so(tmp_path: Path) -> N
 
 
 def test_a_model_that_does_not_name_its_layers_keeps_them_whole(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     module.base._no_split_modules = None
     tune(module, "scoring")
     assert module.execution.last_layer == "whole"
@@ -148,12 +148,12 @@ def test_a_model_that_does_not_name_its_layers_keeps_them_whole(tmp_path: Path) 
 
 def test_a_probe_allows_for_the_dtype_that_products_are_computed_in(tmp_path: Path) -> None:
     module, _ = load_for_training(tiny_checkpoint(tmp_path, "bert"), seed=0)
-    half, _ = load_for_scoring(tiny_checkpoint(tmp_path, "bert"), dtype="bfloat16", device="cpu")
+    half, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "bert"), dtype="bfloat16", device="cpu")
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = tolerance(module)
     assert under_autocast == tolerance(half) > 10 * tolerance(module)
 
 
 def test_deterministic_models_compute_it_whole(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     assert module.execution.last_layer == "whole"

@@ -113,7 +113,7 @@ def test_soft_capping_and_sinks_are_what_their_formulas_say(
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_model_gives_the_same_rewards_with_it(tmp_path: Path, family: str) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, family), dtype="float32", device="cpu")
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, family), dtype="float32", device="cpu")
     prompt = tuple(5 + index * 7 % 200 for index in range(150))
     groups = groups_of(module.base.config.vocab_size)
     groups += [[EncodedResponse((*prompt, *range(first, first + 40))) for first in (9, 60, 120)]]
@@ -132,7 +132,7 @@ def test_a_model_gives_the_same_rewards_with_it(tmp_path: Path, family: str) -> 
 
 
 def test_half_precision_decoders_try_it_at_load_and_say_what_they_took(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama", kv_heads=2), dtype="bfloat16", device="cpu")
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama", kv_heads=2), dtype="bfloat16", device="cpu")
     taken = "attention by matrix products" in module.forward_reason
     assert taken == (module.execution.attention == "matmul")
     assert "the fused kernel's speed in a trial" in module.forward_reason

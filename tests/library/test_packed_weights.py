@@ -30,7 +30,7 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded(path: Path, dtype: str, *, pack: bool) -> RewardModule:
-    module, _ = load_for_scoring(path, dtype=dtype, device="cpu", purpose="scoring" if pack else None)  # type: ignore[arg-type]
+    module, *_ = load_for_scoring(path, dtype=dtype, device="cpu", purpose="scoring" if pack else None)  # type: ignore[arg-type]
     assert ("weights packed" in module.forward_reason) == pack
     return module
 
@@ -69,7 +69,7 @@ from marginrm.tuning import packed_weights
 from marginrm.loading import load_for_scoring
 
 packed_weights._WORTH_IT = 0.0
-module, _ = load_for_scoring(sys.argv[1], dtype="float32", device="cpu", purpose=sys.argv[2] if sys.argv[2] == "scoring" else None)
+module, *_ = load_for_scoring(sys.argv[1], dtype="float32", device="cpu", purpose=sys.argv[2] if sys.argv[2] == "scoring" else None)
 with torch.inference_mode():  # plain weights come into memory as they are read
     module(module.collate([[EncodedResponse((5, 6))]]))
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
@@ -94,7 +94,7 @@ def test_memory_stays_what_it_was(tmp_path: Path) -> None:
 def test_they_can_be_compiled_around(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, "qwen3")
     plain = loaded(path, "float32", pack=False)
-    compiled, _ = load_for_scoring(path, dtype="float32", device="cpu", purpose="compiled_scoring")
+    compiled, *_ = load_for_scoring(path, dtype="float32", device="cpu", purpose="compiled_scoring")
     groups = groups_of(plain.base.config.vocab_size)
     with torch.inference_mode():
         found, expected = (module(module.collate(groups)) for module in (compiled, plain))

@@ -36,7 +36,7 @@ def test_an_illegal_combination_is_refused_by_its_rule(fields: dict[str, Any], r
 
 
 def test_a_module_that_is_not_tuned_computes_plainly(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
+    module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="float32", device="cpu", purpose=None)
     assert module.execution == Execution(device="cpu")
     assert module.forward_reason == "packed rows reproduce the model's own forward (prefixes shared)"
 
@@ -61,11 +61,11 @@ def test_the_purpose_decides_and_a_module_may_be_tuned_again(tmp_path: Path) -> 
 
 
 def test_dropout_in_training_keeps_prefixes_with_their_sequences(tmp_path: Path) -> None:
-    module, _ = load_for_scoring(
+    module, *_ = load_for_scoring(
         tiny_checkpoint(tmp_path, "llama", attention_dropout=0.1), dtype="float32", device="cpu"
     )
     assert module.execution.splits_prefix
-    training, _ = load_for_scoring(tmp_path, dtype="float32", device="cpu", purpose=None)
+    training, *_ = load_for_scoring(tmp_path, dtype="float32", device="cpu", purpose=None)
     assert not tune(training.train(), "training").splits_prefix
     prompt = tuple(5 + index % 90 for index in range(150))
     one = groups_of(300)[0][0]

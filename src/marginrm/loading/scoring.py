@@ -1,0 +1,173 @@
+"""A checkpoint, whoever trained it -> what scores with it: a module, an encoder, and a record of how it is read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from marginrm.encoding import Encoder
+from marginrm.errors import ConfigError
+from marginrm.forward.eligibility import build_module
+from marginrm.forward.module import RewardModule
+from marginrm.frames import frame_of
+from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
+from marginrm.loading.backbone import has_backbone
+from marginrm.loading.classifier import (
+    LoadedClassifier,
+    Plan,
+    Source,
+    check_of_use,
+    has_head,
+    load_classifier,
+    plan_by_weights,
+)
+from marginrm.loading.config import load_config
+from marginrm.loading.device import resolve_device, resolve_dtype
+from marginrm.loading.files import CheckpointFiles, find_checkpoint
+from marginrm.loading.own_code import check_trusted, own_code_of
+from marginrm.loading.record import reading_of
+from marginrm.loading.refusals import refuse_by_kind
+from marginrm.loading.token_logits import TokenReward, frame_reads_tokens, reads_tokens, token_reward_of
+from marginrm.loading.tokenizer import length_limit, load_tokenizer
+from marginrm.loading.weights import Target
+from marginrm.manifest import Manifest
+from marginrm.reading import CheckpointReading, ReadingOptions
+from marginrm.special_tokens import EncodingPolicy
+from marginrm.text import Dtype
+from marginrm.tuning.tune import Purpose, tune
+
+_log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What scores with a checkpoint.
+
+    Attributes:
+        module: The forward pass.
+        encoder: Texts to token ids.
+        reading: What the checkpoint is and how it is read.
+    """
+
+    module: RewardModule
+    encoder: Encoder
+    reading: CheckpointReading
+
+
+def load_for_scoring(
+    path: str | Path | CheckpointFiles,
+    *,
+    dtype: Dtype | torch.dtype = "auto",
+    device: str = "auto",
+    max_length: int | None = None,
+    reading: ReadingOptions | None = None,
+    manifest: Manifest | None = None,
+    revision: str | None = None,
+    purpose: Purpose | None = "scoring",
+) -> Loaded:
+    """Loads a trained reward model.
+
+    Args:
+        path: A folder, a name on the Hugging Face Hub, or what `find_checkpoint` found.
+        dtype: Of the backbone; `auto` takes what a short measurement finds faster on this device.
+        device: `cpu`, `cuda`, ...; `auto` takes CUDA where there is one.
+        max_length: The most tokens a sequence may have; by default what model and tokenizer allow.
+        reading: What the user says about the checkpoint.
+        manifest: What marginrm recorded of it: with one, it is read as recorded.
+        revision: Branch, tag or commit on the Hub.
+        purpose: As for `tune`; None leaves the module as it was built. Packed weights can be neither trained nor saved.
+
+    Raises:
+        ModelError: There is no such checkpoint, or it cannot be read.
+        HeadError: It has no trained head that gives one reward.
+        ConfigError: An option is not a valid one for it.
+    """
+    files = path if isinstance(path, CheckpointFiles) else find_checkpoint(path, revision)
+    options = _with_manifest(reading or ReadingOptions(), manifest)
+    source, plan, tokenizer = _read(files, options)
+    on = resolve_device(device)
+    # transformers' own class is preferred to a copy of it that an older checkpoint brings along.
+    own_code = options.trust_remote_code and (plan.own is not None or not has_backbone(source.config))
+    target = Target(resolve_dtype(dtype, on), on, trust_remote_code=own_code)
+    loaded = load_classifier(source, plan, target, options, has_template=bool(tokenizer.chat_template))
+    check_of_use(options, loaded)
+    limit = length_limit(source.config, tokenizer, max_length, loaded.classifier)
+    module = build_module(loaded.classifier, max_length=limit).eval()
+    if purpose:
+        tune(module, purpose)
+    policy = _policy(source, loaded, options, plan.tokens, manifest)
+    encoder = Encoder(
+        tokenizer, max_length=limit, architecture="decoder" if loaded.causal else "encoder", policy=policy
+    )
+    record = reading_of(files, source, loaded, encoder, module, options)
+    for note in record.notes:
+        _log.info("%s: %s", files.name, note)
+    return Loaded(module, encoder, record)
+
+
+def _read(files: CheckpointFiles, options: ReadingOptions) -> tuple[Source, Plan, PreTrainedTokenizerBase]:
+    """Reads configuration and tokenizer, and finds the head, before any weight is read."""
+    base = base_of(files) if files.is_adapter else files
+    check_trusted(base, trusted=options.trust_remote_code)
+    config = load_config(base, trust_remote_code=options.trust_remote_code)
+    refuse_by_kind(base, config)
+    source = Source(on_base(files, base), config, adapter=files) if files.is_adapter else Source(files, config)
+    folder = tokenizer_folder(files, base)
+    if options.trust_remote_code and (own := own_code_of(base)):
+        plan = Plan(own=own)
+    elif reads_tokens(source.files, options) or (frame_reads_tokens(options) and not has_head(source)):
+        tokenizer = load_tokenizer(folder, files.name, trust_remote_code=options.trust_remote_code)
+        return source, Plan(tokens=token_reward_of(source.files, tokenizer, options)), tokenizer
+    else:
+        plan = plan_by_weights(source)
+    return source, plan, load_tokenizer(folder, files.name, trust_remote_code=options.trust_remote_code)
+
+
+def _with_manifest(options: ReadingOptions, manifest: Manifest | None) -> ReadingOptions:
+    """Returns the options with what a manifest recorded of the head and the frame.
+
+    Raises:
+        ConfigError: An option says otherwise.
+    """
+    if manifest is None:
+        return options
+    head, encoding = manifest.head, manifest.encoding
+    recorded: dict[str, Any] = {
+        "label_weights": tuple(head.label_weights) if head and head.label_weights else None,
+        "reward_tokens": tuple(head.reward_tokens) if head and head.reward_tokens else None,
+        "head_activation": head.head_activation if head else None,
+        "frame": encoding.frame,
+        "bos": encoding.bos if encoding.bos != "single" else "auto",
+        "eos": encoding.eos,
+    }
+    defaults = ReadingOptions()
+    said = [name for name, value in recorded.items() if getattr(options, name) not in (getattr(defaults, name), value)]
+    if said:
+        raise ConfigError(
+            f"{', '.join(said)}: reward_manifest.json records how this checkpoint is read, and says otherwise. Leave the "
+            "option out, or remove the manifest and calibrate again."
+        )
+    return replace(options, **recorded)
+
+
+def _policy(
+    source: Source,
+    loaded: LoadedClassifier,
+    options: ReadingOptions,
+    tokens: TokenReward | None,
+    manifest: Manifest | None,
+) -> EncodingPolicy:
+    """Returns how sequences begin and end: as recorded with a manifest, else as the author's library has them."""
+    if not loaded.causal:
+        return EncodingPolicy()
+    frame = tokens.frame if tokens else frame_of(options.frame) if options.frame else None
+    if manifest is not None:
+        said = manifest.encoding
+        return EncodingPolicy(said.bos, said.eos, frozenset(said.unread_token_ids), said.appended_token_id, frame)
+    pad = getattr(source.config.get_text_config(), "pad_token_id", None)
+    unread = frozenset({pad} if loaded.skips_padding and pad is not None and pad >= 0 else ())
+    return EncodingPolicy(options.bos, options.eos, unread, source.files.config.get("reward_token_id"), frame)

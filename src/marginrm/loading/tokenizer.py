@@ -1,0 +1,93 @@
+"""A checkpoint's tokenizer, and the most tokens that its sequences may have."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from marginrm.errors import ConfigError, ModelError
+from marginrm.loading.foreign import translated
+
+_UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
+_USUAL_LENGTH = 4096
+
+
+def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a checkpoint.
+
+    Raises:
+        ModelError: There is none, or a package that it needs is not installed.
+    """
+    try:
+        with translated(name, "tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+            empty = not len(tokenizer)
+    except ModelError as error:
+        needed = _needed_package(folder)
+        if needed is None:
+            raise
+        raise ModelError(
+            f"{name} has a SentencePiece tokenizer without a tokenizer.json, and {needed} is not installed. Run: pip install "
+            f"{needed}, or save the tokenizer again where it is installed (save_pretrained writes tokenizer.json)."
+        ) from error
+    if empty:
+        raise ModelError(f"{name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json beside the weights.")
+    return tokenizer
+
+
+def length_limit(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, requested: int | None, model: nn.Module | None = None
+) -> int:
+    """Returns the most tokens a sequence may have.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: Its tokenizer.
+        requested: What the user asks for, or None.
+        model: The model, to see whether its first positions are kept for padding (RoBERTa and kin).
+
+    Raises:
+        ConfigError: More was requested than the model has positions for.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions if positions and positions > 0 else None
+    if positions and model is not None:
+        positions -= _reserved_positions(model, positions)
+    if requested is not None:
+        if requested < 8 or (positions and requested > positions):
+            raise ConfigError(f"max_length = {requested:,}: this model takes 8 to {positions or _UNBOUNDED:,} tokens.")
+        return requested
+    limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < _UNBOUNDED]
+    return min(limits) if limits else _USUAL_LENGTH
+
+
+def _reserved_positions(model: nn.Module, positions: int) -> int:
+    """Returns how many of the learned positions no token gets: those up to the padding's, as in RoBERTa."""
+    for name, part in model.named_modules():
+        learned = isinstance(part, nn.Embedding) and part.num_embeddings == positions and "position" in name
+        if learned and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            return part.padding_idx + 1
+    return 0
+
+
+def _needed_package(folder: Path) -> str | None:
+    """Returns the package without which a SentencePiece model cannot be read, if one is missing."""
+    is_sentencepiece = any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file()
+    missing = [
+        name
+        for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+        if not _has(module)
+    ]
+    return missing[0] if is_sentencepiece and missing else None
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

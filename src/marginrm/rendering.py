@@ -1,0 +1,134 @@
+"""(messages, responses) -> the texts that a decoder reads, by its chat template, a reranker's frame, or as plain text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from marginrm.errors import InvalidTextError
+from marginrm.frames import Frame
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SENTINEL = "\ue000"  # a private-use character, which no response starts with
+
+# Some templates print today's date, which would make a reward depend on the day. This macro goes before them and takes
+# the place of the function that they ask; the date is the one that Llama 3's own template falls back to.
+FIXED_DATE = "26 Jul 2024"
+_DATELESS = "{%- macro strftime_now(format) -%}" + FIXED_DATE + "{%- endmacro -%}"
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedText:
+    """A prompt and a response as one text.
+
+    Attributes:
+        text: The text.
+        start: Index of the first character of the prompt that may be cut.
+        end: Index after the last one; the response starts no earlier.
+    """
+
+    text: str
+    start: int
+    end: int
+
+
+class Renderer:
+    """Writes conversations as a decoder reads them.
+
+    Args:
+        tokenizer: Its chat template is used, if it has one and the frame has no text of its own.
+        frame: A reranker's text, in place of a conversation.
+        strip_end: Whether line breaks at the end are left out.
+
+    Attributes:
+        chat_template: The template in use, its date fixed; None for plain text and for frames with their own text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, frame: Frame | None, *, strip_end: bool) -> None:
+        self._tokenizer = tokenizer
+        self._frame = frame
+        self._strip_end = strip_end
+        uses_template = bool(tokenizer.chat_template) and (frame is None or frame.template is None)
+        template = tokenizer.get_chat_template() if uses_template else None
+        self.chat_template = _DATELESS + template if template and prints_date(template) else template
+
+    @property
+    def plain(self) -> bool:
+        """Whether prompt and response are joined without a template or frame."""
+        return self.chat_template is None and self._frame is None
+
+    def texts(self, messages: list[dict[str, Any]], responses: list[str]) -> list[RenderedText]:
+        """Renders each response to one prompt.
+
+        Raises:
+            InvalidTextError: The template refuses these messages.
+        """
+        if self.plain:
+            prompt = transcript(messages) + ("\n\nAssistant: " if len(messages) > 1 else "")
+            return [RenderedText(prompt + response, 0, len(prompt)) for response in responses]
+        # Where the response starts is seen by rendering another one: a template may strip or rewrite the turns before.
+        other = self._render(messages, _SENTINEL)
+        if _SENTINEL not in other:
+            raise InvalidTextError("The model's chat template drops the last assistant turn.", param="prompt")
+        start = self._query_start(messages, other) if self._frame else 0
+        texts = [self._render(messages, response) for response in responses]
+        return [RenderedText(text, start, _common_length(text, other)) for text in texts]
+
+    def sample(self, response: str = "a") -> str:
+        """Returns a short conversation with this response; an empty text where the template refuses it."""
+        try:
+            return self.texts([{"role": "user", "content": "a"}], [response])[0].text
+        except InvalidTextError:
+            return ""
+
+    def ending(self) -> str:
+        """Returns the text that follows a response, such as the template's end marker."""
+        return self.sample(_SENTINEL).rpartition(_SENTINEL)[2]
+
+    def _render(self, messages: list[dict[str, Any]], response: str) -> str:
+        if self._frame is None:
+            text = self._template([*messages, {"role": "assistant", "content": response}])
+        elif self._frame.template is None:
+            query = {"role": "query", "content": messages[-1]["content"]}
+            text = self._template([query, {"role": "document", "content": response}])
+        else:
+            text = self._frame.render(messages, response)
+        return text.rstrip("\n") if self._strip_end else text
+
+    def _template(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, chat_template=self.chat_template, date_string=FIXED_DATE
+            )
+        except TemplateError as error:
+            raise InvalidTextError(
+                f"The model's chat template refuses these messages: {str(error)[:200]}", param="prompt"
+            ) from error
+        return str(text)
+
+    def _query_start(self, messages: list[dict[str, Any]], rendered: str) -> int:
+        """Returns where a frame's query starts: the instructions before it are never cut."""
+        other = self._render([*messages[:-1], {"role": messages[-1]["role"], "content": _SENTINEL}], _SENTINEL)
+        return _common_length(rendered, other)
+
+
+def prints_date(template: str) -> bool:
+    """Returns whether a chat template asks for today's date; `FIXED_DATE` is written in its place."""
+    return "strftime_now" in template
+
+
+def transcript(messages: list[dict[str, Any]]) -> str:
+    """Writes a conversation as plain text: a lone message as it is, several with their roles."""
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def _common_length(first: str, second: str) -> int:
+    """Returns how many leading characters two texts share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))
