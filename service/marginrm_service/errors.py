@@ -1,25 +1,25 @@
-"""What can go wrong between a request and its reward, beyond what the library knows of.
+"""Errors between a request and its reward, beyond those of the library.
 
 ```
 MarginRMError
 └── ServiceError
-    ├── UnknownModelError      no model of that name is served
-    ├── RequestTooLargeError   one request is more work than the queue may ever hold
-    ├── ForwardFailedError     the forward pass raised for this response, and only for it
-    ├── TokenizerFailedError   the tokenizer itself failed on this text, and only on it
-    ├── ClientGoneError        the client hung up before its answer was ready
-    ├── DeadlineExceededError  the request's time was up before its answer was ready
-    ├── InvalidHeaderError     a header that the server reads cannot be understood
-    ├── LastModelError         the only model that is served cannot be unloaded
-    └── UnavailableError       not now: try again after `retry_after` seconds
+    ├── UnknownModelError      no model has that name
+    ├── RequestTooLargeError   one request alone exceeds the queue
+    ├── ForwardFailedError     the forward pass raised for this response alone
+    ├── TokenizerFailedError   the tokenizer failed on this text alone
+    ├── ClientGoneError        the client disconnected before its reply was ready
+    ├── DeadlineExceededError  the request's deadline passed before its reply was ready
+    ├── InvalidHeaderError     a header has an invalid value
+    ├── LastModelError         the only model cannot be unloaded
+    └── UnavailableError       unavailable now; a retry makes sense after `retry_after` seconds
         ├── NotReadyError          a model is loading, or could not be loaded
-        ├── DrainingError          the server is about to leave
+        ├── DrainingError          the server is shutting down
         ├── OverloadedError        the queue is full
-        │   └── WouldBeLateError       it is so long that the answer would come after the request's deadline
+        │   └── WouldBeLateError       the reply would come after the request's deadline
         └── EngineStoppedError     the worker of a model has ended
 ```
 
-None of them knows of HTTP; `http_errors` keeps the one table.
+Errors know nothing of HTTP; `api.errors` has the one table of statuses.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class ServiceError(MarginRMError):
 
 
 class UnknownModelError(ServiceError):
-    """No model of that name is served."""
+    """No model has that name."""
 
     default_code = "unknown_model"
 
 
 class RequestTooLargeError(ServiceError):
-    """A single request holds more tokens than the queue may ever hold."""
+    """A single request has more tokens than the queue may hold."""
 
     default_code = "request_too_large"
 
@@ -52,41 +52,41 @@ class ForwardFailedError(ServiceError):
 
 
 class TokenizerFailedError(ServiceError):
-    """The tokenizer raised on this text alone, which is no fault of the text's; others of its request were scored."""
+    """The tokenizer raised on this text alone, which is a fault of the tokenizer; others of its request were scored."""
 
     default_code = "tokenizer_failed"
 
 
 class ClientGoneError(ServiceError):
-    """The client closed its connection; nobody will read the answer."""
+    """The client closed its connection, so the reply cannot be delivered."""
 
     default_code = "client_gone"
 
 
 class DeadlineExceededError(ServiceError):
-    """The request's time was up; what was not computed yet has left the queue."""
+    """The request's deadline passed. The part that was not computed yet has left the queue."""
 
     default_code = "deadline_exceeded"
 
 
 class InvalidHeaderError(ServiceError):
-    """A header that the server reads cannot be understood. `param` is its name."""
+    """A header has an invalid value. `param` is its name."""
 
     default_code = "invalid_header"
 
 
 class LastModelError(ServiceError):
-    """The only model that is served cannot be unloaded."""
+    """The only model cannot be unloaded."""
 
     default_code = "last_model"
 
 
 class UnavailableError(ServiceError):
-    """The server cannot take this request now.
+    """The server cannot accept this request now.
 
     Args:
-        message: What is the matter.
-        retry_after: Seconds after which a new try makes sense, at least 1.
+        message: The reason.
+        retry_after: Seconds after which a retry makes sense, at least 1.
     """
 
     default_code = "unavailable"
@@ -103,7 +103,7 @@ class NotReadyError(UnavailableError):
 
 
 class DrainingError(UnavailableError):
-    """The server finishes what it has accepted and takes nothing more."""
+    """The server finishes the requests that it has accepted, and accepts no others."""
 
     default_code = "draining"
 
@@ -115,7 +115,7 @@ class OverloadedError(UnavailableError):
 
 
 class WouldBeLateError(OverloadedError):
-    """By the measured rate the answer would come after the request's deadline."""
+    """By the measured rate the reply would come after the request's deadline."""
 
     default_code = "would_be_late"
 

@@ -1,4 +1,4 @@
-"""Admission control: how much may wait, and what a refused request is told."""
+"""Admission control: how much may wait, and the reply to a refused request."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class LoadRequest(BaseModel):
 async def load(body: LoadRequest, service: ServiceOf) -> ModelCard | Response:
     """Loads a model, and swaps it in under its name once it has passed its self-test.
 
-    The reply comes when the new model serves. The old one finishes the requests that it has accepted.
+    The reply is sent when the new model serves. The old one finishes the requests that it has accepted.
     """
     try:
         return await service.registry.load(ModelSpec(body.name, body.path))

@@ -20,7 +20,7 @@ from marginrm_service.models.served_model import ServedModel
 from marginrm_service.state import Service, ServiceOf
 
 _MEDIA = {"report.html": "text/html; charset=utf-8", "README.md": "text/plain; charset=utf-8"}
-_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorReply, "description": "No model of that name."}}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorReply, "description": "No model has that name."}}
 
 router = APIRouter(prefix="/v1/models/{name}", tags=["models"], responses=_NOT_FOUND)
 
@@ -56,7 +56,7 @@ async def draw_figure(name: str, figure: str, service: ServiceOf) -> Response:
 async def serve_document(name: str, document: str, service: ServiceOf) -> Response:
     """Serves the report of the checkpoint's training, or its model card as plain text.
 
-    The report comes from the checkpoint, which may be anyone's: it runs in a sandbox, with no origin and no network.
+    The report is part of the checkpoint and not trusted: it runs in a sandbox, without an origin and without network.
     """
     folder = service.registry.get(name).folder
     file = folder / document if folder and document in _MEDIA else None
@@ -78,7 +78,7 @@ def _drift(service: Service, served: ServedModel) -> DriftState | None:
 
 
 def _figures(manifest: Manifest | None, drift: DriftState | None) -> dict[str, Callable[[], str]]:
-    """Returns the figures that there are numbers for, in the order of the page."""
+    """Returns the figures for which the model has numbers, in the order of the page."""
     return dict(_drawable(manifest, drift))
 
 
@@ -100,7 +100,7 @@ def _drawable(manifest: Manifest | None, drift: DriftState | None) -> Iterator[t
 
 
 def _recorded(manifest: Manifest) -> dict[str, Any]:
-    """Returns what the manifest says, as `ModelDetail` names it."""
+    """Returns the fields of the manifest under the names of `ModelDetail`."""
     return {
         "trained": manifest.created,
         "base_revision": manifest.base_revision,
@@ -116,7 +116,7 @@ def _recorded(manifest: Manifest) -> dict[str, Any]:
 
 
 def _without_folders(file: DataFile) -> DataFile:
-    """Folders of the machine that trained are nobody else's matter."""
+    """Returns a data file by its name alone: folders of the training machine are private."""
     return file.model_copy(update={"path": PurePosixPath(file.path).name or file.path})
 
 

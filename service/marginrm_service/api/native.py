@@ -51,9 +51,8 @@ async def best_of_n(body: BestOfNRequest, request: Request, service: ServiceOf) 
     `margin` and `confidence` are those of the best over the runner-up. A candidate that cannot be scored is listed
     under `errors`, and the others are ranked without it.
 
-    With `Accept: application/x-ndjson` the outcome of each prompt comes as a line of its own as soon as it is known, and
-    after the last of them a line with `model` and `usage`. If the rest cannot be done, the last line has `status` and
-    `error` instead.
+    With `Accept: application/x-ndjson` each prompt's outcome is sent as a line as soon as it is known, and after all of
+    them a line with `model` and `usage`. If the rest cannot be scored, the last line has `status` and `error` instead.
     """
     if streaming.wanted(request):
         return await _stream_best_of_n(body, request, service)

@@ -97,7 +97,7 @@ def _pair(
 
 
 def _error_of_side(error: MarginRMError, side: str) -> ErrorBody:
-    """Says `chosen` or `rejected` where an error speaks of the response."""
+    """Returns the body of an error, in which `chosen` or `rejected` stands for the response."""
     return error_body(error.for_response(side) if isinstance(error, EncodingError) else error.about(side))
 
 

@@ -1,4 +1,4 @@
-"""SGLang's way to serve a reward model: `POST /v1/embeddings`, whose embedding is one number (verl asks it so)."""
+"""SGLang's route for reward models, which verl uses: `POST /v1/embeddings`, with an embedding of one number."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EmbeddingData(ContractReply):
 
 
 class EmbeddingsResponse(ContractReply):
-    """Answer of `/v1/embeddings`."""
+    """Reply of `/v1/embeddings`."""
 
     object: Literal["list"] = "list"
     data: list[EmbeddingData]

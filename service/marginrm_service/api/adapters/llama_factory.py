@@ -25,15 +25,15 @@ router = APIRouter()
 
 
 class ScoreEvaluationRequest(ContractRequest):
-    """Templated texts. LLaMA-Factory's own client calls every model `model`."""
+    """Templated texts. LLaMA-Factory's own client sends the model name `model` for any model."""
 
     model: str = "model"
     messages: list[WireText] = Field(min_length=1)
-    max_length: int | None = Field(default=None, ge=1, description="A text of more tokens is refused, and never cut.")
+    max_length: int | None = Field(default=None, ge=1, description="A longer text is refused; it is never cut.")
 
 
 class ScoreEvaluationResponse(ContractReply):
-    """Rewards in the order asked."""
+    """Rewards in the order of the request."""
 
     id: str = Field(default_factory=lambda: new_id("scoreval"))
     object: Literal["score.evaluation"] = "score.evaluation"
@@ -58,6 +58,6 @@ def _check_length(rewarded: Rewarded, limit: int | None) -> None:
             raise SequenceTooLongError(
                 one.tokens,
                 limit,
-                f"messages[{index}]: {one.tokens:,} tokens, and max_length is {limit:,}. Texts are not cut here.",
+                f"messages[{index}]: {one.tokens:,} tokens, and max_length is {limit:,}. Texts are never cut on this route.",
                 param=f"messages[{index}]",
             )

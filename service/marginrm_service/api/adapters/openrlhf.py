@@ -13,13 +13,13 @@ router = APIRouter()
 
 
 class GetRewardRequest(ContractRequest):
-    """Templated texts. OpenRLHF's `prompts` and `labels` come along and are not read, as by its own server."""
+    """Templated texts. OpenRLHF sends `prompts` and `labels` too; like its own server, this one does not read them."""
 
     query: list[WireText]
 
 
 class GetRewardResponse(ContractReply):
-    """Rewards in the order asked. `extra_logs` become tensors in the trainer's log."""
+    """Rewards in the order of the request. `extra_logs` become tensors in the trainer's log."""
 
     rewards: list[float]
     scores: list[float]
@@ -28,7 +28,7 @@ class GetRewardResponse(ContractReply):
 
 @router.post("/get_reward", response_model=GetRewardResponse, responses=ERROR_REPLIES)
 async def get_reward(body: GetRewardRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores OpenRLHF's templated texts. An empty list, which it sends to its second URL, gets empty lists."""
+    """Scores OpenRLHF's templated texts. It sends an empty list to its second URL, and gets empty lists."""
     rewarded = await score(service, request, None, templated(body.query), response_at=lambda i: f"query[{i}]")
     tokens = [float(one.tokens) for one in rewarded.scored]
     return await reply(

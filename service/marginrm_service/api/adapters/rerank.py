@@ -1,7 +1,7 @@
 """Reranking: `/rerank`, `/v1/rerank`, `/v2/rerank` for the clients of Cohere, Jina, vLLM, Infinity and TEI.
 
 The query is the prompt, and each document a candidate response. TEI's requests have `texts` for documents, and its own
-answer (`adapters.tei`).
+reply (`adapters.tei`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class RerankRequest(ContractRequest):
     model: str | None = None
     query: WirePrompt
     documents: list[Any] = Field(min_length=1, description='Texts, or objects with a "text".')
-    top_n: int | None = Field(default=None, ge=0, description="Places to return; all by default, and for 0.")
+    top_n: int | None = Field(default=None, ge=0, description="Results to return; all by default, and for 0.")
     return_documents: bool | None = False
     use_activation: bool | None = Field(default=None, description="True puts a sigmoid on the rewards.")
-    # What would cut a response is refused: the reward is read at its end.
+    # Options that would cut a response are refused, because the reward is read at its end.
     max_tokens_per_doc: None = Field(default=None, description="Responses are never cut; leave it out.")
     max_chunks_per_doc: None = Field(default=None, description="Responses are never cut; leave it out.")
     rank_fields: None = Field(default=None, description='Documents have one field, "text"; leave it out.')
@@ -51,7 +51,7 @@ class Document(ContractReply):
 
 
 class RerankResult(ContractReply):
-    """A candidate's place."""
+    """A candidate's index and reward."""
 
     index: int
     relevance_score: float
@@ -74,12 +74,12 @@ async def rerank(body: RerankRequest, request: Request, service: ServiceOf) -> R
     return await _rerank(body, request, service)
 
 
-def _whose(body: Any) -> str:
+def _contract(body: Any) -> str:
     return "tei" if isinstance(body, dict) and "texts" in body else "rerank"
 
 
 EitherRequest = Annotated[
-    Annotated[RerankRequest, Tag("rerank")] | Annotated[tei.TeiRerankRequest, Tag("tei")], Discriminator(_whose)
+    Annotated[RerankRequest, Tag("rerank")] | Annotated[tei.TeiRerankRequest, Tag("tei")], Discriminator(_contract)
 ]
 
 

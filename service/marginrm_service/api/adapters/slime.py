@@ -1,4 +1,4 @@
-"""Slime's remote reward model: one sample a request, and one bare number back (`slime/rollout/rm_hub/__init__.py`)."""
+"""Slime's remote reward model: one sample a request, and a bare number in reply (`slime/rollout/rm_hub/__init__.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SlimeRequest(ContractRequest):
 
 
 class SlimeReward(RootModel[float]):
-    """The reward, and nothing else. Leave `--reward-key` out."""
+    """The reward as a bare number. Start slime without `--reward-key`."""
 
 
 @router.post("/slime", response_model=SlimeReward, responses=ERROR_REPLIES)

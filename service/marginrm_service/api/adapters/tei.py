@@ -1,4 +1,4 @@
-"""Text Embeddings Inference: `/predict`, and `/rerank` with `texts`. Its default is a sigmoid; `raw_scores` undoes it."""
+"""Text Embeddings Inference: `/predict`, and `/rerank` with `texts`. Values are sigmoids unless `raw_scores` is true."""
 
 from __future__ import annotations
 
@@ -20,28 +20,32 @@ router = APIRouter()
 
 
 class _TeiOptions(ContractRequest):
-    raw_scores: bool = Field(default=False, description="True gives rewards; else their sigmoid.")
-    truncate: bool | None = Field(default=None, description="True cuts the prompt from its left; else it is an error.")
+    raw_scores: bool = Field(default=False, description="True returns rewards; the default is their sigmoid.")
+    truncate: bool | None = Field(
+        default=None, description="True cuts the prompt from its left; by default a long text is an error."
+    )
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
 
     @model_validator(mode="after")
     def _keeps_the_end(self) -> Self:
         if self.truncate and (self.truncation_direction or "left").lower() == "right":
-            raise ValueError("truncation_direction must be left: the reward is read at the end, which is never cut.")
+            raise ValueError(
+                "truncation_direction must be left, because the reward is read at the end, which is never cut."
+            )
         return self
 
     @property
     def truncation(self) -> Truncation:
-        """What to do with what is too long."""
+        """The treatment of sequences above the model's limit."""
         return "prompt_left" if self.truncate else "error"
 
     def value(self, reward: float) -> float:
-        """A reward as the request wants it."""
+        """Returns a reward in the form that the request asks for."""
         return reward if self.raw_scores else sigmoid(reward)
 
 
 class TeiRerankRequest(_TeiOptions):
-    """A prompt and its candidates, in TEI's words."""
+    """A prompt and its candidates, in TEI's shape."""
 
     query: str
     texts: list[WireText] = Field(min_length=1)
@@ -49,7 +53,7 @@ class TeiRerankRequest(_TeiOptions):
 
 
 class Rank(ContractReply):
-    """A candidate's place."""
+    """A candidate's index and score."""
 
     index: int
     score: float
@@ -110,7 +114,7 @@ async def predict(body: PredictRequest, request: Request, service: ServiceOf) ->
         service,
         request,
         None,
-        [_ask(one, index) for index, one in enumerate(inputs)],
+        [_group(one, index) for index, one in enumerate(inputs)],
         response_at=lambda i: f"inputs[{i}]" if several else "inputs",
         prompt_at=lambda i: f"inputs[{i}]" if several else "inputs",
         truncation=body.truncation,
@@ -120,11 +124,11 @@ async def predict(body: PredictRequest, request: Request, service: ServiceOf) ->
 
 
 def best_first(rewards: list[float]) -> list[int]:
-    """Returns the indices of rewards, best first; equal ones keep their order."""
+    """Returns the indices of rewards, best first; equal rewards keep their order."""
     return sorted(range(len(rewards)), key=lambda index: -rewards[index])
 
 
-def _ask(one: Any, index: int) -> TextGroup:
+def _group(one: Any, index: int) -> TextGroup:
     match one:
         case str() | [str()]:
             return TextGroup(None, [one if isinstance(one, str) else one[0]], templated=True)

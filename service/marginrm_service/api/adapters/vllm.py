@@ -1,6 +1,6 @@
-"""vLLM's pooling API: `/classify` (verl's reward loop asks it), `/pooling` and `/score`.
+"""vLLM's pooling API: `/classify`, which verl's reward loop uses, `/pooling` and `/score`.
 
-Its default puts a sigmoid on a lone label; `use_activation: false` gives the raw reward.
+By default the value of a single label is a sigmoid; `use_activation: false` returns the raw reward.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import Service, ServiceOf
 
 router = APIRouter()
-_LABEL = "LABEL_0"  # what transformers calls a lone label
+_LABEL = "LABEL_0"  # the name that transformers gives to a single label
 
 
 class _PoolingOptions(ContractRequest):
     model: str | None = None
-    use_activation: bool | None = Field(default=None, description="Sigmoid, the default; false gives raw rewards.")
+    use_activation: bool | None = Field(
+        default=None, description="False returns raw rewards; the default is their sigmoid."
+    )
     truncate_prompt_tokens: int | None = Field(
         default=None, description="-1 cuts the prompt to the model's limit; other lengths are refused."
     )
@@ -50,11 +52,11 @@ class _PoolingOptions(ContractRequest):
 
     @property
     def truncation(self) -> Truncation:
-        """What to do with what is too long."""
+        """The treatment of sequences above the model's limit."""
         return "error" if self.truncate_prompt_tokens is None else "prompt_left"
 
     def value(self, reward: float) -> float:
-        """A reward as the request wants it."""
+        """Returns a reward in the form that the request asks for."""
         return reward if self.use_activation is False else sigmoid(reward)
 
 
@@ -81,7 +83,7 @@ class ClassData(ContractReply):
 
 
 class ClassifyResponse(Listed):
-    """Answer of `/classify`."""
+    """Reply of `/classify`."""
 
     id: str = Field(default_factory=lambda: new_id("classify"))
     data: list[ClassData]
@@ -96,7 +98,7 @@ class PoolingData(ContractReply):
 
 
 class PoolingResponse(Listed):
-    """Answer of `/pooling`."""
+    """Reply of `/pooling`."""
 
     id: str = Field(default_factory=lambda: new_id("pool"))
     data: list[PoolingData]
@@ -127,7 +129,9 @@ class PairScoreRequest(_PoolingOptions):
     def _as_many(self) -> Self:
         prompts, responses = len(as_list(self.text_1)), len(as_list(self.text_2))
         if prompts not in {1, responses} or not responses:
-            raise ValueError(f"{prompts} prompts do not go with {responses} responses: as many, or one for all.")
+            raise ValueError(
+                f"{prompts} prompts do not match {responses} responses. Send one prompt for each response, or one for all."
+            )
         return self
 
 
@@ -140,20 +144,20 @@ class ScoreData(ContractReply):
 
 
 class PairScoreResponse(Listed):
-    """Answer of `/score` in vLLM's shape."""
+    """Reply of `/score` in vLLM's shape."""
 
     id: str = Field(default_factory=lambda: new_id("score"))
     data: list[ScoreData]
 
 
 def as_list(value: Any) -> list[Any]:
-    """Returns several as they are, and one as a list."""
+    """Returns a list as it is, and any other value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
 @router.post("/classify", response_model=ClassifyResponse, responses=ERROR_REPLIES)
 async def classify(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores texts in vLLM's shape, as verl asks: the raw reward is `probs[-1]` with `use_activation: false`."""
+    """Scores texts in vLLM's shape, as verl reads it: the raw reward is `probs[-1]` with `use_activation: false`."""
     rewarded = await _pool(body, request, service)
     return await reply(
         service,
