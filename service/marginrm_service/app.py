@@ -19,6 +19,8 @@ from marginrm_service.api import adapters, admin, errors, health, model_detail, 
 from marginrm_service.api.middleware import tracing
 from marginrm_service.api.middleware.auth import ApiKeyAuth
 from marginrm_service.api.middleware.body_limit import BodyLimit
+from marginrm_service.api.middleware.body_timeout import BodyTimeout
+from marginrm_service.api.middleware.content_encoding import ContentEncoding
 from marginrm_service.api.middleware.context import RequestContext
 from marginrm_service.api.middleware.early_rejection import EarlyRejection
 from marginrm_service.errors import OverloadedError
@@ -105,7 +107,9 @@ def _middleware(service: Service, traces: TracerProvider | None) -> list[Middlew
         Middleware(RequestContext, metrics=service.metrics),
         *([Middleware(tracing.Tracing, provider=traces)] if traces else []),
         Middleware(ApiKeyAuth, metrics=service.metrics, keys=keys, admin_keys=admin_keys, limit=limit),
+        Middleware(BodyTimeout, seconds=settings.body_timeout),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+        Middleware(ContentEncoding, max_bytes=settings.max_body_bytes),
         Middleware(EarlyRejection, service=service, routes=_scoring_routes(settings)),
     ]
 

@@ -115,7 +115,12 @@ class Settings(BaseSettings):
     reward_cache_mib: float = Field(
         default=64.0, ge=0, allow_inf_nan=False, description="MiB of rewards to cache per model; 0 turns the cache off."
     )
-    max_body_bytes: int = Field(default=32 * 2**20, ge=1_024, description="The largest request body; beyond, 413.")
+    max_body_bytes: int = Field(
+        default=32 * 2**20, ge=1_024, description="The largest request body, after decompression; beyond, 413."
+    )
+    body_timeout: float = Field(
+        default=30.0, gt=0, description="Seconds without a byte of a request body; beyond, 408."
+    )
     request_timeout: float = Field(
         default=120.0, gt=0, description="Seconds for a request without X-Request-Timeout; beyond, 504."
     )

@@ -29,6 +29,7 @@ VALUES = {
     "max_queue_requests": "10",
     "reward_cache_mib": "0.5",
     "max_body_bytes": "4096",
+    "body_timeout": "3",
     "request_timeout": "1.5",
     "max_request_timeout": "60",
     "key_file": "keys",

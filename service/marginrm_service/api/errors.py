@@ -46,9 +46,24 @@ ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorReply, "description": "Not done within `X-Request-Timeout` seconds, or the server's default."},
 }
 # Errors that FastAPI and Starlette raise themselves.
-_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 _OVERLOAD_STATUS = "overload_status"
 _INTERNAL = "The server failed on this request. The server's log has the details under this request id."
+
+
+class BodyError(HTTPException):
+    """A request body that cannot be read. While it reads a body, FastAPI lets no other exception pass.
+
+    Args:
+        status: Status of the reply.
+        code: Stable identifier of the error.
+        message: The fault, and its cure.
+        close: The rest of the body is not read, so the connection cannot be used again.
+    """
+
+    def __init__(self, status: int, code: str, message: str, *, close: bool = False) -> None:
+        super().__init__(status, message, {"Connection": "close"} if close else None)
+        self.code = code
 
 
 def install(app: FastAPI) -> None:
@@ -79,6 +94,12 @@ def error_response(
 def internal_error() -> JSONResponse:
     """Builds the reply to a fault of the server."""
     return error_response(500, "internal_error", _INTERNAL)
+
+
+def body_too_large(max_bytes: int) -> BodyError:
+    """Returns the error of a body above the limit."""
+    message = f"The body is larger than {max_bytes:,} bytes, the limit of this server. Send it in several requests."
+    return BodyError(413, "body_too_large", message)
 
 
 def unfinished() -> JSONResponse:
@@ -115,13 +136,13 @@ async def _on_marginrm_error(request: Request, error: Exception) -> JSONResponse
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error, BodyError):
+        return error_response(error.status_code, error.code, error.detail, headers=error.headers)
     code = _CODES.get(error.status_code, "http_error")
     messages = {
         400: "The body could not be read as JSON.",
         404: "This route does not exist. GET /docs lists all routes.",
         405: f"This route does not take {request.method}. GET /docs lists the methods of each route.",
-        413: f"The body is larger than {request.app.state.service.settings.max_body_bytes:,} bytes, the limit of this "
-        "server. Send the work in several requests.",
     }
     message = messages.get(error.status_code, HTTPStatus(error.status_code).phrase)
     return error_response(error.status_code, code, message, headers=error.headers)

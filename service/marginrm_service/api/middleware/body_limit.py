@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from marginrm_service.api.errors import body_too_large
 
 
 class BodyLimit:
@@ -35,7 +36,7 @@ class BodyLimit:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self._max_bytes:
-                    raise HTTPException(413)
+                    raise body_too_large(self._max_bytes)
             return message
 
         await self._app(scope, limited_receive, send)
