@@ -72,6 +72,8 @@ def check_messages(prompt: Any) -> list[dict[str, Any]]:
         check_text(found["role"], f"{where}.role")
         if found["content"] or not may_be_empty(found):
             check_text(found["content"], f"{where}.content")
+        if len(found) > 2:
+            check_text(json.dumps(found, ensure_ascii=False), where)  # a lone surrogate may be in any of its fields
         messages.append(found)
     if messages[-1]["role"] == "assistant":
         raise InvalidTextError(
@@ -84,6 +86,12 @@ def check_messages(prompt: Any) -> list[dict[str, Any]]:
 def may_be_empty(message: Mapping[str, Any]) -> bool:
     """Tells whether a message may have an empty content: a system turn, a tool's result, or a turn with tool calls."""
     return message["role"] in ("system", "tool") or "tool_calls" in message
+
+
+def plain_text(message: Mapping[str, Any]) -> str:
+    """Returns a normalised message without a template: its content, then each of its tool calls as a line of JSON."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([message["content"], *calls] if message["content"] else calls)
 
 
 def content_text(content: Any, param: str, beside: Mapping[str, Any] | None = None) -> str:

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from marginrm.errors import InvalidTextError
 from marginrm.frames import Frame
+from marginrm.messages import plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +125,8 @@ def prints_date(template: str) -> bool:
 def transcript(messages: list[dict[str, Any]]) -> str:
     """Writes a conversation as plain text: a lone message as it is, several with their roles."""
     if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+        return plain_text(messages[0])
+    return "\n\n".join(f"{message['role'].capitalize()}: {plain_text(message)}" for message in messages)
 
 
 def _common_length(first: str, second: str) -> int:

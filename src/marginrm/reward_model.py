@@ -12,7 +12,7 @@ import torch
 
 from marginrm import ranking
 from marginrm.encoding import Encoder
-from marginrm.errors import ConfigError, EncodingError, GoldenMismatchError, NonFiniteRewardError
+from marginrm.errors import ConfigError, EmptyTextError, EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.forward.batch import EncodedGroup
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.loading import find_checkpoint, load_for_scoring
@@ -173,9 +173,11 @@ class RewardModel:
         """Returns one reward per response, in order.
 
         Raises:
-            EncodingError: A response (named by its index) or the prompt is unusable.
+            EncodingError: There is no response, or a response (named by its index) or the prompt is unusable.
             NonFiniteRewardError: The model gave NaN or infinity.
         """
+        if not responses:
+            raise EmptyTextError("{param} is an empty list. Give at least one response.", param="responses")
         encoded = []
         for index, outcome in enumerate(self.encoder.encode_group(prompt, responses, truncation)):
             if isinstance(outcome, EncodingError):

@@ -90,6 +90,13 @@ def test_a_conversation_with_tools_is_rendered_as_transformers_renders_it() -> N
     assert list(encoder.encode(as_sent, "It is sunny.").ids) == expected
 
 
+def test_without_a_template_tool_calls_are_written_as_json() -> None:
+    encoder = Encoder(decoder_tokenizer(), max_length=256, architecture="decoder")
+    encoded = encoder.encode([USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, USER], "Sunny.")
+    text = encoder.tokenizer.decode(list(encoded.ids))
+    assert 'Assistant: {"name": "weather", "arguments": {"city": "Paris"}}' in text
+
+
 def test_an_empty_turn_of_the_user_is_refused() -> None:
     encoder = Encoder(decoder_tokenizer(), max_length=64, architecture="decoder")
     with pytest.raises(EmptyTextError, match=r"prompt\[0\]\.content is empty"):

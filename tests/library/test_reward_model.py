@@ -134,6 +134,13 @@ def test_a_bad_response_is_named_by_its_index(checkpoint: Path) -> None:
     assert caught.value.param == "responses[1]"
 
 
+def test_an_empty_list_of_responses_is_an_error_that_says_so(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    for score in (model.score, model.best_of_n):
+        with pytest.raises(EmptyTextError, match="responses is an empty list"):
+            score(PROMPT, [])
+
+
 def test_a_plain_checkpoint_is_uncalibrated(checkpoint: Path) -> None:
     model = load(checkpoint)
     assert not model.info.calibrated
