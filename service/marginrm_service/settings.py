@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from marginrm.errors import ConfigError
+from marginrm.reading import Activation, Bos, Eos, ReadingOptions
 from marginrm.text import NAME_PATTERN, Dtype
 
 DEFAULT_MODEL = "default"
@@ -146,10 +147,54 @@ class Settings(BaseSettings):
         default=False,
         description="Run code that comes with a checkpoint. Few checkpoints need it; use it only for those you trust.",
     )
+    bos: Bos = Field(
+        default="auto",
+        description="Beginning-of-sequence token: auto (as the chat template or the tokenizer adds it), on, off or double.",
+    )
+    eos: Eos = Field(
+        default="auto",
+        description="End-of-sequence token: auto (as the template prints it, or after plain text), on, off.",
+    )
+    label_weights: Annotated[str | None, Option(metavar="W,W,...")] = Field(
+        default=None,
+        description="Weight of each row of a head with several rows, such as -1,1; the reward is their sum.",
+    )
+    reward_tokens: Annotated[str | None, Option(metavar="TOKEN[,TOKEN]")] = Field(
+        default=None,
+        description="Tokens of a causal language model whose logit, or difference of logits, is the reward: yes,no.",
+    )
+    frame: Annotated[str | None, Option(metavar="NAME|FILE")] = Field(
+        default=None, description="Text around query and document of a reranker: the name of a frame or a Jinja file."
+    )
+    head_activation: Activation | None = Field(
+        default=None, description="Activation between the two layers of a head, if the checkpoint does not name it."
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="Text to read, or JSON to process.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The lowest level to log."
     )
+
+    @model_validator(mode="after")
+    def _reading_is_valid(self) -> Self:
+        _ = self.reading  # raises a ConfigError now rather than while a model loads
+        return self
+
+    @property
+    def reading(self) -> ReadingOptions:
+        """The options for checkpoints that do not say themselves how they are read; for all models.
+
+        Raises:
+            ConfigError: A value is not acceptable.
+        """
+        return ReadingOptions.parse(
+            label_weights=self.label_weights,
+            reward_tokens=self.reward_tokens,
+            bos=self.bos,
+            eos=self.eos,
+            frame=self.frame,
+            head_activation=self.head_activation,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @classmethod
     def load(cls, **given: Any) -> Settings:

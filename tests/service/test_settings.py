@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from marginrm.errors import ConfigError
+from marginrm.reading import ReadingOptions
 from marginrm_service.cli import serve, settings_of
 from marginrm_service.settings import ModelSpec, Settings
 
@@ -40,6 +41,12 @@ VALUES = {
     "drain_seconds": "7",
     "adapter_overload_status": "429",
     "trust_remote_code": "true",
+    "bos": "off",
+    "eos": "on",
+    "label_weights": "-1,1",
+    "reward_tokens": "yes,no",
+    "frame": "bge-gemma",
+    "head_activation": "tanh",
     "log_format": "json",
     "log_level": "debug",
 }
@@ -76,6 +83,15 @@ def test_options_and_environment_variables_give_the_same_settings(monkeypatch):
     assert by_options == Settings.load()
     assert by_options.models == (ModelSpec("small", "runs/a"),)
     assert by_options.admin_key_file == Path("admin")
+    assert by_options.reading == ReadingOptions(
+        bos="off",
+        eos="on",
+        label_weights=(-1.0, 1.0),
+        reward_tokens=("yes", "no"),
+        frame="bge-gemma",
+        head_activation="tanh",
+        trust_remote_code=True,
+    )
     defaults = Settings.model_construct()
     assert [name for name in VALUES if getattr(by_options, name) == getattr(defaults, name)] == []
 
@@ -110,6 +126,9 @@ def test_the_help_shows_each_option_with_its_default():
         ({"colour": "red"}, "colour: "),
         ({"reward_cache_mib": "-1"}, "reward_cache_mib: "),
         ({"reward_cache_mib": "nan"}, "reward_cache_mib: "),
+        ({"bos": "maybe"}, "bos: "),
+        ({"label_weights": "one,two"}, "label_weights = 'one,two': give a number for each row"),
+        ({"reward_tokens": "a,b,c"}, "reward_tokens = "),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):

@@ -97,6 +97,7 @@ class FakeRewardModel(FakeModel):
         )
         self.forward_reason = "a fake computes nothing"
         self.manifest = None
+        self.reading = None
 
     def expect(self, prompt: str, response: str) -> float:
         return reward_of(self.encoder.encode(prompt, response))

@@ -121,8 +121,12 @@ def _without_folders(file: DataFile) -> DataFile:
 
 
 def _reading(served: ServedModel) -> dict[str, Any]:
-    encoding = served.manifest.encoding if served.manifest else None
-    return {"max_length": served.encoder.max_length, **(encoding.model_dump() if encoding else {})}
+    """Returns how a text becomes a reward: the manifest's record, and what was found and decided at load."""
+    recorded = served.manifest.encoding.model_dump() if served.manifest else {}
+    found = served.reading.as_dict() if served.reading else {}
+    if served.folder:
+        found["checkpoint"] = served.folder.name  # the rest of its path is the server's
+    return {"max_length": served.encoder.max_length, **recorded, **found}
 
 
 def _golden(served: ServedModel) -> GoldenTest | None:

@@ -73,7 +73,7 @@ def load_model(spec: ModelSpec, settings: Settings) -> LoadedModel:
         dtype=settings.dtype,
         device=settings.device,
         max_length=settings.max_length,
-        trust_remote_code=settings.trust_remote_code,
+        reading=settings.reading,
         token_budget=settings.token_budget,
         compiled=settings.compile,
         deterministic=settings.deterministic,

@@ -56,6 +56,7 @@ class ServedModel:
     Attributes:
         info: The model's part of replies.
         manifest: The record of its training, if its checkpoint has one.
+        reading: What its checkpoint is and how it is read; None for a module in memory.
         encoder: Turns its texts into token ids.
         shares_prefixes: Whether the common prefix of a group is computed once.
         token_budget: The most tokens of a step.
@@ -76,6 +77,7 @@ class ServedModel:
     ) -> None:
         self.info: ModelInfo = model.info
         self.manifest = model.manifest
+        self.reading = model.reading
         self.golden = golden
         self.folder = folder
         self.encoder: Encoder = model.encoder
