@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples/README.md"])
 PROSE = [page for page in PAGES if page.name != "CHANGELOG.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -86,7 +86,7 @@ def test_tests_on_a_page_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_on_a_page_exist(page: Path) -> None:
     text = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
-    commands = {point.name for point in entry_points(group="marginrm.commands")}
+    commands = set(PROJECT["entry-points"]["marginrm.commands"])
     called = set(re.findall(r"(?:bin/|`|^\$ |^)marginrm ([a-z][a-z-]*)", text, re.MULTILINE))
     assert called - commands == set()
     modules = set(re.findall(r"-m (benchmarks(?:\.\w+)+)", text))
@@ -109,7 +109,7 @@ def test_the_tree_of_the_architecture_page_is_the_tree_of_the_package(package: s
 
 
 def test_extras_on_a_page_exist() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    declared = PROJECT["optional-dependencies"]
     named = {
         extra
         for page in PAGES
