@@ -28,18 +28,20 @@ if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
 
 _CHUNK_RESPONSES = 256
+_SHOWN = 3  # places of unusable rows, for each reason, in the summary
 _CHECKED_ROWS = 100  # if none of the first rows can be scored, the file is of another format
 _FORMS = '{"prompt", "response"}, {"prompt", "chosen", "rejected"}, {"prompt", "responses"} or {"prompt", "candidates"}'
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class InputRow:
     """One input row: the responses to score, or the error that makes it unusable."""
 
     kind: Literal["item", "pair", "group"]
     prompt: Prompt
     responses: tuple[str, ...]
     fingerprint: str
+    source: str
     id: Any = None
     error: MarginRMError | None = None
 
@@ -56,7 +58,7 @@ class Summary:
 
     skipped: int = 0
     rows: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
+    unusable: dict[str, list[str]] = field(default_factory=dict)  # `path:line` by reason
     responses: int = 0
     tokens: int = 0
     truncated: int = 0
@@ -64,14 +66,33 @@ class Summary:
     right: float = 0.0
     margin_sum: float = 0.0
 
+    def add_error(self, error: MarginRMError, source: str) -> None:
+        """Counts an unusable row by its reason."""
+        self.rows += 1
+        reason = error.reason if isinstance(error, DataError) else error.code.replace("_", " ")
+        self.unusable.setdefault(reason, []).append(source)
+
+    def add_result(self, result: dict[str, Any], group: list[EncodedResponse]) -> None:
+        """Counts a scored row."""
+        self.rows += 1
+        self.responses += len(group)
+        self.tokens += sum(len(response.ids) for response in group)
+        self.truncated += sum(response.truncated for response in group)
+        if "verdict" in result:
+            self.pairs += 1
+            self.right += float(correctness(result["margin"]))
+            self.margin_sum += result["margin"]
+
     def lines(self, seconds: float) -> list[str]:
         """Returns the summary as text."""
-        failed = sum(self.errors.values())
+        failed = sum(map(len, self.unusable.values()))
         text = [
             f"{self.rows:,} rows in {seconds:.1f} s ({self.skipped:,} were done before), {failed:,} with errors",
             f"{self.responses:,} responses, {self.tokens:,} tokens, {self.responses / max(seconds, 1e-9):.1f} responses/s",
         ]
-        text += [f"  {count:,} x {code}" for code, count in sorted(self.errors.items())]
+        for reason, sources in sorted(self.unusable.items(), key=lambda entry: -len(entry[1])):
+            places = ", ".join(sources[:_SHOWN]) + (", ..." if len(sources) > _SHOWN else "")
+            text.append(f"  {len(sources):,} {reason} ({places})")
         if self.truncated:
             text.append(f"{self.truncated:,} prompts were cut")
         if self.pairs:
@@ -81,8 +102,8 @@ class Summary:
         return text
 
 
-class JobFile(Iterator[Job]):
-    """The rows of an input file as jobs, unusable rows included. The file is read and parsed once, as jobs are taken.
+class InputFile(Iterator[InputRow]):
+    """The rows of an input file, unusable ones included. The file is read and parsed once, as rows are taken.
 
     Args:
         path: A file of one JSON object a line, compressed with gzip or not.
@@ -97,48 +118,48 @@ class JobFile(Iterator[Job]):
 
     def __init__(self, path: Path) -> None:
         self.position = 0
-        jobs = self._read(path)
-        first = list(islice(jobs, _CHECKED_ROWS))
-        if first and all(job.error for job in first):
+        rows = self._read(path)
+        first = list(islice(rows, _CHECKED_ROWS))
+        if first and all(given.error for given in first):
             raise DataError(
                 f"{path}: none of its first {len(first)} lines can be scored. The first: {first[0].error} "
                 f"The file must be JSON Lines: one object a line, {_FORMS}."
             )
         self.size = path.stat().st_size
-        self._jobs = chain(first, jobs)
+        self._rows = chain(first, rows)
 
-    def __next__(self) -> Job:
-        """Returns the next row's job."""
-        return next(self._jobs)
+    def __next__(self) -> InputRow:
+        """Returns the next row."""
+        return next(self._rows)
 
-    def _read(self, path: Path) -> Iterator[Job]:
+    def _read(self, path: Path) -> Iterator[InputRow]:
         failed: list[DataError] = []
-        for job in read_parsed(path, parse_job, failed.append, self._moved):
+        for given in read_parsed(path, parse_row, failed.append, self._moved):
             yield from _unreadable(failed)
-            yield job
+            yield given
         yield from _unreadable(failed)
 
     def _moved(self, position: int) -> None:
         self.position = position
 
 
-def parse_job(row: dict[str, Any], source: str) -> Job:
-    """Returns one row's job. A row in an unknown form gives a job that holds its error."""
+def parse_row(row: dict[str, Any], source: str) -> InputRow:
+    """Returns one row of a file; a row in an unknown form holds its error."""
     mark = fingerprint(row)
     row_id = row.get("id")
     try:
         if "chosen" in row or "rejected" in row:
             pair = parse_pair(row, source)
-            return Job("pair", pair.prompt, (pair.chosen, pair.rejected), mark, row_id)
+            return InputRow("pair", pair.prompt, (pair.chosen, pair.rejected), mark, source, row_id)
         if "responses" in row or "candidates" in row:
             group = parse_group(row, source)
-            return Job("group", group.prompt, tuple(group.candidates), mark, row_id)
+            return InputRow("group", group.prompt, tuple(group.candidates), mark, source, row_id)
         if "response" in row:
             prompt, response = parse_single(row, source)
-            return Job("item", prompt, (response,), mark, row_id)
+            return InputRow("item", prompt, (response,), mark, source, row_id)
         raise DataError.of_row(source, "with other fields", f"has the fields {sorted(row)[:12]}; expected {_FORMS}.")
     except DataError as error:
-        return Job("item", "", (), mark, row_id, error)
+        return InputRow("item", "", (), mark, source, row_id, error)
 
 
 def fingerprint(row: dict[str, Any]) -> str:
@@ -146,8 +167,8 @@ def fingerprint(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def resume(jobs: Iterator[Job], output: Path) -> tuple[int, str | None]:
-    """Takes the jobs that an earlier run has done, after checking that its output belongs to this input.
+def resume(rows: Iterator[InputRow], output: Path) -> tuple[int, str | None]:
+    """Takes the rows that an earlier run has scored, after checking that its output belongs to this input.
 
     A last line that was cut off while it was written is removed.
 
@@ -166,7 +187,7 @@ def resume(jobs: Iterator[Job], output: Path) -> tuple[int, str | None]:
                 file.seek(-len(line), 1)
                 file.truncate()
                 break
-            revision = _checked_revision(line, next(jobs, None), revision, f"{output}:{done + 1}")
+            revision = _checked_revision(line, next(rows, None), revision, f"{output}:{done + 1}")
             done += 1
     return done, revision
 
@@ -181,19 +202,19 @@ def check_revision(output: Path, found: str | None, revision: str) -> None:
         raise _another(f"{output}: was scored by {found}, and this model is {revision}")
 
 
-def score_jobs(
+def score_rows(
     model: RewardModel,
-    jobs: Iterable[Job],
+    rows: Iterable[InputRow],
     truncation: Truncation,
     tie_below: float,
     summary: Summary,
 ) -> Iterator[dict[str, Any]]:
-    """Scores jobs in chunks of about 256 responses and yields one output row for each, in order."""
-    chunk: list[Job] = []
+    """Scores rows in chunks of about 256 responses and yields one output row for each, in order."""
+    chunk: list[InputRow] = []
     size = 0
-    for job in jobs:
-        chunk.append(job)
-        size += len(job.responses)
+    for given in rows:
+        chunk.append(given)
+        size += len(given.responses)
         if size >= _CHUNK_RESPONSES:
             yield from _score_chunk(model, chunk, truncation, tie_below, summary)
             chunk, size = [], 0
@@ -202,80 +223,65 @@ def score_jobs(
 
 
 def _score_chunk(
-    model: RewardModel, jobs: list[Job], truncation: Truncation, tie_below: float, summary: Summary
+    model: RewardModel, rows: list[InputRow], truncation: Truncation, tie_below: float, summary: Summary
 ) -> Iterator[dict[str, Any]]:
-    encoded = [_encoded(model, job, truncation) for job in jobs]
+    encoded = [_encoded(model, given, truncation) for given in rows]
     rewards = iter(model.score_encoded([group for group in encoded if not isinstance(group, MarginRMError)]))
-    for job, group in zip(jobs, encoded, strict=True):
-        row: dict[str, Any] = {"input": job.fingerprint, "revision": model.info.revision}
-        if job.id is not None:
-            row["id"] = job.id
-        try:
-            if isinstance(group, MarginRMError):
-                raise group
-            row |= _result(job, group, next(rewards), model.temperature, tie_below)
-        except MarginRMError as error:
-            row["error"] = {"code": error.code, "message": str(error)}
-            if error.param:
-                row["error"]["param"] = error.param
-        _count(summary, row, [] if isinstance(group, MarginRMError) else group)
+    for given, group in zip(rows, encoded, strict=True):
+        row: dict[str, Any] = {"input": given.fingerprint, "revision": model.info.revision}
+        if given.id is not None:
+            row["id"] = given.id
+        result = group if isinstance(group, MarginRMError) else _result(given, group, next(rewards), model, tie_below)
+        if isinstance(result, MarginRMError):
+            row["error"] = {"code": result.code, "message": str(result)} | (
+                {"param": result.param} if result.param else {}
+            )
+            summary.add_error(result, given.source)
+        else:
+            row |= result
+            summary.add_result(result, [] if isinstance(group, MarginRMError) else group)
         yield row
 
 
-def _encoded(model: RewardModel, job: Job, truncation: Truncation) -> list[EncodedResponse] | MarginRMError:
-    if job.error is not None:
-        return job.error
+def _encoded(model: RewardModel, given: InputRow, truncation: Truncation) -> list[EncodedResponse] | MarginRMError:
+    if given.error is not None:
+        return given.error
     group = []
-    for index, outcome in enumerate(model.encoder.encode_group(job.prompt, job.responses, truncation)):
+    for index, outcome in enumerate(model.encoder.encode_group(given.prompt, given.responses, truncation)):
         if isinstance(outcome, EncodingError):
-            return outcome.for_response(job.field(index))
+            return outcome.for_response(given.field(index))
         group.append(outcome)
     return group
 
 
 def _result(
-    job: Job, group: list[EncodedResponse], rewards: list[float], temperature: float, tie_below: float
-) -> dict[str, Any]:
+    given: InputRow, group: list[EncodedResponse], rewards: list[float], model: RewardModel, tie_below: float
+) -> dict[str, Any] | NonFiniteRewardError:
     if not all(math.isfinite(reward) for reward in rewards):
-        raise NonFiniteRewardError("The model gave NaN or infinity.")
+        return NonFiniteRewardError("The model gave NaN or infinity.")
     parts = [
         {"reward": reward, "tokens": len(response.ids), "truncated": response.truncated}
         for reward, response in zip(rewards, group, strict=True)
     ]
-    if job.kind == "item":
+    if given.kind == "item":
         return parts[0]
-    if job.kind == "pair":
-        result = asdict(ranking.compare(rewards[0], rewards[1], temperature, tie_below))
+    if given.kind == "pair":
+        result = asdict(ranking.compare(rewards[0], rewards[1], model.temperature, tie_below))
         return {**result, "chosen": parts[0], "rejected": parts[1]}
-    result = asdict(ranking.rank(rewards, temperature, tie_below))
+    result = asdict(ranking.rank(rewards, model.temperature, tie_below))
     del result["ranking"]
     return {"rewards": rewards, **result}
 
 
-def _count(summary: Summary, row: dict[str, Any], group: list[EncodedResponse]) -> None:
-    summary.rows += 1
-    summary.truncated += sum(response.truncated for response in group)
-    if "error" in row:
-        code = row["error"]["code"]
-        summary.errors[code] = summary.errors.get(code, 0) + 1
-        return
-    summary.responses += len(group)
-    summary.tokens += sum(len(response.ids) for response in group)
-    if "chosen" in row:
-        summary.pairs += 1
-        summary.right += float(correctness(row["margin"]))
-        summary.margin_sum += row["margin"]
-
-
-def _checked_revision(line: bytes, job: Job | None, revision: str | None, source: str) -> str:
+def _checked_revision(line: bytes, given: InputRow | None, revision: str | None, source: str) -> str:
     try:
         row = json.loads(line)
         mark, found = str(row["input"]), str(row["revision"])
     except (ValueError, KeyError, TypeError):
         raise _another(f"{source}: is not a row that `marginrm score` wrote") from None
-    if job is None:
+    if given is None:
         raise _another(f"{source}: the output has more rows than the input")
-    if mark != job.fingerprint:
+    if mark != given.fingerprint:
         raise _another(f"{source}: belongs to another input row")
     if revision not in (None, found):
         raise _another(f"{source}: was scored by {found}, and the rows before it by {revision}")
@@ -286,7 +292,7 @@ def _another(fault: str) -> ConfigError:
     return ConfigError(f"{fault}, so the output cannot be continued. Give another -o, or --restart to replace it.")
 
 
-def _unreadable(failed: list[DataError]) -> Iterator[Job]:
+def _unreadable(failed: list[DataError]) -> Iterator[InputRow]:
     for error in failed:
-        yield Job("item", "", (), "unreadable", None, error)
+        yield InputRow("item", "", (), "unreadable", error.source or "", None, error)
     failed.clear()

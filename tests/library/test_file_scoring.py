@@ -61,6 +61,17 @@ def test_each_row_gets_its_result_or_its_error_in_order(checkpoint: Path, tmp_pa
     assert len({row["revision"] for row in (pair, item, group)}) == 1
 
 
+def test_unusable_rows_are_counted_by_reason_with_their_lines(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(lines([*ROWS, *[{"prompt": "Hi?", "chosen": "Yes.", "rejected": None}] * 4]))
+    arguments = ["score", str(source), "-o", str(tmp_path / "out"), "--model", str(checkpoint), "--dtype", "float32"]
+    summary = CliRunner().invoke(build_app(), arguments, catch_exceptions=False).output
+    assert "8 with errors" in summary
+    assert f"4 with a null response ({source}:7, {source}:8, {source}:9, ...)" in summary
+    for reason, line in (("empty text", 4), ("sequence too long", 5), ("with other fields", 6), ("not valid JSON", 11)):
+        assert f"1 {reason} ({source}:{line})" in summary
+
+
 def test_a_stopped_run_continues_even_after_half_a_row(checkpoint: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(lines(ROWS))

@@ -33,7 +33,7 @@ def score(
     """Score a file of pairs, single responses or groups; a run that was stopped continues where it was."""
     from tqdm import tqdm
 
-    from marginrm.file_scoring import JobFile, Summary, check_revision, resume, score_jobs
+    from marginrm.file_scoring import InputFile, Summary, check_revision, resume, score_rows
 
     if output.suffix == ".gz":
         raise ConfigError(f"-o {output}: the output is written uncompressed, so that it can be continued.")
@@ -41,8 +41,8 @@ def score(
         raise ConfigError(f"-o {output} is the input. Give another file.")
     if not output.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no folder {output.parent}.")
-    jobs = JobFile(source)
-    done, revision = (0, None) if restart else resume(jobs, output)
+    rows = InputFile(source)
+    done, revision = (0, None) if restart else resume(rows, output)
 
     from marginrm.reward_model import RewardModel
 
@@ -62,11 +62,11 @@ def score(
     started = time.monotonic()
     with (
         output.open("a", encoding="utf-8") as file,
-        tqdm(total=jobs.size, initial=jobs.position, unit="B", unit_scale=True, desc="scoring") as bar,
+        tqdm(total=rows.size, initial=rows.position, unit="B", unit_scale=True, desc="scoring") as bar,
     ):
-        for row in score_jobs(loaded, jobs, truncation, tie_below, summary):
+        for row in score_rows(loaded, rows, truncation, tie_below, summary):
             file.write(json.dumps(row, allow_nan=False) + "\n")
-            bar.update(jobs.position - bar.n)
+            bar.update(rows.position - bar.n)
             bar.set_postfix(rows=done + summary.rows, refresh=False)
     for line in summary.lines(time.monotonic() - started):
         typer.echo(line)
