@@ -23,7 +23,6 @@ from marginrm_training.ablation.plan import load_ablation, plan
 from marginrm_training.ablation.results import finished, keep_result, read_results
 from marginrm_training.ablation.runner import run_all, run_folder, write_spec
 from marginrm_training.ablation.worker import measure_pairs
-from marginrm_training.data.label_noise import flip_labels
 from marginrm_training.evaluation.bootstrap import seeds_estimate
 from support.models import tiny_checkpoint
 
@@ -42,21 +41,6 @@ def test_the_examples_are_valid_and_find_all_results_that_are_kept(name, runs):
     assert len(found) == runs
     assert len({run.digest for run in found}) == runs
     assert len({run.label for run in found}) == runs
-
-
-def test_label_noise_flips_exactly_the_share_and_keeps_strengths(tmp_path):
-    rows = [
-        {"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}", "strength": 0.9, "true_margin": 2.0} for i in range(10)
-    ]
-    source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flip_labels(source, target, 0.3, seed=1)
-    after = [json.loads(line) for line in target.read_text().splitlines()]
-    swapped = [row for row in after if row["chosen"].startswith("r")]
-    assert len(swapped) == 3
-    assert all(row["true_margin"] == -2.0 and row["rejected"].startswith("c") for row in swapped)
-    assert {row["strength"] for row in after} == {0.9}
-    assert [row for row in after if row not in swapped] == [rows[i] for i in range(10) if after[i] not in swapped]
 
 
 def test_the_interval_resamples_items_and_seeds():

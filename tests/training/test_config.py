@@ -53,6 +53,8 @@ def test_overrides_replace_settings_of_the_file(tmp_path: Path) -> None:
     assert (config.optim.epochs, config.output, config.method.preset) == (2.5, "runs/b", "bt")
     with pytest.raises(ConfigError, match=r"section\.key=value"):
         load_config(path, ["optim.epochs"])
+    with pytest.raises(ConfigError, match=r"output\.x: output is a value, not a table"):
+        load_config(path, ["output.x=1"])
 
 
 def test_an_unset_variable_in_a_path_is_an_error() -> None:

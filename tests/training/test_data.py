@@ -19,6 +19,7 @@ from marginrm.loading import load_for_training
 from marginrm.preferences import PreferencePair
 from marginrm_training.config import DataConfig
 from marginrm_training.data.formats import UnusableRowError, parse_hh_rlhf, parse_shp
+from marginrm_training.data.label_noise import flip_labels
 from marginrm_training.data.sources import Stream, read_source
 from marginrm_training.data.splits import check_margins, encode_pairs, load_splits, prompt_key, read, split_by_prompt
 from marginrm_training.method.margins import PRESETS, MarginMethod, named
@@ -287,3 +288,18 @@ def test_a_split_without_usable_pairs_is_an_error_with_the_reasons(tmp_path: Pat
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"p{i}", "chosen": "a", "rejected": "a"} for i in range(3)])
     with pytest.raises(DataError, match=r"no usable pairs are left\. test: 0 pairs; left out: 1 with equal responses"):
         load_splits(DataConfig(train=str(path)), encoder, PRESETS["bt"], 0)
+
+
+def test_label_noise_flips_exactly_the_share_and_keeps_strengths(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}", "strength": 0.9, "true_margin": 2.0} for i in range(10)
+    ]
+    source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flip_labels(source, target, 0.3, seed=1)
+    after = [json.loads(line) for line in target.read_text().splitlines()]
+    swapped = [row for row in after if row["chosen"].startswith("r")]
+    assert len(swapped) == 3
+    assert all(row["true_margin"] == -2.0 and row["rejected"].startswith("c") for row in swapped)
+    assert {row["strength"] for row in after} == {0.9}
+    assert [row for row in after if row not in swapped] == [rows[i] for i in range(10) if after[i] not in swapped]

@@ -17,7 +17,6 @@ from marginrm_training.demo.degradations import ALL, CUTTING, REPLACING, Degrada
 from marginrm_training.demo.preferences import (
     DemoData,
     answers_to,
-    flip_labels,
     generate_groups,
     generate_pairs,
     split_prompts,
@@ -105,12 +104,6 @@ def test_groups_hold_gold_qualities_of_held_out_prompts() -> None:
     groups = generate_groups()
     assert {group.prompt for group in groups} == {text.prompt for text in split_prompts(0)[2]}
     assert all(len(group.candidates) == len(group.quality) == 16 for group in groups)
-
-
-def test_flipped_labels_are_the_given_share() -> None:
-    pairs = data().test
-    flipped = flip_labels(pairs, 0.3)
-    assert sum(pair.true_margin < 0 for pair in flipped) == round(0.3 * len(pairs))
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class DemoPair:
         prompt: The question.
         chosen: The better answer.
         rejected: The worse answer.
-        true_margin: quality(chosen) - quality(rejected); negative once a label is flipped.
+        true_margin: quality(chosen) - quality(rejected).
     """
 
     prompt: str
@@ -126,15 +126,6 @@ def spoil(text: Text, other: Text, degradations: Sequence[Degradation], random: 
         result = degradation.apply(result, text, other, random)
     severity = sum(degradation.severity for degradation in degradations)
     return Answer(result, -severity, tuple(degradation.name for degradation in degradations))
-
-
-def flip_labels(pairs: Sequence[DemoPair], fraction: float, seed: int = 0) -> list[DemoPair]:
-    """Swaps chosen and rejected in this fraction of the pairs; their true margins become negative."""
-    flipped = set(Random(f"{seed}:flips").sample(range(len(pairs)), round(fraction * len(pairs))))
-    return [
-        DemoPair(pair.prompt, pair.rejected, pair.chosen, -pair.true_margin) if index in flipped else pair
-        for index, pair in enumerate(pairs)
-    ]
 
 
 def write_jsonl(pairs: Iterable[DemoPair], path: Path) -> None:
