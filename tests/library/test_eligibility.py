@@ -98,6 +98,12 @@ PADDED: dict[str, tuple[Any, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "linear_attention", "full_attention"],
         },
     ),
+    "pooled at the end token": (
+        t.BartConfig,
+        {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_labels": 1}
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        | {"pad_token_id": 1, "eos_token_id": 2, "init_std": 0.2, "decoder_start_token_id": 2},
+    ),
     "ALiBi": (t.BloomConfig, SIZES | {"n_layer": 3, "n_head": 4}),
     "attention outside of the interface": (t.FalconConfig, SIZES),
 }
@@ -119,9 +125,9 @@ def mixed_groups() -> list[list[EncodedResponse]]:
     generator = torch.Generator().manual_seed(7)
 
     def some(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(5, VOCABULARY, (count,), generator=generator).tolist())
+        return (*torch.randint(5, VOCABULARY, (count - 1,), generator=generator).tolist(), 2)
 
-    prompt, long = some(110), some(150)
+    prompt, long = some(110)[:-1], some(150)[:-1]
     return [
         [EncodedResponse(prompt + some(count)) for count in (5, 40, 9)],  # on both sides of longrope's 128
         [EncodedResponse(some(7))],

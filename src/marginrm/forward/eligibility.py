@@ -22,6 +22,7 @@ from marginrm.errors import HeadError, ModelError
 from marginrm.forward.batch import EncodedGroup, PackedBatch, pad
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.forward.own_forward import (
+    end_token_of,
     is_own_code,
     on_meta,
     own_rewards,
@@ -130,7 +131,7 @@ def _module(
     else:
         why = {_PLACES[one.path]: text for one, text in reversed(tried) if one.path != candidate.path}
         reasons = "; ".join(f"not {path}: {text}" for path, text in sorted(why.items()))
-        reason = f"{_PLACES[candidate.path]}{own}; {reasons or 'its head is not one that reads one token'}"
+        reason = f"{_PLACES[candidate.path]}{own}; {reasons or 'not packed: its head is read by its own forward only'}"
     return RewardModule(
         classifier,
         max_length=max_length,
@@ -265,7 +266,8 @@ def _silent_window(module: RewardModule, recorder: _OptionsRecorder) -> str | No
 
 
 def _random_groups(base: PreTrainedModel, max_length: int) -> list[EncodedGroup]:
+    vocabulary, pad_token, end = vocabulary_of(base), pad_token_of(base), end_token_of(base)
     short, long = (
-        probe_groups(vocabulary_of(base), min(max_length, tokens), avoid=pad_token_of(base)) for tokens in _PROBE_TOKENS
+        probe_groups(vocabulary, min(max_length, tokens), pad=pad_token, end=end) for tokens in _PROBE_TOKENS
     )
     return [*short, long[1]]

@@ -49,6 +49,13 @@ def pad_token_of(classifier: PreTrainedModel) -> int | None:
     return found if isinstance(found, int) and found >= 0 else None
 
 
+def end_token_of(classifier: PreTrainedModel) -> int | None:
+    """Returns the id of a model's end token; None if it has none, several, or one outside of the vocabulary."""
+    found = getattr(classifier.config.get_text_config(), "eos_token_id", None)
+    known = isinstance(found, int) and 0 <= found < vocabulary_of(classifier)
+    return found if known and found != pad_token_of(classifier) else None
+
+
 @contextmanager
 def reading_the_last_token(classifier: PreTrainedModel) -> Iterator[None]:
     """Makes transformers' classifiers read the last token of a lone sequence, even if it is the padding token.

@@ -36,29 +36,35 @@ def conversations(encoder: Encoder) -> list[list[EncodedResponse]]:
     return [group for group in groups if group]
 
 
-def probe_groups(vocabulary: int, longest: int, avoid: int | None = None) -> list[list[EncodedResponse]]:
+def probe_groups(
+    vocabulary: int, longest: int, *, pad: int | None = None, end: int | None = None
+) -> list[list[EncodedResponse]]:
     """Makes two groups with a shared prefix and one without, of random tokens.
 
     Args:
         vocabulary: Number of token ids that the model knows.
         longest: Tokens of the longest sequence.
-        avoid: A token that is left out, such as the padding token.
+        pad: The padding token, which is left out.
+        end: The token that ends each sequence and stands nowhere else, as some encoders pool at it; None for any.
     """
     generator = torch.Generator().manual_seed(0)
-    known = torch.tensor([one for one in range(min(1, vocabulary - 1), vocabulary) if one != avoid])
+    known = torch.tensor([one for one in range(min(1, vocabulary - 1), vocabulary) if one not in {pad, end}])
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(known[torch.randint(len(known), (count,), generator=generator)].tolist())
 
+    def response(prefix: tuple[int, ...], count: int) -> EncodedResponse:
+        return EncodedResponse(prefix + (tokens(count) if end is None else (*tokens(count - 1), end)))
+
     prefix = tokens(max(longest // 2, 1))
-    shared = [EncodedResponse(prefix + tokens(max(count, 1))) for count in (longest // 2, longest // 4, 1)]
-    return [shared, [EncodedResponse(tokens(longest))], [EncodedResponse(prefix[:2] + tokens(1)) for _ in range(2)]]
+    shared = [response(prefix, max(count, 1)) for count in (longest // 2, longest // 4, 1)]
+    return [shared, [response((), longest)], [response(prefix[:2], 1) for _ in range(2)]]
 
 
 def groups_for(module: RewardModule, longest: int) -> list[list[EncodedResponse]]:
     """Returns `probe_groups` of tokens that a module knows, of at most as many as it takes."""
     longest = min(longest, module.max_length, module.length_boundary or longest)
-    return probe_groups(vocabulary_of(module.base), longest, avoid=pad_token_of(module.base))
+    return probe_groups(vocabulary_of(module.base), longest, pad=pad_token_of(module.base))
 
 
 def probe_rewards(module: RewardModule) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from marginrm.encoding import Encoder
+from marginrm.encoding import Architecture, Encoder
 from marginrm.errors import ConfigError
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
+from marginrm.forward.self_check import conversations
 from marginrm.frames import frame_of
 from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
 from marginrm.loading.backbone import has_backbone
@@ -96,13 +97,14 @@ def load_for_scoring(
     loaded = load_classifier(source, plan, target, options, has_template=bool(tokenizer.chat_template))
     check_of_use(options, loaded)
     limit = length_limit(source.config, tokenizer, max_length, loaded.classifier)
-    module = build_module(loaded.classifier, max_length=limit).eval()
+    policy = _policy(source, loaded, options, plan.tokens, manifest)
+    architecture: Architecture = "decoder" if loaded.causal else "encoder"
+    encoder = Encoder(tokenizer, max_length=limit, architecture=architecture, policy=policy)
+    module = build_module(
+        loaded.classifier, max_length=limit, architecture=architecture, probe=conversations(encoder)
+    ).eval()
     if purpose:
         tune(module, purpose)
-    policy = _policy(source, loaded, options, plan.tokens, manifest)
-    encoder = Encoder(
-        tokenizer, max_length=limit, architecture="decoder" if loaded.causal else "encoder", policy=policy
-    )
     record = reading_of(files, source, loaded, encoder, module, options)
     for note in record.notes:
         _log.info("%s: %s", files.name, note)
