@@ -17,11 +17,13 @@ from marginrm.messages import normalised
 from marginrm.text import Message, Prompt
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {  # HH-RLHF and ShareGPT
-    "Human": "user",
-    "Assistant": "assistant",
+_ROLES = {  # of HH-RLHF, ShareGPT, OpenAssistant and others, in lower case
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "observation": "tool",
 }
@@ -65,7 +67,7 @@ def read_prompt(value: Any, field: Field) -> Prompt | None:
     """Returns a prompt as it is, if it is a text, or as messages; None if there is none (null or an empty list)."""
     if value is None or value == []:
         return None
-    return value if isinstance(value, str) else read_messages(value, field)
+    return value if isinstance(value, str) else read_messages(_listed(value), field)
 
 
 def read_response(value: Any, field: Field) -> Response:
@@ -81,7 +83,7 @@ def read_response(value: Any, field: Field) -> Response:
     elif value is None:
         raise field.error("with a null response", "is null. Each row needs both responses.")
     else:
-        messages = read_messages([value] if isinstance(value, Mapping) else value, field)
+        messages = read_messages(_listed(value), field)
     last = messages[-1]
     if last["role"] != "assistant":
         raise field.error("ending before the answer", "must end with the assistant's answer.")
@@ -120,10 +122,12 @@ def prompt_of(prompt: Prompt | None, response: Response, field: Field) -> Prompt
     if before in (prompt, [{"role": "user", "content": prompt}]):
         return prompt
     asked = _as_messages(prompt)
-    if response.before[0]["role"] in ("assistant", "tool"):  # the turns of a completion, after the prompt
-        return [*asked, *before]
     if _contains(before, asked):
         return before
+    if _comparable(asked)[-len(before) :] == _comparable(before):  # without the system turn of the prompt, say
+        return prompt
+    if before[0]["role"] in ("assistant", "tool"):  # the turns of a completion, after the prompt
+        return [*asked, *before]
     raise field.error("with a dialogue of another prompt", "is a dialogue that does not contain the row's 'prompt'.")
 
 
@@ -143,19 +147,31 @@ def _as_messages(prompt: Prompt) -> list[Message]:
 def _hh_messages(text: str) -> list[Message]:
     parts = _HH_TURN.split(text)[1:]
     return [
-        {"role": _ROLES[role], "content": content.strip()}
+        {"role": _role(role), "content": content.strip()}
         for role, content in zip(parts[0::2], parts[1::2], strict=True)
     ]
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping) else value
+
+
 def _message(value: Any, field: Field) -> Message:
     if isinstance(value, Mapping) and "from" in value and "value" in value:
-        value = {**value, "role": _ROLES.get(str(value["from"]), value["from"]), "content": value["value"]}
+        value = {**value, "role": value["from"], "content": value["value"]}
+    if isinstance(value, Mapping) and isinstance(value.get("role"), str):
+        value = {**value, "role": _role(value["role"])}
     try:
         return normalised(value, field.name, other_fields=True)
     except InvalidTextError as error:
         quoted = error.about(f"field '{error.param}'")
         raise DataError.of_row(field.source, "with malformed messages", str(quoted)) from error
+
+
+def _role(name: str) -> str:
+    """Returns the role that chat templates know by another name in published data; an unknown one as it is."""
+    lower = name.strip().lower()
+    return _ROLES.get(lower, lower if lower in ("system", "user", "assistant", "tool") else name)
 
 
 def _contains(dialogue: Sequence[Message], messages: Sequence[Message]) -> bool:

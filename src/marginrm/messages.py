@@ -98,7 +98,7 @@ def content_text(content: Any, param: str, beside: Mapping[str, Any] | None = No
     """Returns a message's content as one text.
 
     Args:
-        content: A text, a list of texts or `{"type": "text", "text"}` parts, or null beside tool calls.
+        content: A text, one `{"type": "text", "text"}` part, a list of texts or parts, or null beside tool calls.
         param: The content's field, for errors.
         beside: The message's other fields.
 
@@ -107,6 +107,8 @@ def content_text(content: Any, param: str, beside: Mapping[str, Any] | None = No
     """
     if content is None and beside and "tool_calls" in beside:
         return ""
+    if isinstance(content, Mapping):
+        content = [content]
     if isinstance(content, list):
         return "".join(_part(part, f"{param}[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):

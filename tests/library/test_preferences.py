@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from marginrm.errors import DataError
 from marginrm.json_lines import read_rows
-from marginrm.preferences import PreferencePair, parse_group, parse_pair, read_groups, read_pairs
+from marginrm.preferences import PreferencePair, parse_group, parse_pair, parse_single, read_groups, read_pairs
 
 USER = {"role": "user", "content": "Name a colour."}
 ANSWER = {"role": "assistant", "content": "Red."}
@@ -106,6 +106,25 @@ def parsed(row: dict[str, Any]) -> tuple[Any, str, str]:
             {"prompt": [{"role": "system", "content": ""}, USER], "chosen": ANSWER, "rejected": "No."},
             ([{"role": "system", "content": ""}, USER], "Red.", "No."),
         ),
+        # The dialogues leave out the system turn of the prompt.
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+            ([SYSTEM, USER], "Red.", "No."),
+        ),
+        # The dialogue opens with the assistant.
+        (
+            {"prompt": "Name a colour.", "chosen": [WORSE, USER, ANSWER], "rejected": [WORSE, USER, WORSE]},
+            ([WORSE, USER], "Red.", "No."),
+        ),
+        # One message as the prompt, other names of roles, one part as the content.
+        (
+            {
+                "prompt": {"role": "Human", "content": {"type": "text", "text": "Name a colour."}},
+                "chosen": {"role": "model", "content": "Red."},
+                "rejected": {"role": "ASSISTANT", "content": "No."},
+            },
+            ([USER], "Red.", "No."),
+        ),
         # ShareGPT's messages.
         (
             {
@@ -158,6 +177,29 @@ def test_a_pair_keeps_margin_strength_and_other_fields() -> None:
 @given(prompt=texts | turns, chosen=texts, rejected=texts)
 def test_a_row_with_a_prompt_is_read_unchanged(prompt: Any, chosen: str, rejected: str) -> None:
     assert parsed({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == (prompt, chosen, rejected)
+
+
+names = st.sampled_from(
+    ["role", "content", "from", "value", "text", "type", "tool_calls", "function", "arguments", "x"]
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts | st.sampled_from(["user", "assistant", DIALOGUE]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=12,
+)
+fields = st.sampled_from(
+    ["prompt", "chosen", "rejected", "margin", "strength", "responses", "rewards", "candidates", "response"]
+)
+
+
+@given(row=st.dictionaries(fields, values), parse=st.sampled_from([parse_pair, parse_group, parse_single]))
+def test_a_row_of_any_shape_is_read_or_refused_with_its_line(row: dict[str, Any], parse: Any) -> None:
+    refusal = None
+    try:
+        parse(row, "f:1")
+    except DataError as error:
+        refusal = error
+    assert refusal is None or (str(refusal).startswith("f:1: ") and refusal.source == "f:1")
 
 
 @given(before=turns, chosen=texts, rejected=texts)
