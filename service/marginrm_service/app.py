@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
-from marginrm_service.api import adapters, admin, errors, health, model_detail, native, pages, streaming
+from marginrm_service.api import adapters, admin, errors, health, model_detail, native, openapi, pages, streaming
 from marginrm_service.api.middleware import tracing
 from marginrm_service.api.middleware.auth import ApiKeyAuth
 from marginrm_service.api.middleware.body_limit import BodyLimit
@@ -91,11 +91,11 @@ def create_app(
 
 
 class _App(FastAPI):
-    """An app whose OpenAPI document describes streamed lines too."""
+    """An app whose OpenAPI document describes streamed lines and every field."""
 
     def openapi(self) -> dict[str, Any]:
         """Returns the OpenAPI document."""
-        return streaming.describe(super().openapi())
+        return openapi.complete(streaming.describe(super().openapi()))
 
 
 def _middleware(service: Service, traces: TracerProvider | None) -> list[Middleware]:

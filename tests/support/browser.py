@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
 PROMPT = "Why does bread rise?"
+AXE = Path(
+    os.environ.get("MARGINRM_AXE", Path(__file__).resolve().parents[2] / "build/axe/node_modules/axe-core/axe.min.js")
+)
 _FETCH_FAILED = "Failed to load resource"  # Chromium's own line for every status of 400 and above
 
 
@@ -45,6 +48,19 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def serious(page: Page) -> list[str]:
+    """Returns what axe-core finds serious on a page: rule, first place and why; skips the test where it is missing."""
+    if not AXE.is_file():
+        pytest.skip("axe-core is not installed: npm install --no-save --prefix build/axe axe-core@4.14.1")
+    page.evaluate(f"{AXE.read_text(encoding='utf-8')}; 0")  # through the debugger: the page's own policy refuses it
+    found: dict[str, Any] = page.evaluate("axe.run()")
+    return [
+        f"{one['id']}: {one['nodes'][0]['target']} {one['nodes'][0]['failureSummary']}"
+        for one in found["violations"]
+        if one["impact"] in {"serious", "critical"}
+    ]
 
 
 @dataclass
@@ -80,7 +96,8 @@ def visiting(browser: Browser, url: str, path: str = "/", **context: Any) -> Ite
         **context: Options of Playwright's `new_context`, such as `viewport` and `color_scheme`.
     """
     profile: BrowserContext = browser.new_context(**context)
-    profile.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
+    if url.startswith("http"):
+        profile.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
     profile.set_default_timeout(20_000)
     watched = Watched(profile.new_page())
 
@@ -89,7 +106,7 @@ def visiting(browser: Browser, url: str, path: str = "/", **context: Any) -> Ite
             (watched.refused if _FETCH_FAILED in message.text else watched.errors).append(message.text)
 
     def on_request(request: Any) -> None:
-        if not request.url.startswith((f"{url}/", "data:", "blob:")):
+        if not request.url.startswith((f"{url.rstrip('/')}/", "data:", "blob:")):
             watched.strangers.append(request.url)
 
     watched.page.on("console", on_console)

@@ -50,7 +50,7 @@ function measures(metrics) {
     .filter(([name]) => !/_(low|high)$/.test(name) || !(name.replace(/_(low|high)$/, "") in metrics))
     .map(([name, value]) => {
       const [low, high] = [metrics[`${name}_low`], metrics[`${name}_high`]];
-      return [words(name), low === undefined ? short(value) : `${short(value)}  [${short(low)}, ${short(high)}]`];
+      return [words(name), low === undefined ? short(value) : `${short(value)} [${short(low)}, ${short(high)}]`];
     });
 }
 

@@ -96,6 +96,26 @@ export async function call(path, { body, signal, as = "json" } = {}) {
   });
 }
 
+/**
+ * Sends a body as it is written and returns what comes back as it is, also a refusal.
+ * @param {string} path
+ * @param {string} method
+ * @param {string} body
+ * @returns {Promise<{status: number|string, text: string}>}
+ */
+export async function send(path, method, body) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  try {
+    const response = await fetch(path, { method, headers, body });
+    const text = await response.text();
+    const isJson = response.headers.get("Content-Type")?.includes("json");
+    return { status: response.status, text: isJson ? JSON.stringify(JSON.parse(text), null, 2) : text };
+  } catch {
+    return { status: "The server cannot be reached.", text: "" };
+  }
+}
+
 /** Lets the reader choose between the light and the dark look; without a choice the system's holds. */
 export function addThemeButton() {
   const button = byId("theme");
