@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Point = tuple[float, float]
-_TOP, _RIGHT, _BOTTOM = 30.0, 14.0, 42.0  # pixels around the plot
+_TOP, _RIGHT, _BOTTOM = 30.0, 20.0, 42.0  # pixels around the plot
 _LEGEND_LINE = 16.0
 
 

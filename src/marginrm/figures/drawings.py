@@ -132,7 +132,9 @@ def _histogram(found: Mapping[str, Sequence[tuple[float, float, float]]], note: 
     low, high = min((span[0] for span in spans), default=-1.0), max((span[1] for span in spans), default=1.0)
     top = max((span[2] for span in spans), default=1.0)
     chart = Chart(
-        "Margins: reward(chosen) \u2212 reward(rejected)", linear(f"margin{note}", low, high), linear("density", 0, top)
+        "Margins: reward(chosen) \u2212 reward(rejected)",
+        linear(f"margin{note}", low, high),
+        linear("density", 0, 1.05 * top),
     )
     few = len(found) <= 2
     classes = ["grey", "one"][-len(found) :] if few else [f"c{number}" for number in range(len(found))]
@@ -149,22 +151,18 @@ def _histogram(found: Mapping[str, Sequence[tuple[float, float, float]]], note: 
 
 def strength_bars(metrics: Mapping[str, float]) -> str | None:
     """Draws the accuracy in each range of preference strength; None where the data has no strengths."""
-    found = [
-        (name.removeprefix(STRENGTH_PREFIX).replace("_", " to "), value)
-        for name, value in metrics.items()
-        if name.startswith(STRENGTH_PREFIX)
-    ]
+    found = {name.removeprefix(STRENGTH_PREFIX): v for name, v in metrics.items() if name.startswith(STRENGTH_PREFIX)}
     if not found:
         return None
     chart = Chart(
         "Accuracy by preference strength",
-        categories("strength of the label", [name for name, _ in found]),
+        categories("strength of the label", [span.replace("_", "\u2013") for span in found]),
         linear("accuracy", 0, 1, percent=True),
     )
-    for place, (name, value) in enumerate(found):
-        count = metrics.get(f"pairs_strength_{name.replace(' to ', '_')}")
-        of = f" of {count:,.0f} pairs" if count else ""
-        chart.bar((place - 0.35, 0), (place + 0.35, value), "one", title=f"strength {name}: {value:.1%}{of}")
+    for place, (span, value) in enumerate(found.items()):
+        count = metrics.get(f"pairs_strength_{span}")
+        title = f"strength {span.replace('_', ' to ')}: {value:.1%}" + (f" of {count:,.0f} pairs" if count else "")
+        chart.bar((place - 0.35, 0), (place + 0.35, value), "one", title=title)
         if count:
             low, high = wilson(value, int(count))
             chart.interval((place, low), (place, high), "rule")

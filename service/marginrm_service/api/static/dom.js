@@ -19,8 +19,12 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
-/** @param {number} share @returns {string} A share in percent, with a decimal near the ends. */
-export const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.005 ? 1 : 0)}%`;
+/** @param {number} share @returns {string} A share in percent; near the ends with a decimal, and never rounded onto one. */
+export function percent(share) {
+  if (share > 0.999 && share < 1) return ">99.9%";
+  if (share < 0.001 && share > 0) return "<0.1%";
+  return `${(100 * share).toFixed(share > 0.99 || share < 0.01 ? 1 : 0)}%`;
+}
 
 /** @param {number} value @param {number} [digits] @returns {string} With a sign and a real minus. */
 export const signed = (value, digits = 3) => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(digits)}`;

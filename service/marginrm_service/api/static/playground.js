@@ -110,7 +110,8 @@ function showFacts() {
   const detail = sides[0]?.detail;
   if (!detail) return;
   const calibrated = detail.calibrated ? `T = ${detail.temperature.toFixed(2)}` : "not calibrated: its confidences are rough";
-  byId("facts").textContent = `${detail.base_model} · ${detail.dtype} · ${calibrated} · up to ${counted(detail.max_length, "token")}`;
+  const base = detail.base_model.split("/").at(-1); // of a local folder, only its name
+  byId("facts").textContent = `${base} · ${detail.dtype} · ${calibrated} · up to ${counted(detail.max_length, "token")}`;
   byId("facts").title = `${detail.revision}; ${detail.forward_reason}`;
   byId("model-page").href = `/models/${encodeURIComponent(detail.id)}`;
 }
