@@ -155,6 +155,29 @@ def test_the_api_page_explains_every_field_and_its_requests_run(browser: Browser
         assert sent == len([path for path in posts if "/admin/" not in path])
 
 
+@pytest.mark.parametrize("path", PAGES)
+def test_the_policy_lets_nothing_inline_run(browser: Browser, server: AppServer, path: str) -> None:
+    policy = httpx.get(f"{server.url}{path}").headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    with visiting(browser, server.url, path) as visit:
+        page = visit.page
+        page.wait_for_selector(READY[path])
+        inject = """() => {
+            const script = document.createElement("script");
+            script.textContent = "document.title = 'owned'";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend", "<p style='color: red' onclick='document.title = 1'>x</p>");
+            document.body.lastElementChild.click();
+        }"""
+        page.evaluate(inject)
+        page.wait_for_timeout(100)
+        assert "marginrm" in page.title()
+        assert len(visit.errors) >= 2  # the browser says what it refused
+        assert all("Content Security Policy" in error for error in visit.errors)
+        visit.errors.clear()
+
+
 def test_the_pages_are_small_and_paint_in_a_second(browser: Browser, server: AppServer) -> None:
     sizes = 0
     names = {"playground.html", "model.html", "docs.html", *STYLESHEETS, "icon.svg"}
@@ -229,5 +252,5 @@ def test_screenshots_of_five_states(browser: Browser) -> None:
                 page.wait_for_timeout(300)
                 image = pillow.open(io.BytesIO(page.screenshot()))
             # 48 colours are enough for text on plain ground, and a third of the bytes.
-            image.convert("RGB").quantize(48).save(target / f"{name}.png", optimize=True)
+            image.convert("RGB").quantize(48, pillow.Quantize.MAXCOVERAGE).save(target / f"{name}.png", optimize=True)
             assert (target / f"{name}.png").stat().st_size < 60_000

@@ -1,5 +1,5 @@
 // The page at "/docs": renders /openapi.json, with requests that can be sent from here.
-import { byId, element } from "./dom.js";
+import { byId, element, prose } from "./dom.js";
 import { addThemeButton, call, send } from "./server.js";
 
 /** @param {any} api @param {any} schema @returns {any} The schema that a reference names. */
@@ -34,7 +34,7 @@ function fieldRow(name, field, required) {
     {},
     element("th", { scope: "row", className: "name" }, element("code", { textContent: name })),
     element("td", { textContent: type }),
-    element("td", { textContent: field.description ?? "" }),
+    element("td", {}, ...prose(field.description ?? "")),
   );
 }
 
@@ -93,7 +93,7 @@ function route(api, path, method, operation) {
     "section",
     { className: "box" },
     element("h2", {}, element("span", { className: "method", textContent: method }), element("code", { textContent: path })),
-    element("p", { textContent: operation.description ?? operation.summary ?? "" }),
+    ...(operation.description ?? operation.summary ?? "").split(/\n\s*\n/).map((text) => element("p", {}, ...prose(text))),
   );
   const content = operation.requestBody?.content["application/json"];
   if (content) section.append(...requestParts(api, path, method, content));
@@ -106,7 +106,7 @@ function route(api, path, method, operation) {
   }
   const errors = Object.entries(operation.responses ?? {}).filter(([status, one]) => status >= "400" && one.description);
   if (errors.length) {
-    const lines = errors.map(([status, one]) => element("tr", {}, element("th", { scope: "row", textContent: status }), element("td", { textContent: one.description })));
+    const lines = errors.map(([status, one]) => element("tr", {}, element("th", { scope: "row", textContent: status }), element("td", {}, ...prose(one.description))));
     section.append(details("Errors", element("table", {}, element("tbody", {}, ...lines))));
   }
   return section;
@@ -120,7 +120,7 @@ async function render() {
     const sections = Object.entries(api.paths).flatMap(([path, operations]) =>
       Object.entries(operations).map(([method, operation]) => route(api, path, method.toUpperCase(), operation)),
     );
-    main.replaceChildren(element("p", { textContent: api.info.description }), ...sections);
+    main.replaceChildren(element("p", {}, ...prose(api.info.description)), ...sections);
   } catch (error) {
     main.replaceChildren(element("p", { className: "alarm", role: "alert", textContent: `The description could not be loaded: ${error.message}` }));
   }

@@ -19,6 +19,9 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
+/** @param {string} text @returns {Array<Node|string>} Its parts; what stands in backticks as code. */
+export const prose = (text) => text.split(/`([^`]+)`/).map((part, place) => (place % 2 ? element("code", { textContent: part }) : part));
+
 /** @param {number} share @returns {string} A share in percent; near the ends with a decimal, and never rounded onto one. */
 export function percent(share) {
   if (share > 0.999 && share < 1) return ">99.9%";
