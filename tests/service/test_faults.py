@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -298,11 +299,11 @@ def golden_mismatch(folder: Path) -> None:
 
 CHECKPOINT_FAULTS = {
     corrupt: "Cannot load the weights",
-    corrupt_configuration: "Cannot load the configuration",
+    corrupt_configuration: "config.json is not a valid JSON file",
     truncated: "Cannot load the weights",
     unreadable: "Input/output error",
     two_labels: "label",
-    language_model: "no reward head",
+    language_model: "a causal language model",
     no_tokenizer: "tokenizer",
     corrupt_tokenizer: "Cannot load the tokenizer",
     golden_mismatch: "golden[0]: reward",
@@ -336,6 +337,9 @@ class Hub(ThreadingHTTPServer):
     """As much of the Hugging Face Hub as it takes to fetch one folder."""
 
     def __init__(self, folder: Path) -> None:
+        def entry(file: Path) -> dict[str, object]:
+            return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self) -> None:
                 self._answer(body=False)
@@ -344,6 +348,12 @@ class Hub(ThreadingHTTPServer):
                 self._answer(body=True)
 
             def _answer(self, *, body: bool) -> None:
+                if self.path.startswith("/api/models/tiny/model/revision/"):
+                    self._send({"id": "tiny/model", "sha": "0" * 40})
+                    return
+                if self.path.startswith("/api/models/tiny/model/tree/"):
+                    self._send([entry(file) for file in folder.iterdir()])
+                    return
                 file = folder / self.path.split("?")[0].rpartition("/")[2]
                 if "/resolve/" not in self.path or not file.is_file():
                     self.send_response(404)
@@ -359,6 +369,14 @@ class Hub(ThreadingHTTPServer):
                 self.end_headers()
                 if body:
                     self.wfile.write(content)
+
+            def _send(self, value: object) -> None:
+                content = json.dumps(value).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -398,5 +416,5 @@ def test_disk_full_while_a_model_is_fetched(checkpoint, tmp_path):
         hub.server_close()
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "Cannot load the weights of tiny/model" in last, done.stderr
+    assert "Cannot load the files of tiny/model" in last, done.stderr
     assert "No space left on device" in last
