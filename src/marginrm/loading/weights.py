@@ -97,9 +97,14 @@ def check_missing(files: CheckpointFiles, missing: Iterable[str]) -> None:
     """Checks that nothing would be drawn at random.
 
     Raises:
+        ModelError: There is no file of weights.
         HeadError: Weights are missing.
     """
     names = sorted(missing)
+    if names and not files.tensors:
+        raise ModelError(
+            f"{files.name} has no weights: neither model.safetensors nor pytorch_model.bin, whole or in parts."
+        )
     if names:
         raise HeadError(
             f"{files.name} lacks weights: {', '.join(names[:5])}. Loaded so, they would be random. Was it saved "
