@@ -97,8 +97,10 @@ class CheckpointReading:
         head: Where the head was found, its layers and rows.
         reward: The position that is read, and what is computed there.
         template: What puts prompt and response into one text.
-        bos: The beginning-of-sequence tokens that the ids start with.
-        eos: The end-of-sequence token at the end of the ids.
+        bos: As in `ReadingOptions`, or `single` for a checkpoint with a manifest that has one BOS.
+        leading_bos: How many BOS tokens its sequences start with.
+        eos: As in `ReadingOptions`.
+        adds_eos: Whether an EOS is put after a text that does not end in one.
         max_length: The most tokens that a sequence may have.
         dtype: The backbone's dtype; the head is float32.
         quantisation: The method of quantised weights, or None.
@@ -114,7 +116,9 @@ class CheckpointReading:
     reward: str
     template: str
     bos: str
+    leading_bos: int
     eos: str
+    adds_eos: bool
     max_length: int
     dtype: str
     quantisation: str | None = None

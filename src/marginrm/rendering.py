@@ -55,7 +55,7 @@ class Renderer:
         self._strip_end = strip_end
         uses_template = bool(tokenizer.chat_template) and (frame is None or frame.template is None)
         template = tokenizer.get_chat_template() if uses_template else None
-        self.chat_template = _DATELESS + template if template and prints_date(template) else template
+        self.chat_template = dateless(template) if template else None
 
     @property
     def plain(self) -> bool:
@@ -115,6 +115,11 @@ class Renderer:
         """Returns where a frame's query starts: the instructions before it are never cut."""
         other = self._render([*messages[:-1], {"role": messages[-1]["role"], "content": _SENTINEL}], _SENTINEL)
         return _common_length(rendered, other)
+
+
+def dateless(template: str) -> str:
+    """Returns a chat template that writes `FIXED_DATE` where it would print today's date."""
+    return _DATELESS + template if prints_date(template) else template
 
 
 def prints_date(template: str) -> bool:

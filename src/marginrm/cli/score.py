@@ -9,14 +9,18 @@ from typing import Annotated
 
 import typer
 
+from marginrm.cli.reading import takes_reading
 from marginrm.errors import ConfigError
+from marginrm.reading import ReadingOptions
 from marginrm.text import Dtype, Truncation
 
 
+@takes_reading
 def score(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="JSON Lines file of rows to score; gzip too.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="One row per input row.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder or Hub name.")],
+    reading: ReadingOptions,
     truncation: Annotated[
         Truncation, typer.Option(help="For sequences over the limit: error, or cut the prompt.")
     ] = "error",
@@ -27,7 +31,6 @@ def score(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Most tokens a sequence may have.")] = None,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens in one forward pass.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Allow code that comes with the checkpoint.")] = False,
     restart: Annotated[bool, typer.Option(help="Replace OUT instead of continuing it.")] = False,
 ) -> None:
     """Score a file of pairs, single responses or groups; a run that was stopped continues where it was."""
@@ -52,7 +55,7 @@ def score(
         device=device,
         max_length=max_length,
         token_budget=token_budget,
-        trust_remote_code=trust_remote_code,
+        reading=reading,
     )
     loaded.verify_golden()
     check_revision(output, revision, loaded.info.revision)

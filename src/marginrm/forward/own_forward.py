@@ -64,7 +64,7 @@ def reading_the_last_token(classifier: PreTrainedModel) -> Iterator[None]:
     """
     config = classifier.config.get_text_config()
     kept = getattr(config, "pad_token_id", None)
-    config.pad_token_id = None
+    config.pad_token_id = -1  # not every configuration takes None
     try:
         yield
     finally:

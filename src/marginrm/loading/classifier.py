@@ -16,7 +16,7 @@ from marginrm.loading.adapters import embedding_rows, merge_adapter, resize
 from marginrm.loading.backbone import WeightMap, classifier_around, is_causal, map_weights
 from marginrm.loading.files import CheckpointFiles
 from marginrm.loading.heads import FoundHead, build_head, find_head, is_harmless, normalisation, one_row
-from marginrm.loading.own_code import OwnCode, load_own_code, seems_causal
+from marginrm.loading.own_code import OwnCode, load_own_code, seems_causal, weigh_values
 from marginrm.loading.refusals import no_head, refuse_token_classes
 from marginrm.loading.token_logits import TokenReward, load_token_logits
 from marginrm.loading.weights import Target, check_missing, load_model
@@ -132,6 +132,8 @@ def load_classifier(
     """
     if plan.own is not None:
         model = load_own_code(plan.own, source.files, source.config, target)
+        if options.label_weights is not None:
+            weigh_values(model, options.label_weights)
         causal = seems_causal(model, source.config, has_template=has_template)
         return LoadedClassifier(
             model, "own-code", causal, f"the forward pass of {plan.own.class_name} ({plan.own.file})"
@@ -182,7 +184,9 @@ def _standard(source: Source, weights: WeightMap, target: Target, options: Readi
     if causal:
         _normalise(model, files)
     head = f"{', '.join(sorted({name.rpartition('.')[0] for name in weights.classifier_head or ()}))} ({rows} {'row' if rows == 1 else 'rows'})"
-    return LoadedClassifier(model.eval(), "classifier", causal, head, skips_padding=causal and _skips_padding(files))
+    skips = causal and _skips_padding(files)
+    usage: Usage = "classifier" if skips or not causal else "value-head"
+    return LoadedClassifier(model.eval(), usage, causal, head, skips_padding=skips)
 
 
 def _assembled(
@@ -268,7 +272,7 @@ def check_of_use(options: ReadingOptions, loaded: LoadedClassifier) -> None:
     """
     said: Mapping[str, Any] = {"bos": options.bos != "auto", "eos": options.eos != "auto", "frame": options.frame}
     idle = [name for name, given in said.items() if given and not loaded.causal]
-    if options.label_weights is not None and loaded.usage in ("token-logits", "own-code"):
+    if options.label_weights is not None and loaded.usage == "token-logits":
         idle.append("label_weights")
     if idle:
         raise ConfigError(f"{', '.join(idle)}: without effect on this checkpoint ({loaded.usage}). Leave it out.")

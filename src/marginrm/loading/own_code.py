@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from marginrm.errors import ModelError
+from marginrm.errors import HeadError, ModelError
 from marginrm.loading.backbone import is_causal
 from marginrm.loading.files import CheckpointFiles
 from marginrm.loading.weights import Target, check_missing, load_model
@@ -95,6 +98,23 @@ def load_own_code(own: OwnCode, files: CheckpointFiles, config: PreTrainedConfig
     check_missing(files, missing)
     model.eval()
     return model
+
+
+def weigh_values(model: PreTrainedModel, weights: tuple[float, ...]) -> None:
+    """Makes one reward of the several values that an own class gives, in place: sum of weight x value.
+
+    Raises:
+        HeadError: At a forward pass: it gives another number of values.
+    """
+    factors = torch.tensor(weights, device=model.device)
+
+    def weigh(_: nn.Module, inputs: Any, output: Any) -> SequenceClassifierOutput:
+        values = output.logits if hasattr(output, "logits") else output[0]
+        if values.shape[-1] != len(weights):
+            raise HeadError(f"label_weights has {len(weights)} numbers; the model gives {values.shape[-1]} values.")
+        return SequenceClassifierOutput(logits=values.float() @ factors[:, None])
+
+    model.register_forward_hook(weigh)
 
 
 def seems_causal(model: PreTrainedModel, config: PreTrainedConfig, *, has_template: bool) -> bool:

@@ -36,8 +36,10 @@ def reading_of(
         head=loaded.head,
         reward=_reward(source, loaded, encoder),
         template=_template(encoder),
-        bos=_bos(encoder),
-        eos=_eos(encoder),
+        bos=encoder.policy.bos,
+        leading_bos=encoder.special.leading_bos or 0,
+        eos=encoder.policy.eos,
+        adds_eos=encoder.special.ends_in_eos and loaded.causal,
         max_length=encoder.max_length,
         dtype=str(module.dtype).removeprefix("torch."),
         quantisation=quantisation_of(source.config),
@@ -73,20 +75,6 @@ def _template(encoder: Encoder) -> str:
     if encoder.policy.frame is not None:
         return f"the frame {encoder.policy.frame.name}; the query is the prompt's last message"
     return "the tokenizer's chat template" if encoder.chat_template else "none: prompt and response are one text"
-
-
-def _bos(encoder: Encoder) -> str:
-    if encoder.architecture == "encoder":
-        return "as the tokenizer adds it"
-    count = encoder.special.leading_bos or 0
-    return f"{count} ({encoder.policy.bos})"
-
-
-def _eos(encoder: Encoder) -> str:
-    if encoder.architecture == "encoder":
-        return "as the tokenizer adds it"
-    added = "put after the text" if encoder.special.ends_in_eos else "as the text has it"
-    return f"{added} ({encoder.policy.eos})"
 
 
 def _notes(source: Source, encoder: Encoder) -> list[str]:
