@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +79,16 @@ class HeadInfo(_Strict):
     head_activation: Literal["relu", "gelu", "silu", "tanh"] | None = Field(
         default=None, description="The activation between the layers of a head with two."
     )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> HeadInfo | None:
+        """Returns what options say about a head, or None if they say nothing.
+
+        Args:
+            options: `CheckpointReading.options`.
+        """
+        said = {name: options[name] for name in cls.model_fields if name in options}
+        return cls(**said) if said else None
 
 
 class MethodInfo(_Strict):

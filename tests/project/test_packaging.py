@@ -16,7 +16,19 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-COMMANDS = {"score", "serve", "key", "train", "ablate", "evaluate", "calibrate", "compare", "best-of-n", "demo"}
+COMMANDS = {
+    "inspect",
+    "score",
+    "serve",
+    "key",
+    "train",
+    "ablate",
+    "evaluate",
+    "calibrate",
+    "compare",
+    "best-of-n",
+    "demo",
+}
 EXTRAS = ("service", "training", "dev")
 INSTALLED = frozenset(EXTRAS) | ({"ray"} if find_spec("ray") else set())
 TORCHLESS = ("client", "errors", "manifest", "preferences", "ranking", "schemas")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from marginrm.cli.reading import takes_reading
 from marginrm.errors import ConfigError
+from marginrm.reading import ReadingOptions
 
 if TYPE_CHECKING:
     from marginrm.manifest import Calibration
@@ -67,9 +69,11 @@ def train(
         typer.echo(f"serve it: marginrm serve --model {settings.output}")
 
 
+@takes_reading
 def evaluate(
     model: Model,
     data: Data,
+    reading: ReadingOptions,
     max_length: MaxLength = None,
     as_json: Json = False,
     report: Annotated[
@@ -97,7 +101,7 @@ def evaluate(
         raise ConfigError(f"--report and --candidates are for pairs, and this is {benchmark}. Leave them out.")
     if candidates and not report:
         raise ConfigError("--candidates adds a figure to --report FILE.html; for the curve alone: marginrm best-of-n.")
-    loaded = RewardModel.from_pretrained(model, max_length=max_length)
+    loaded = RewardModel.from_pretrained(model, max_length=max_length, reading=reading)
     if benchmark:
         scored = measure_benchmark(loaded, benchmark, str(data))
         _tell(scored.notes)
@@ -114,7 +118,8 @@ def evaluate(
         _tell([f"report written to {report}"])
 
 
-def calibrate(model: Model, data: Data) -> None:
+@takes_reading
+def calibrate(model: Model, data: Data, reading: ReadingOptions) -> None:
     """Fit the temperature of any reward model on preference pairs, and write it into its manifest.
 
     A missing manifest is begun. So is one that cannot be read; the old file is kept beside it.
@@ -122,14 +127,16 @@ def calibrate(model: Model, data: Data) -> None:
     from marginrm_training.checkpoint.recalibrate import recalibrate
 
     _configure_logging()
-    found = recalibrate(Path(model), str(data))
+    found = recalibrate(Path(model), str(data), reading)
     _tell(found.notes)
     _show_temperature(found.calibration)
 
 
+@takes_reading
 def compare(
     first: Annotated[str, typer.Option("--first", help="Checkpoint folder or Hub name.", show_default=False)],
     second: Annotated[str, typer.Option("--second", help="The one to compare it with.", show_default=False)],
+    reading: ReadingOptions,
     data: Annotated[Path | None, typer.Option(help="Preference pairs.", show_default=False)] = None,
     candidates: Candidates = None,
     max_length: MaxLength = None,
@@ -148,7 +155,7 @@ def compare(
     if not data and not candidates:
         raise ConfigError("Nothing to compare on: give --data FILE (pairs), --candidates FILE (groups), or both.")
     pairs, groups = (str(path) if path else None for path in (data, candidates))
-    found = measure_difference(first, second, pairs=pairs, candidates=groups, max_length=max_length)
+    found = measure_difference(first, second, pairs=pairs, candidates=groups, max_length=max_length, reading=reading)
     _tell(found.notes)
     _show(found.metrics, as_json=as_json)
     if report:
@@ -157,7 +164,10 @@ def compare(
         _tell([f"report written to {report}"])
 
 
-def best_of_n(model: Model, data: Groups, max_length: MaxLength = None, as_json: Json = False) -> None:
+@takes_reading
+def best_of_n(
+    model: Model, data: Groups, reading: ReadingOptions, max_length: MaxLength = None, as_json: Json = False
+) -> None:
     """Measure Best-of-N: the quality of the candidate the model picks, for N = 1, 2, 4, ... candidates per prompt.
 
     Beside it stand the longest text, the best candidate and a random one; in brackets a 95% interval over prompts.
@@ -166,7 +176,7 @@ def best_of_n(model: Model, data: Groups, max_length: MaxLength = None, as_json:
     from marginrm_training.evaluation.measure import measure_candidates
 
     _configure_logging()
-    scored = measure_candidates(RewardModel.from_pretrained(model, max_length=max_length), str(data))
+    scored = measure_candidates(RewardModel.from_pretrained(model, max_length=max_length, reading=reading), str(data))
     _tell([scored.summary()])
     points = _curve(scored)
     if as_json:

@@ -206,12 +206,18 @@ def _assembled(
     if source.adapter is not None:
         resize(model, embedding_rows(source.adapter))
         model = merge_adapter(model, source.adapter, without=known)
+    is_classifier = files.class_name.endswith("ForSequenceClassification")
+    notes = []
+    if is_classifier and weights.classifier_head and weights.classifier_head <= files.tensors.keys():
+        dropped = sorted(set(known) - weights.classifier_head)
+        notes.append(f"transformers' {files.class_name} drops {', '.join(dropped)} without a word; here they are read.")
     return LoadedClassifier(
         model.eval(),
         "value-head",
         causal=True,
         head=found.describe(),
-        skips_padding=files.class_name.endswith("ForSequenceClassification"),
+        skips_padding=is_classifier,
+        notes=tuple(notes),
     )
 
 

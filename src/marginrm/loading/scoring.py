@@ -107,7 +107,7 @@ def load_for_scoring(
         tune(module, purpose)
     record = reading_of(files, source, loaded, encoder, module, options)
     for note in record.notes:
-        _log.info("%s: %s", files.name, note)
+        _log.warning("%s: %s", files.name, note)
     return Loaded(module, encoder, record)
 
 

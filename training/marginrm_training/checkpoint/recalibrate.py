@@ -9,7 +9,8 @@ from pathlib import Path
 
 from marginrm.calibration import calibrate
 from marginrm.errors import ManifestError, ModelError
-from marginrm.manifest import MANIFEST_NAME, Calibration, Manifest
+from marginrm.manifest import MANIFEST_NAME, Calibration, HeadInfo, Manifest
+from marginrm.reading import ReadingOptions
 from marginrm.reward_model import RewardModel
 from marginrm_training.checkpoint.export import library_versions, utc_now
 from marginrm_training.checkpoint.golden import GOLDEN_PAIRS, golden_samples, tolerances
@@ -33,7 +34,7 @@ class Recalibrated:
     notes: Sequence[str]
 
 
-def recalibrate(folder: Path, data: str) -> Recalibrated:
+def recalibrate(folder: Path, data: str, reading: ReadingOptions | None = None) -> Recalibrated:
     """Fits the temperature of a checkpoint on preference pairs and writes it into the checkpoint's manifest.
 
     A checkpoint without a manifest gets one. So does a checkpoint whose manifest cannot be read: the new one lacks what
@@ -42,6 +43,7 @@ def recalibrate(folder: Path, data: str) -> Recalibrated:
     Args:
         folder: The checkpoint.
         data: Preference pairs: a file, a folder or a data set.
+        reading: What the user says about the checkpoint; a new manifest records it.
 
     Raises:
         ModelError: It is not a folder, or does not hold a reward model.
@@ -51,7 +53,7 @@ def recalibrate(folder: Path, data: str) -> Recalibrated:
         raise ModelError(
             f"{folder} is not a folder. The manifest is written beside the weights, so save the model first."
         )
-    model, fault = _load(folder)
+    model, fault = _load(folder, reading)
     split = usable_pairs(model, data)
     notes = [split.summary()]
     calibration = calibrate(score_pairs(model, split.pairs, progress=True).d.tolist())
@@ -83,6 +85,7 @@ def recalibrated(model: RewardModel, name: str, calibration: Calibration, pairs:
         created=utc_now(),
         base_model=model.info.base_model,
         encoding=model.encoder.describe(),
+        head=HeadInfo.of(model.reading.options) if model.reading else None,
         versions=library_versions(),
         golden=golden_samples(rewards, pairs),
         golden_tolerance=tolerances(rewards),
@@ -90,9 +93,10 @@ def recalibrated(model: RewardModel, name: str, calibration: Calibration, pairs:
     )
 
 
-def _load(folder: Path) -> tuple[RewardModel, ManifestError | None]:
+def _load(folder: Path, reading: ReadingOptions | None) -> tuple[RewardModel, ManifestError | None]:
     """Returns the model, and the fault of its manifest if that cannot be read."""
     try:
-        return RewardModel.from_pretrained(folder, dtype="float32"), None
+        return RewardModel.from_pretrained(folder, dtype="float32", reading=reading), None
     except ManifestError as error:
-        return RewardModel.from_pretrained(folder, dtype="float32", ignore_manifest=True), error
+        model = RewardModel.from_pretrained(folder, dtype="float32", reading=reading, ignore_manifest=True)
+        return model, error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from marginrm.calibration import Floats
 from marginrm.errors import DataError
+from marginrm.reading import ReadingOptions
 from marginrm.reward_model import RewardModel
 from marginrm_training.config import expand
 from marginrm_training.data.formats import Form
@@ -119,7 +120,13 @@ def measure_candidates(model: RewardModel, data: str, *, limit: int | None = Non
 
 
 def measure_difference(
-    first: str, second: str, *, pairs: str | None, candidates: str | None, max_length: int | None = None
+    first: str,
+    second: str,
+    *,
+    pairs: str | None,
+    candidates: str | None,
+    max_length: int | None = None,
+    reading: ReadingOptions | None = None,
 ) -> MeasuredDifference:
     """Compares two checkpoints, loaded one after the other, on the same pairs, the same candidates, or both.
 
@@ -129,6 +136,7 @@ def measure_difference(
         pairs: Preference pairs: a file, a folder or a data set.
         candidates: Candidate groups with gold qualities.
         max_length: Most tokens that a sequence may have; the checkpoints' own limits if None.
+        reading: What the user says about both checkpoints.
 
     Raises:
         DataError: A file is unusable, or the checkpoints can read no pair in common.
@@ -139,7 +147,7 @@ def measure_difference(
     groups: list[ScoredGroups] = []
     notes: list[str] = []
     for path in (first, second):
-        model = RewardModel.from_pretrained(path, max_length=max_length)
+        model = RewardModel.from_pretrained(path, max_length=max_length, reading=reading)
         if pairs:
             split = usable_pairs(model, pairs)
             by_source = {pair.pair.source: pair for pair in split.pairs}
