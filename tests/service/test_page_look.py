@@ -132,6 +132,24 @@ def test_the_model_page_shows_what_the_json_says(browser: Browser, server: AppSe
         assert len(visit.refused) == 1
 
 
+def test_a_checkpoints_report_has_its_styles_and_runs_nothing(browser: Browser, tmp_path: Path) -> None:
+    folder = measured_checkpoint(tmp_path / "tiny")
+    html = (
+        "<title>r</title><style>body { color: rgb(1, 2, 3) }</style><p id=x>x<script>document.title = 'owned'</script>"
+    )
+    (folder / "report.html").write_text(html, encoding="utf-8")
+    with serving(dtype="float32", token_budget=512) as server:
+        server.on_loop(server.service.registry.load(ModelSpec("default", str(folder))))
+        with visiting(browser, server.url, "/models/default") as visit:
+            page = visit.page
+            page.click("text=Report of the training run")
+            page.wait_for_selector("#x")
+            assert page.title() == "r"
+            assert page.eval_on_selector("#x", "one => getComputedStyle(one).color") == "rgb(1, 2, 3)"
+            assert visit.errors  # the browser says that it ran no script
+            visit.errors.clear()
+
+
 def test_the_api_page_explains_every_field_and_its_requests_run(browser: Browser, server: AppServer) -> None:
     document = httpx.get(f"{server.url}/openapi.json").json()
     for name, schema in document["components"]["schemas"].items():
@@ -234,7 +252,7 @@ def test_screenshots_of_five_states(browser: Browser) -> None:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         shots: list[tuple[str, str, dict[str, Any], str]] = [
-            ("playground", "/", {"color_scheme": "light", "viewport": {"width": 1180, "height": 860}}, "A ranking"),
+            ("playground", "/", {"color_scheme": "light", "viewport": {"width": 1180, "height": 790}}, "A ranking"),
             ("pair-dark", "/", {"color_scheme": "dark", "viewport": {"width": 1180, "height": 820}}, "A clear win"),
             ("too-long", "/", {"color_scheme": "light", "viewport": {"width": 1180, "height": 700}}, "Too long"),
             ("phone", "/", {"color_scheme": "dark", "viewport": PHONE}, "A tie"),

@@ -4,7 +4,7 @@ import { asCurl, asJson, asPython, showCopy } from "./copies.js";
 import { Editor } from "./editor.js";
 import { EXAMPLES } from "./examples.js";
 import { FileTable, faultList, readRows } from "./files.js";
-import { addThemeButton, call } from "./server.js";
+import { ServerError, addThemeButton, call } from "./server.js";
 import { Side } from "./side.js";
 import { bodyOf, fromFragment, toFragment } from "./state.js";
 
@@ -15,6 +15,7 @@ const editor = new Editor(changed);
 const table = new FileTable(openRow);
 let models = [];
 let sides = [];
+let choice = 0; // of models; an older one is dropped
 let sequence = 0; // of requests; an answer to an older one is dropped
 let running = null;
 let timer = 0;
@@ -37,7 +38,10 @@ async function score() {
   running?.abort();
   running = new AbortController();
   const state = editor.read();
-  if (!sides.length) return;
+  if (!sides.length) {
+    await loadModels(); // no model was there, or the key was not given
+    return;
+  }
   if (!state.candidates.length) {
     say("problem", "There is no candidate to score: write one.");
     return;
@@ -120,7 +124,10 @@ function showFacts() {
 async function loadModels(wanted = {}) {
   try {
     models = (await call("/v1/models")).data;
-    if (!models.length) await call("/readyz"); // says why there is none
+    if (!models.length) {
+      await call("/readyz"); // says why there is none
+      throw new ServerError("The server has no model yet.");
+    }
   } catch (error) {
     say("facts", error.message);
     if (error.passing) setTimeout(() => loadModels(wanted), LOADING);
@@ -138,16 +145,20 @@ async function loadModels(wanted = {}) {
   await chooseSides();
 }
 
+/** Shows the chosen models; a choice that was changed meanwhile is dropped. */
 async function chooseSides() {
+  const mine = ++choice;
   const [first, second] = [byId("model").value, byId("second").value];
   const chosen = second && second !== first ? [first, second] : [first];
   const made = chosen.map((name) => new Side(name, chosen.length > 1));
   try {
     await Promise.all(made.map((side) => side.load()));
   } catch (error) {
-    await failed(error);
+    say("problem", error.message);
+    if (error.passing) setTimeout(() => mine === choice && chooseSides(), 1000 * error.retryAfter);
     return;
   }
+  if (mine !== choice) return;
   sides = made;
   byId("sides").replaceChildren(...sides.map((side) => side.node));
   showFacts();
@@ -209,6 +220,7 @@ function bindFiles() {
   const target = byId("editor");
   for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
     document.addEventListener(name, (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return;
       event.preventDefault();
       target.classList.toggle("dropping", name === "dragenter" || name === "dragover");
       if (name === "drop" && event.dataTransfer.files.length) openFile(event.dataTransfer.files[0]);

@@ -110,10 +110,10 @@ export class Side {
       if (!this.figures.has(name)) this.figures.set(name, figure(this.model, name));
       const svg = await this.figures.get(name);
       markAt(svg, value);
-      drawn.push(element("figure", { id: `${name}-here` }, svg, element("figcaption", { textContent: text })));
+      drawn.push(element("figure", { "data-figure": name }, svg, element("figcaption", { textContent: text })));
     }
     const measured = `The margin of ${signed(outcome.margin)} on the ${calibration.n.toLocaleString("en")} pairs that the model was calibrated on (T = ${decimal(calibration.temperature, 2)})`;
-    this.evidence.replaceChildren(element("h3", { textContent: measured }), element("div", { className: "figures" }, ...drawn));
+    this.evidence.replaceChildren(element("h2", { textContent: measured }), element("div", { className: "figures" }, ...drawn));
   }
 }
 
