@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from marginrm.attention.gathered import SPLIT_FROM, gathered_layout
-from marginrm.encoding import EncodedResponse
-from marginrm.forward.batch import EncodedGroup, pack
+from marginrm.encoding import EncodedGroup, EncodedResponse
+from marginrm.forward.batch import pack
 from marginrm.packing import plan_row
 
 _REPEATS = 200

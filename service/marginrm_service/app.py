@@ -60,23 +60,11 @@ def create_app(
     """
     service = Service(settings or Settings.load(), on_ready=on_ready, on_failure=on_failure)
     traces = traces or tracing.configured(os.environ)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(service.registry.load_all())
-        try:
-            yield
-        finally:
-            loading.cancel()
-            await service.close()
-            if traces:
-                await asyncio.to_thread(traces.shutdown)  # sends the spans that it holds
-
     app = _App(
         title="marginrm",
         version=version("marginrm"),
         description=_DESCRIPTION,
-        lifespan=lifespan,
+        lifespan=lambda _: _running(service, traces),
         middleware=_middleware(service, traces),
         docs_url=None,
         redoc_url=None,
@@ -96,6 +84,19 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Returns the OpenAPI document."""
         return openapi.complete(streaming.describe(super().openapi()))
+
+
+@contextlib.asynccontextmanager
+async def _running(service: Service, traces: TracerProvider | None) -> AsyncIterator[None]:
+    """Loads the models at the start, and ends all threads at the end."""
+    loading = asyncio.create_task(service.registry.load_all())
+    try:
+        yield
+    finally:
+        loading.cancel()
+        await service.close()
+        if traces:
+            await asyncio.to_thread(traces.shutdown)  # sends the spans that it holds
 
 
 def _middleware(service: Service, traces: TracerProvider | None) -> list[Middleware]:

@@ -49,6 +49,9 @@ class EncodedResponse:
         object.__setattr__(self, "array", np.fromiter(self.ids, np.int32, len(self.ids)))
 
 
+EncodedGroup = Sequence[EncodedResponse]  # the responses to one prompt
+
+
 @dataclass(frozen=True, slots=True)
 class _Draft:
     """A sequence before the length check: `removable` is the range of token indices that belong to the prompt."""

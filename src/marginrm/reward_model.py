@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from marginrm import ranking
-from marginrm.encoding import Encoder
+from marginrm.encoding import EncodedGroup, Encoder
 from marginrm.errors import ConfigError, EmptyTextError, EncodingError, GoldenMismatchError, NonFiniteRewardError
-from marginrm.forward.batch import EncodedGroup
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.loading import find_checkpoint, load_for_scoring
 from marginrm.manifest import Manifest, revision_of

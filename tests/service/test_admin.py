@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -109,3 +110,29 @@ def test_the_old_model_answers_requests_that_it_accepted_before_a_swap() -> None
         answers = [future.result(30) for future in waiting]
         assert {answer.status_code for answer in answers} == {200}
         assert old.info.temperature in {answer.json()["model"]["temperature"] for answer in answers}
+
+
+def test_a_lease_keeps_the_old_model_in_service_while_its_request_is_tokenised() -> None:
+    old, new = FakeRewardModel(), FakeRewardModel(temperature=7.0)
+    encode_group, tokenising, swapped = old.encoder.encode_group, threading.Event(), threading.Event()
+
+    def slow(*arguments: object) -> object:
+        tokenising.set()
+        assert swapped.wait(30)
+        return encode_group(*arguments)
+
+    with serving(old) as server, ThreadPoolExecutor() as pool:
+        old.encoder.encode_group = slow
+        waiting = pool.submit(httpx.post, f"{server.url}/score", json=ASK, timeout=30)
+        assert tokenising.wait(30)
+        before = server.service.registry.get("default")
+        server.on_loop(server.service.registry.add(new))
+        time.sleep(0.2)  # the old model has nothing in its queue, and would end now without a lease
+        assert before.engine.alive
+        swapped.set()
+        answer = waiting.result(30)
+        assert (answer.status_code, answer.json()["model"]["temperature"]) == (200, 2.0)
+        deadline = time.monotonic() + 30
+        while before.engine.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from marginrm.encoding import EncodedResponse
+from marginrm.encoding import EncodedGroup
 from marginrm.errors import MarginRMError
 from marginrm.packing import shared_prefix
 
-Group = Sequence[EncodedResponse]
 Outcome = float | MarginRMError
 
 
@@ -33,7 +32,7 @@ class GroupPlan:
         self.cost = sum(self.lengths) - self.shared * (len(self.lengths) - 1)
 
     @classmethod
-    def of(cls, group: Group, *, share_prefix: bool) -> GroupPlan:
+    def of(cls, group: EncodedGroup, *, share_prefix: bool) -> GroupPlan:
         """Measures a group that is not empty. Takes time on large ones: call it off the event loop."""
         shared = shared_prefix([member.array for member in group]) if share_prefix else 0
         return cls([len(member.ids) for member in group], shared)
@@ -72,7 +71,7 @@ class Job:
         forward_seconds: Time of all steps that held a part of it.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[EncodedGroup]
     plans: list[GroupPlan]
     bulk: bool = False
     group: int = 0
@@ -95,7 +94,7 @@ class Job:
         self.remaining = sum(self.missing)
 
     @classmethod
-    def of(cls, groups: Sequence[Group], *, share_prefix: bool) -> Job:
+    def of(cls, groups: Sequence[EncodedGroup], *, share_prefix: bool) -> Job:
         """Makes a job of groups that are not empty. Takes time on large ones: call it off the event loop."""
         return cls(groups, [GroupPlan.of(group, share_prefix=share_prefix) for group in groups])
 

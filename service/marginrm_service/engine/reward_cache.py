@@ -7,8 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
-from marginrm.encoding import EncodedResponse
-from marginrm_service.engine.job import Group
+from marginrm.encoding import EncodedGroup, EncodedResponse
 
 Position = tuple[int, int]  # index of a group, and of the member in it
 PositionsByKey = Mapping[bytes, Sequence[Position]]
@@ -29,7 +28,7 @@ def key_of(response: EncodedResponse) -> bytes:
     return digest.digest()
 
 
-def positions_by_key(groups: Sequence[Group]) -> dict[bytes, list[Position]]:
+def positions_by_key(groups: Sequence[EncodedGroup]) -> dict[bytes, list[Position]]:
     """Returns the positions of each distinct response. Takes time: call it off the event loop."""
     positions: dict[bytes, list[Position]] = {}
     for number, group in enumerate(groups):

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from marginrm.encoding import EncodedGroup
 from marginrm.errors import MarginRMError, NonFiniteRewardError
 from marginrm.steps import StepResult
-from marginrm_service.engine.job import Group, Outcome
+from marginrm_service.engine.job import Outcome
 from marginrm_service.errors import ForwardFailedError
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class ForwardModel(Protocol):
     def token_budget(self) -> int:
         """Tokens that a step computes at most."""
 
-    def run_step(self, groups: Sequence[Group]) -> StepResult:
+    def run_step(self, groups: Sequence[EncodedGroup]) -> StepResult:
         """Returns one reward per response, and the tokens computed for each group."""
 
 
@@ -43,7 +44,7 @@ class StepOutcome:
     faults: int
 
 
-def run_step(model: ForwardModel, groups: Sequence[Group]) -> StepOutcome:
+def run_step(model: ForwardModel, groups: Sequence[EncodedGroup]) -> StepOutcome:
     """Scores the groups of one step; a response at fault gets an error in place of its reward.
 
     Args:
@@ -68,7 +69,7 @@ class _Isolation:
         self.computed = [0] * groups
         self.faults = 0
 
-    def run(self, numbered: Sequence[tuple[int, Group]]) -> None:
+    def run(self, numbered: Sequence[tuple[int, EncodedGroup]]) -> None:
         """Runs groups, each with its number in the step; their outcomes come in order."""
         responses = sum(len(group) for _, group in numbered)
         found = self._attempt([group for _, group in numbered], responses)
@@ -86,7 +87,7 @@ class _Isolation:
         for half in halves(numbered):
             self.run(half)
 
-    def _attempt(self, groups: Sequence[Group], responses: int) -> StepResult | MarginRMError:
+    def _attempt(self, groups: Sequence[EncodedGroup], responses: int) -> StepResult | MarginRMError:
         """Returns the rewards, or the error that a lone response gets."""
         try:
             result = self._model.run_step(groups)
@@ -113,11 +114,13 @@ class _Isolation:
             _log.warning("A forward pass failed; its responses are tried in halves", exc_info=error)
 
 
-def halves(numbered: Sequence[tuple[int, Group]]) -> tuple[list[tuple[int, Group]], list[tuple[int, Group]]]:
+def halves(
+    numbered: Sequence[tuple[int, EncodedGroup]],
+) -> tuple[list[tuple[int, EncodedGroup]], list[tuple[int, EncodedGroup]]]:
     """Splits numbered groups into two lists with half of the responses each; an odd one goes into the second."""
     wanted = sum(len(group) for _, group in numbered) // 2
-    first: list[tuple[int, Group]] = []
-    second: list[tuple[int, Group]] = []
+    first: list[tuple[int, EncodedGroup]] = []
+    second: list[tuple[int, EncodedGroup]] = []
     for number, group in numbered:
         cut = min(wanted, len(group))
         wanted -= cut

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from marginrm.attention.gathered import gathered_layout
 from marginrm.attention.layout import AttentionLayout, LayoutFn
-from marginrm.encoding import EncodedResponse
+from marginrm.encoding import EncodedGroup
 from marginrm.packing import Ints, plan_row
-
-EncodedGroup = Sequence[EncodedResponse]
 
 
 @dataclass(frozen=True, slots=True)

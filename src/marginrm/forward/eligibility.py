@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from marginrm.attention.interface import ATTENTION_NAME
 from marginrm.attention.layout import AttentionLayout, AttentionOptions
-from marginrm.encoding import Architecture
+from marginrm.encoding import Architecture, EncodedGroup
 from marginrm.errors import HeadError, ModelError
-from marginrm.forward.batch import EncodedGroup, PackedBatch, pad
+from marginrm.forward.batch import PackedBatch, pad
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.forward.own_forward import (
     end_token_of,

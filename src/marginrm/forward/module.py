@@ -15,8 +15,8 @@ from marginrm.attention.blocked import block_layout
 from marginrm.attention.flex import interval_layout
 from marginrm.attention.gathered import SPLIT_FROM, gathered_layout
 from marginrm.attention.layout import LayoutFn
-from marginrm.encoding import Architecture
-from marginrm.forward.batch import EncodedGroup, PackedBatch, PaddedBatch, pack, pad
+from marginrm.encoding import Architecture, EncodedGroup
+from marginrm.forward.batch import PackedBatch, PaddedBatch, pack, pad
 from marginrm.forward.execution import Execution
 from marginrm.forward.own_forward import own_rewards, pad_token_of
 from marginrm.forward.pooling import Pooling, ResponseBounds
