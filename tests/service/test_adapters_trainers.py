@@ -55,6 +55,18 @@ def test_openrlhf_reads_rewards_scores_and_logs_of_its_request(client, model):
     assert response.json() == {"rewards": expected, "scores": expected, "extra_logs": {"reward_tokens": [tokens]}}
 
 
+def test_openrlhf_scores_a_text_that_was_cut_off_or_padded_as_the_whole_conversation(tmp_path):
+    # OpenRLHF's serve_rm strips padding and ends each query with EOS: its reward models were trained on ended texts.
+    path = tiny_checkpoint(tmp_path, "llama", chat_template=CHATML_TEMPLATE, bos=False)
+    model = RewardModel.from_pretrained(path, dtype="float32")
+    expected = model.score("Why is the sky blue?", ["Air scatters blue light."])[0]
+    text = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\nAir scatters blue light."
+    queries = [text, f"{text}<|im_end|>", f"{text}<|im_end|>\n", f"<pad><pad>{text}<|im_end|><pad>"]
+    with serving(model) as running:
+        body = httpx.post(f"{running.url}/get_reward", json={"query": queries}, timeout=30).json()
+    assert body["rewards"] == pytest.approx([expected] * len(queries), abs=1e-5)
+
+
 def test_openrlhf_gets_empty_lists_for_the_empty_lists_of_its_second_url(client):
     _, response = sent(client, "/get_reward", "openrlhf_empty.json")
     assert response.json() == {"rewards": [], "scores": [], "extra_logs": {"reward_tokens": []}}

@@ -20,11 +20,13 @@ class TextGroup:
         prompt: Text or messages that the responses answer.
         responses: Each gets one reward.
         templated: The responses are whole texts that the client's chat template has made, and there is no prompt.
+        ended: A templated text that stops short gets the end that the model's own conversations have.
     """
 
     prompt: Any
     responses: Sequence[Any]
     templated: bool = False
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)

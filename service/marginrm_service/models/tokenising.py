@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from marginrm.encoding import EncodedResponse, Encoder
@@ -55,7 +55,7 @@ async def encode(
     def encode_chunk(chunk: Sequence[_Span]) -> None:
         for span in chunk:
             group = groups[span.group]
-            part = TextGroup(group.prompt, group.responses[span.start : span.stop], group.templated)
+            part = replace(group, responses=group.responses[span.start : span.stop])
             encoded[span.group] += encode_unless_oversized(encoder, part, truncation)
 
     for chunk in _chunks(groups):
@@ -79,7 +79,7 @@ def encode_unless_oversized(encoder: Encoder, group: TextGroup, truncation: Trun
     lengths = [prompt_length + text_length(response) for response in group.responses]
     usable = [response for response, length in zip(group.responses, lengths, strict=True) if length <= longest]
     if group.templated:
-        encoded = iter([_encode_text(encoder, text, truncation) for text in usable])
+        encoded = iter([_encode_text(encoder, text, truncation, ended=group.ended) for text in usable])
     else:
         encoded = iter(_encode_group(encoder, group.prompt, usable, truncation) if usable else [])
     param = "prompt" if prompt_length > longest else "response"
@@ -123,10 +123,10 @@ def _encode_group(encoder: Encoder, prompt: Any, responses: Sequence[Any], trunc
     ]
 
 
-def _encode_text(encoder: Encoder, text: Any, truncation: Truncation) -> Encoded:
+def _encode_text(encoder: Encoder, text: Any, truncation: Truncation, *, ended: bool) -> Encoded:
     """Encodes as `Encoder.encode_text`, and returns the error that it raises."""
     try:
-        return encoder.encode_text(text, truncation)
+        return encoder.encode_text(text, truncation, ended=ended)
     except EncodingError as error:
         return error
     except BaseException as error:

@@ -126,11 +126,15 @@ async def reply(service: Service, rewarded: Rewarded, make: Callable[[], BaseMod
     return response
 
 
-def templated(texts: Sequence[Any]) -> list[TextGroup]:
+def templated(texts: Sequence[Any], *, ended: bool = False) -> list[TextGroup]:
     """Returns groups of templated texts, in order; each text gets one reward.
 
     Neighbours that begin alike are most likely samples for one prompt, so they form one group and share its
     computation. That changes no reward, because members of a group never attend to each other.
+
+    Args:
+        texts: The texts.
+        ended: Whether a text that stops short gets the end that the model's own conversations have.
     """
     groups: list[list[Any]] = []
     for text in texts:
@@ -138,7 +142,7 @@ def templated(texts: Sequence[Any]) -> list[TextGroup]:
             groups[-1].append(text)
         else:
             groups.append([text])
-    return [TextGroup(None, group, templated=True) for group in groups]
+    return [TextGroup(None, group, templated=True, ended=ended) for group in groups]
 
 
 def paired(prompts: Sequence[Any], responses: Sequence[Any]) -> list[TextGroup]:

@@ -28,8 +28,13 @@ class GetRewardResponse(ContractReply):
 
 @router.post("/get_reward", response_model=GetRewardResponse, responses=ERROR_REPLIES)
 async def get_reward(body: GetRewardRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores OpenRLHF's templated texts. It sends an empty list to its second URL, and gets empty lists."""
-    rewarded = await score(service, request, None, templated(body.query), response_at=lambda i: f"query[{i}]")
+    """Scores OpenRLHF's templated texts. It sends an empty list to its second URL, and gets empty lists.
+
+    As by OpenRLHF's own server, padding tokens do not count, and a generation that was cut off gets its end marker.
+    """
+    rewarded = await score(
+        service, request, None, templated(body.query, ended=True), response_at=lambda i: f"query[{i}]"
+    )
     tokens = [float(one.tokens) for one in rewarded.scored]
     return await reply(
         service,
