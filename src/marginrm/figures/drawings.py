@@ -211,10 +211,18 @@ def estimates(
         found = [value for value in values.values() if value]
         low = min([*(one[1] for one in found), *([0.0] if title in zero or not found else [])])
         high = max([*(one[2] for one in found), *([0.0] if title in zero or not found else [])])
+        pad = 0.04 * (high - low)  # an interval that ends at the frame would look cut
         rows = categories("", ["" for _ in names] if charts else names)
         y = Axis("", rows.high, rows.low, rows.ticks)  # the first name at the top
         left = 30.0 if charts else 16 + 6.2 * max(map(len, names), default=1)  # the first panel has the names
-        chart = Chart(title, linear("", low, high), y, left=left, width=left + 260, height=76 + 22 * max(1, len(names)))
+        chart = Chart(
+            title,
+            linear("", low - pad, high + pad),
+            y,
+            left=left,
+            width=left + 260,
+            height=76 + 22 * max(1, len(names)),
+        )
         for place, name in enumerate(names):
             estimate = values[name]
             if estimate:
