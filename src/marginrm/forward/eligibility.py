@@ -27,8 +27,8 @@ from marginrm.forward.own_forward import (
     on_meta,
     own_rewards,
     pad_token_of,
-    reading_the_last_token,
     vocabulary_of,
+    without_padding_token,
 )
 from marginrm.forward.pooling import Pooling, head_in_float32, poolings_of
 from marginrm.forward.rope import length_boundary, rope_obstacle
@@ -180,10 +180,12 @@ def _truth(classifier: PreTrainedModel, base: PreTrainedModel, groups: Sequence[
         ModelError: Its own forward fails.
     """
     _set_attention(base, "eager")
-    last = not is_own_code(base) and any(pooling.reads == "last" for pooling in poolings_of(base))
+    pad_token = pad_token_of(base)
+    ends_in_padding = any(response.ids[-1] == pad_token for group in groups for response in group)
     device = next(base.parameters()).device
+    hidden = ends_in_padding and not is_own_code(base)
     try:
-        with evaluating(classifier), reading_the_last_token(base) if last else nullcontext():
+        with evaluating(classifier), without_padding_token(base) if hidden else nullcontext():
             return torch.cat(
                 [
                     own_rewards(classifier, pad([[response]], pad_token_id=None).to(device))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from marginrm.errors import HeadError
 from marginrm.forward.batch import PaddedBatch
 
+_NO_TOKEN = -1  # not None, which some configurations do not accept
 # Names of the rewards in a model's output, the most telling one first; own classes have `score` or `rewards`.
 _NAMES = ("score", "logits", "rewards", "end_scores")
 
@@ -57,14 +58,14 @@ def end_token_of(classifier: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def reading_the_last_token(classifier: PreTrainedModel) -> Iterator[None]:
+def without_padding_token(classifier: PreTrainedModel) -> Iterator[None]:
     """Makes transformers' classifiers read the last token of a lone sequence, even if it is the padding token.
 
-    They read the last token that differs from `pad_token_id`. The encoder has decided before which token is last.
+    They read the last token that differs from `pad_token_id`; the encoder has decided before which token is last.
     """
     config = classifier.config.get_text_config()
-    kept = getattr(config, "pad_token_id", None)
-    config.pad_token_id = -1  # not every configuration takes None
+    kept = config.pad_token_id
+    config.pad_token_id = _NO_TOKEN
     try:
         yield
     finally:
