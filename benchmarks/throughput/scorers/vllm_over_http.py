@@ -29,11 +29,19 @@ class VllmOverHttp:
 
     def __init__(self, folder: Path, *, dtype: str, batched_tokens: int, block: int, cache_gib: int) -> None:
         config = json.loads((folder / "config.json").read_text())
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--runner", "pooling"]
-        command += ["--convert", "classify", "--dtype", dtype, "--enable-prefix-caching", "--block-size", str(block)]
-        command += ["--max-model-len", str(min(config["max_position_embeddings"], 4096))]
-        command += ["--max-num-batched-tokens", str(batched_tokens)]
-        command += ["--kv-cache-memory-bytes", str(cache_gib * 2**30)]
+        arguments = {
+            "model": folder,
+            "runner": "pooling",
+            "convert": "classify",
+            "dtype": dtype,
+            "block-size": block,
+            "max-model-len": min(config["max_position_embeddings"], 4096),
+            "max-num-batched-tokens": batched_tokens,
+            "kv-cache-memory-bytes": cache_gib * 2**30,
+        }
+        # The command `vllm` looks up the version of a package `vllm`, which the CPU build lacks.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-prefix-caching"]
+        command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
         resources = ExitStack()  # held until this process ends, and with it its children
         logs = resources.enter_context(TemporaryDirectory(prefix="vllm-serve-"))
         server = ServerProcess(command, Path(logs, "log"), ready="/health")
