@@ -1,4 +1,4 @@
-"""`python -m benchmarks.breakdown`: the time of marginrm's forward passes by kind of operator, from PyTorch's profiler."""
+"""`python -m benchmarks.breakdown`: the time of marginrm's forward passes by kind of operator."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def main(
     whole_last_layer: Annotated[
         bool, typer.Option("--whole-last-layer", help="Compute the last layer for every token.")
     ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     data: DataFolder = None,
     output: Annotated[Path, typer.Option(help="Folder of the models.")] = Path("runs/bench"),
 ) -> None:
@@ -45,7 +46,9 @@ def main(
     texts = load_texts(data)
     folder = build(known(model, NAMES), output / "models", texts.for_tokenizer)
     samples = Samples(folder, texts)
-    ours = InProcess(folder, compiled=compiled, deterministic=deterministic, whole_last_layer=whole_last_layer)
+    ours = InProcess(
+        folder, device=device, compiled=compiled, deterministic=deterministic, whole_last_layer=whole_last_layer
+    )
     kinds = (*_KINDS, _REST)
     typer.echo(
         f"{model}, {ours.detail['dtype']}, {torch.get_num_threads()} threads, steps of {ours.detail['token_budget']:,}"
@@ -59,9 +62,12 @@ def main(
         ours.run(work)
         seconds = time.perf_counter() - started
         gemm = gemm_share(ours.detail["linear_computed"], ours.computed or 0, seconds, ours.gemm_rate())
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+        with profile(activities=activities) as profiler:
             ours.run(work)
-        shares = by_kind((event.key, event.self_cpu_time_total) for event in profiler.key_averages())
+        events = profiler.key_averages()
+        times = ((e.key, e.self_device_time_total if device == "cuda" else e.self_cpu_time_total) for e in events)
+        shares = by_kind(times)
         cells = " | ".join(f"{shares[kind]:.0%}" for kind in kinds)
         typer.echo(f"| {name} | {seconds:.2f} | {gemm:.0%} | {cells} |")
 

@@ -22,6 +22,7 @@ from benchmarks.throughput.compare import Clock, Comparison, Setting
 from benchmarks.throughput.contenders import contenders, interpreters
 from benchmarks.throughput.results import Results
 from benchmarks.throughput.studies import STUDIES, Subject
+from benchmarks.throughput.targets import cpu_findings
 
 _STUDY_SECONDS = 240.0
 _COMPARED = ",".join(name for name, workload in WORKLOADS.items() if workload.use != "requests")
@@ -111,8 +112,9 @@ class _Run:
 
     def write(self) -> str:
         """Writes report, summary and figure, and returns the report."""
-        tables = report.markdown(self.results, self.texts.source)
-        summary = report.summary(self.results)
+        found = cpu_findings(self.results)
+        tables = report.markdown(self.results, found, self.texts.source)
+        summary = report.summary(self.results, found)
         (self.output / "report.md").write_text(tables + "\n", encoding="utf-8")
         (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         report.draw(summary["cells"], self.output / "rewards_per_second.svg")

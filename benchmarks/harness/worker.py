@@ -67,6 +67,8 @@ class _Worker:
             self._runner = self._module.load(Path(request["folder"]), **request["options"])
             assert self._runner is not None
             return {"detail": self._runner.detail}
+        if request["call"] == "imported":
+            return {}
         assert self._runner is not None, "load comes first"
         if request["call"] == "run":
             return _timed(self._runner, Sample.from_json(request["sample"]))
@@ -77,13 +79,21 @@ def _timed(runner: Runner, sample: Sample) -> dict[str, Any]:
     work = runner.prepare(sample)
     rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     gpu = _gpu()
+    gpu_before = gpu.memory_allocated() if gpu else None
     if gpu:
         gpu.reset_peak_memory_stats()
     started = time.perf_counter()
     values = runner.run(work)
     seconds = time.perf_counter() - started  # the values are Python floats, so a GPU has finished
     peak = gpu.max_memory_allocated() if gpu else None
-    return {"seconds": seconds, "values": values, "computed": runner.computed, "rss": rss, "gpu_peak": peak}
+    return {
+        "seconds": seconds,
+        "values": values,
+        "computed": runner.computed,
+        "rss_before": rss,
+        "gpu_before": gpu_before,
+        "gpu_peak": peak,
+    }
 
 
 def _gpu() -> Any:

@@ -36,6 +36,7 @@ class Timed:
         computed: Tokens put through the model, or None if unknown.
         peak_rss: Peak memory of the process tree during the run, in bytes.
         rss_before: Memory of the worker itself after it had received the work and before the run, in bytes.
+        gpu_before: Memory that torch held on a GPU before the run, in bytes; None on CPUs.
         gpu_peak: Peak memory that torch held on a GPU during the run, in bytes; None on CPUs.
         others: Share of all cores that other processes used during the run, 0 to 1.
     """
@@ -45,6 +46,7 @@ class Timed:
     computed: int | None
     peak_rss: int
     rss_before: int
+    gpu_before: int | None
     gpu_peak: int | None
     others: float
 
@@ -82,6 +84,11 @@ class WorkerProcess:
         self._tree = psutil.Process(self._process.pid)
         self.loaded_rss = 0
 
+    def wait_for_imports(self) -> None:
+        """Waits until the process has imported its module or has ended; the next call reports a failure."""
+        with suppress(WorkerError):
+            self._ask({"call": "imported"})
+
     def load(self, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         """Loads the model and returns the runner's `detail`."""
         reply = self._ask({"call": "load", "folder": str(folder.resolve()), "options": dict(options)})
@@ -100,13 +107,9 @@ class WorkerProcess:
         members = self._members()
         foreign = _busy_seconds() - busy - (_cpu_seconds(members) - used)
         return Timed(
-            reply["seconds"],
-            reply["values"],
-            reply["computed"],
-            _status_bytes(members, "VmHWM"),
-            reply["rss"],
-            reply["gpu_peak"],
-            max(foreign, 0.0) / wall / (psutil.cpu_count() or 1),
+            **reply,
+            peak_rss=_status_bytes(members, "VmHWM"),
+            others=max(foreign, 0.0) / wall / (psutil.cpu_count() or 1),
         )
 
     def call(self, method: str) -> Any:

@@ -17,7 +17,6 @@ from benchmarks.throughput.contenders import OURS, REFERENCE, Contender, variabl
 from benchmarks.throughput.results import Measurement, Results
 
 _WARM_UP = 0  # the number of a sample that no round uses
-_WARM_UP_RESPONSES = 2
 
 
 class Clock:
@@ -45,12 +44,14 @@ class Setting:
         interpreters: Interpreter by environment; a contender whose environment is missing does not take part.
         threads: Threads for each contender.
         report_progress: Receives one line of progress at a time.
+        warm_up: The most responses of the warm-up of each workload; None for a whole sample, which a GPU needs.
     """
 
     contenders: Sequence[Contender]
     interpreters: Mapping[str, Path]
     threads: int
     report_progress: Callable[[str], None]
+    warm_up: int | None = 2
 
     def start(self, contender: Contender) -> WorkerProcess:
         """Starts a contender's process."""
@@ -91,8 +92,7 @@ class Comparison:
             self._report("measured before")
             return
         with ExitStack() as processes:
-            for contender in possible:
-                self._load(contender, processes)
+            self._load(possible, processes)
             for workload in workloads:
                 self._warm_up(workload)
             durations: dict[str, float] = {}
@@ -111,49 +111,55 @@ class Comparison:
         names = [contender.name for contender in contenders if contender.scores(workload)]
         return self.results.finished(self.model, workload.name, number, names)
 
-    def _load(self, contender: Contender, processes: ExitStack) -> None:
-        started = time.monotonic()
-        process = processes.enter_context(self.setting.start(contender))
-        try:
-            detail = process.load(self.folder, contender.options)
-        except WorkerError as error:
-            self._exclude(contender, error)
-            return
-        self.running[contender] = process
-        self.results.add_detail(self.model, contender.name, detail)
-        self._report(f"{contender.name} loaded in {time.monotonic() - started:.0f} s, {detail}")
+    def _load(self, contenders: Sequence[Contender], processes: ExitStack) -> None:
+        """Loads the contenders one after another: marginrm times its choices while it loads."""
+        started = {contender: processes.enter_context(self.setting.start(contender)) for contender in contenders}
+        for process in started.values():
+            process.wait_for_imports()
+        for contender, process in started.items():
+            since = time.monotonic()
+            try:
+                detail = process.load(self.folder, contender.options)
+            except WorkerError as error:
+                self._exclude(contender, process, error)
+                continue
+            self.running[contender] = process
+            self.results.add_detail(self.model, contender.name, detail)
+            self._report(f"{contender.name} loaded in {time.monotonic() - since:.0f} s, {detail}")
 
     def _warm_up(self, workload: Workload) -> None:
-        """Runs a workload once on every contender, with two responses, and excludes contenders that fail."""
-        sample = self.samples.sample(workload, _WARM_UP).subset(_WARM_UP_RESPONSES)
+        """Runs a workload once on every contender, and excludes contenders that fail."""
+        whole = self.samples.sample(workload, _WARM_UP).subset(self.setting.warm_up)
         for contender in [contender for contender in self.running if contender.scores(workload)]:
             try:
-                self.running[contender].run(sample)
+                self.running[contender].run(whole.subset(contender.limit))
             except WorkerError as error:
-                self._exclude(contender, error)
-                self.running.pop(contender).close()
+                self._exclude(contender, self.running.pop(contender), error)
 
-    def _exclude(self, contender: Contender, error: WorkerError) -> None:
+    def _exclude(self, contender: Contender, process: WorkerProcess, error: WorkerError) -> None:
+        process.close()
         self._report(f"{contender.name} cannot take part: {error}")
         self.results.add_detail(self.model, contender.name, {"error": str(error)[-300:]})
 
     def _round(self, workload: Workload, number: int) -> list[Measurement]:
         whole = self.samples.sample(workload, _WARM_UP + 1 + number)
-        measured: list[tuple[Contender, Sample, Timed, float | None]] = []
+        measured: list[tuple[Contender, Sample, Timed]] = []
+        rates: dict[str, float | None] = dict.fromkeys(("gemm_rate", "host_share"))
         order = [contender for contender in self.running if contender.scores(workload)]
         shift = number % len(order)  # no contender always follows the same other one
         for contender in order[shift:] + order[:shift]:
             sample = whole.subset(contender.limit)
             timed = self.running[contender].run(sample)
-            rate = self.running[contender].call("gemm_rate") if contender.name == OURS else None
-            measured.append((contender, sample, timed, rate))
+            if contender.name == OURS:
+                rates = {name: self.running[contender].call(name) for name in rates}
+            measured.append((contender, sample, timed))
             self._report(
                 f"{workload.name} round {number}: {contender.name:28} {len(timed.values):3} rewards in "
                 f"{timed.seconds:7.2f} s; other processes used {timed.others:.0%} of the cores"
             )
         reference = {
             ids: reward
-            for contender, sample, timed, _ in measured
+            for contender, sample, timed in measured
             if contender.name == REFERENCE
             for ids, reward in zip(sample.ids, timed.values, strict=True)
         }
@@ -169,14 +175,14 @@ class Comparison:
                 sample_rewards=whole.responses,
                 sample_tokens=whole.tokens,
                 computed=timed.computed,
-                peak_rss=timed.peak_rss,
-                loaded_rss=self.running[contender].loaded_rss,
+                peak_memory=timed.gpu_peak or timed.peak_rss,
+                loaded_memory=timed.gpu_before or self.running[contender].loaded_rss,
                 others=timed.others,
-                gemm_rate=rate,
+                **(rates if contender.name == OURS else {}),
                 difference=largest_difference(dict(zip(sample.ids, timed.values, strict=True)), reference),
                 deviation=pstdev(timed.values),
             )
-            for contender, sample, timed, rate in measured
+            for contender, sample, timed in measured
         ]
 
     def _report(self, line: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ OURS = "marginrm"
 COMPILED = "marginrm, compiled"
 DETERMINISTIC = "marginrm, deterministic"
 OVER_HTTP = "marginrm over HTTP"
+ENGINE = "marginrm, engine"
 REFERENCE = "loop, float32"
 ARRIVAL = "padded, arrival order"
 SORTED = "padded, sorted by length"
@@ -94,9 +95,40 @@ _ENCODER_PEERS: tuple[tuple[str, str, Literal["infinity", "sentence_transformers
 )
 
 
-def ours(workload: str) -> str:
-    """Returns the contender that the others are compared with in a workload."""
-    return OVER_HTTP if WORKLOADS[workload].use == "requests" else OURS
+def gpu_contenders(device: str = "cuda") -> list[Contender]:
+    """Returns the contenders for a machine with a GPU and without peers' environments and web packages.
+
+    Args:
+        device: `cuda`, or `cpu` for a rehearsal.
+    """
+    uses: tuple[Use, ...] = ("comparison", "requests")
+    own = {"dtype": "bfloat16", "device": device}
+    padded = own | {"batch": 16}
+    return [
+        Contender(ARRIVAL, f"{_SCORERS}hugging_face", padded | {"order": "arrival"}, limit=64, uses=uses),
+        Contender(SORTED, f"{_SCORERS}hugging_face", padded | {"order": "length"}, limit=128, uses=uses),
+        Contender(OURS, f"{_SCORERS}in_process", own),
+        Contender(ENGINE, f"{_SCORERS}engine", own, uses=("requests",)),
+    ]
+
+
+def parity_contenders(device: str = "cuda") -> list[Contender]:
+    """Returns the float32 loop on the CPU, and marginrm on a device in float32 and bfloat16."""
+    looped = {"dtype": "float32", "batch": 1, "order": "arrival", "device": "cpu"}
+    return [
+        Contender(REFERENCE, f"{_SCORERS}hugging_face", looped, limit=8),
+        *(
+            Contender(f"{OURS}, {dtype}", f"{_SCORERS}in_process", {"device": device, "dtype": dtype}, limit=8)
+            for dtype in ("float32", "bfloat16")
+        ),
+    ]
+
+
+def ours(workload: str, names: Collection[str]) -> str:
+    """Returns the contender among `names` that the others are compared with in a workload."""
+    if WORKLOADS[workload].use != "requests":
+        return OURS
+    return OVER_HTTP if OVER_HTTP in names else ENGINE
 
 
 def interpreters(**given: Path | None) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from benchmarks.harness.rates import Spread, median_or_none
 from benchmarks.throughput.contenders import OURS, OVER_HTTP, ours
 from benchmarks.throughput.results import Results
-from benchmarks.throughput.targets import findings, gemm_shares, speed_ratio
+from benchmarks.throughput.targets import TRAINING, Finding, gemm_shares, speed_ratio
 
 BEGIN = "<!-- results: begin; written by python -m benchmarks.run -->"
 END = "<!-- results: end -->"
@@ -43,9 +43,10 @@ def _cell(results: Results, model: str, workload: str, contender: str) -> dict[s
         "rewards_per_second": asdict(_spread([m.rate for m in found])),
         "tokens_per_second": median(m.tokens / m.seconds for m in found),
         "computed_share": median_or_none(m.computed / m.tokens for m in found if m.computed),
+        "host_share": median_or_none(m.host_share for m in found if m.host_share is not None),
         "gemm_share": median_or_none(gemm_shares(results, model, workload, contender)),
-        "peak_over_loaded_mib": max(m.peak_rss - m.loaded_rss for m in found) / _MIB,
-        "peak_mib": max(m.peak_rss for m in found) / _MIB,
+        "peak_over_loaded_mib": max(m.peak_memory - m.loaded_memory for m in found) / _MIB,
+        "peak_mib": max(m.peak_memory for m in found) / _MIB,
         "difference": max(differences, default=None),
         "deviation": median_or_none(m.deviation for m in found if m.deviation),
         "ours_times": None if ratio is None else asdict(ratio),
@@ -53,12 +54,12 @@ def _cell(results: Results, model: str, workload: str, contender: str) -> dict[s
     }
 
 
-def summary(results: Results) -> dict[str, Any]:
+def summary(results: Results, findings: Sequence[Finding]) -> dict[str, Any]:
     """Returns everything as plain values for a JSON file."""
     return {
         "machine": results.machine,
         "cells": cells(results),
-        "targets": [asdict(finding) | {"verdict": finding.verdict} for finding in findings(results)],
+        "targets": [asdict(finding) | {"verdict": finding.verdict} for finding in findings],
         "studies": [{"study": name, "model": model, **f} for (name, model), f in results.studies.items()],
         "contenders": [
             {"model": model, "contender": name, **detail} for (model, name), detail in results.details.items()
@@ -66,50 +67,62 @@ def summary(results: Results) -> dict[str, Any]:
     }
 
 
-def markdown(results: Results, source: str) -> str:
+def markdown(results: Results, findings: Sequence[Finding], source: str) -> str:
     """Returns the tables.
 
     Args:
         results: The measurements.
+        findings: The targets with their measured values.
         source: The name of the texts' source.
     """
     machine = results.machine
-    place = f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['bf16']) or 'no bf16 units'}"
+    processor = f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['bf16']) or 'no bf16 units'}"
+    place = f"{machine['gpu']}; {processor}" if machine["gpu"] else processor
     lines = [
         f"Measured on {place}; torch {machine['torch']}, transformers {machine['transformers']}; texts: {source}.",
         "",
         "| target | at least, or at most | measured (lowest to highest round) | |",
         "|---|---:|---:|---|",
     ]
-    lines += [
-        f"| {f.text} | {f.bound:g} | {f.found.text() if f.found else ''} | {f.verdict} |" for f in findings(results)
-    ]
+    lines += [f"| {f.text} | {f.bound:g} | {f.found.text() if f.found else ''} | {f.verdict} |" for f in findings]
     summaries = cells(results)
     for model, workload in dict.fromkeys((cell["model"], cell["workload"]) for cell in summaries):
         chosen = [cell for cell in summaries if (cell["model"], cell["workload"]) == (model, workload)]
         lines += ["", f"**{model}, {workload}**", "", *_table(chosen)]
     for (name, model), finding in results.studies.items():
+        if name == TRAINING:
+            continue  # has a table of its own
         lines += ["", f"**{name}, {model}**", "", "| | |", "|---|---:|"]
         lines += [f"| {key} | {_number(value)} |" for key, value in finding.items()]
+    lines += [""]
+    lines += [
+        f"- {name} with {model}: {detail['path']}."
+        for (model, name), detail in results.details.items()
+        if name == OURS and "path" in detail
+    ]
     excluded = [(model, name) for (model, name), detail in results.details.items() if "error" in detail]
-    lines += ["", *(f"- {name} could not take part with {model}." for model, name in excluded)]
+    lines += [*(f"- {name} could not take part with {model}." for model, name in excluded)]
     return "\n".join(lines).strip()
 
 
 def _table(chosen: Sequence[dict[str, Any]]) -> list[str]:
-    base = ours(chosen[0]["workload"])
-    lines = [
-        f"| contender | rewards/s | tokens/s | computed / requested | GEMM share | MiB over loaded | differs by | {base} is |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for cell in sorted(chosen, key=lambda cell: cell["rewards_per_second"]["median"]):
-        times = cell["ours_times"] and cell["contender"] != base
-        lines.append(
-            f"| {cell['contender']} | {Spread(**cell['rewards_per_second']).text()} | {cell['tokens_per_second']:,.0f} "
-            f"| {_number(cell['computed_share'])} | {_percent(cell['gemm_share'])} "
-            f"| {cell['peak_over_loaded_mib']:,.0f} | {_difference(cell)} "
-            f"| {Spread(**cell['ours_times']).text('.2f', 'x') if times else ''} |"
-        )
+    base = ours(chosen[0]["workload"], [cell["contender"] for cell in chosen])
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "contender": lambda cell: cell["contender"],
+        "rewards/s": lambda cell: Spread(**cell["rewards_per_second"]).text(),
+        "tokens/s": lambda cell: f"{cell['tokens_per_second']:,.0f}",
+        "computed / requested": lambda cell: _number(cell["computed_share"]),
+        "GEMM share": lambda cell: _percent(cell["gemm_share"]),
+        "host share": lambda cell: _percent(cell["host_share"]),
+        "MiB over loaded": lambda cell: f"{cell['peak_over_loaded_mib']:,.0f}",
+        "differs by": _difference,
+        f"{base} is": lambda cell: _times(cell) if cell["contender"] != base else "",
+    }
+    if all(cell["host_share"] is None for cell in chosen):
+        del columns["host share"]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    ordered = sorted(chosen, key=lambda cell: cell["rewards_per_second"]["median"])
+    lines += [f"| {' | '.join(write(cell) for write in columns.values())} |" for cell in ordered]
     rounds, others = {cell["rounds"] for cell in chosen}, max(cell["others"] for cell in chosen)
     lines += ["", f"{min(rounds)} rounds; other processes used at most {others:.0%} of the cores meanwhile."]
     return lines
@@ -170,6 +183,10 @@ def _number(value: Any) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
+
+
+def _times(cell: dict[str, Any]) -> str:
+    return Spread(**cell["ours_times"]).text(".2f", "x") if cell["ours_times"] else ""
 
 
 def _difference(cell: dict[str, Any]) -> str:

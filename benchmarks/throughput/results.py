@@ -30,10 +30,11 @@ class Measurement:
         sample_rewards: Responses of the whole sample.
         sample_tokens: Requested tokens of the whole sample.
         computed: Tokens put through the model, or None if unknown.
-        peak_rss: Peak memory of the contender's processes meanwhile, in bytes.
-        loaded_rss: Their memory right after loading, in bytes.
+        peak_memory: Peak memory of the contender's processes meanwhile, in bytes; on a GPU, the memory that torch held there.
+        loaded_memory: Memory before, in bytes: right after loading, or on a GPU right before the run.
         others: Share of all cores that other processes used meanwhile.
         gemm_rate: Rate of a large matrix product at that time, FLOP/s; measured by marginrm in process only.
+        host_share: Share of the time in which no GPU kernel ran; measured by marginrm in process only.
         difference: Largest difference between a reward and the reference's; None without rewards in common.
         deviation: Standard deviation of the rewards, the scale for the difference.
     """
@@ -48,10 +49,11 @@ class Measurement:
     sample_rewards: int
     sample_tokens: int
     computed: int | None
-    peak_rss: int
-    loaded_rss: int
+    peak_memory: int
+    loaded_memory: int
     others: float
     gemm_rate: float | None = None
+    host_share: float | None = None
     difference: float | None = None
     deviation: float | None = None
 
@@ -120,7 +122,7 @@ class Results:
 
 
 def machine() -> dict[str, Any]:
-    """Returns the processor and the versions that the figures depend on."""
+    """Returns the processors and the versions that the figures depend on."""
     fields = dict(_cpu_fields())
     flags = set(fields.get("flags", "").split())
     return {
@@ -129,6 +131,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

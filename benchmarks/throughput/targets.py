@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.harness.rates import Spread, gemm_share, ratios
-from benchmarks.models import MINILM
+from benchmarks.models import MINILM, MINILM_SHAPE
 from benchmarks.throughput.contenders import (
     ARRIVAL,
     DETERMINISTIC,
@@ -20,7 +20,8 @@ from benchmarks.throughput.contenders import (
 )
 from benchmarks.throughput.results import Measurement, Results
 
-_QWEN3 = "qwen3-0.6b"
+TRAINING = "training"  # the name of the study that `benchmarks.gpu` adds
+_QWEN3, _PYTHIA, _LLAMA = "qwen3-0.6b", "pythia-2.8b", "llama-3-8b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,52 +49,82 @@ class Finding:
         return "reached" if reached else "missed"
 
 
-def findings(results: Results) -> list[Finding]:
-    """Returns every target with the measured value."""
+class _Found:
+    """Looks up the measured values of targets."""
 
-    def times(model: str, workload: str, other: str, bound: float, *, most: bool = False) -> Finding:
-        found = speed_ratio(results.measurements, model, workload, other)
+    def __init__(self, results: Results) -> None:
+        self._results = results
+
+    def times(self, model: str, workload: str, other: str, bound: float, *, most: bool = False) -> Finding:
+        found = speed_ratio(self._results.measurements, model, workload, other)
         return Finding(f"{workload}, {model}: times {other}", bound, found, most)
 
-    def study(text: str, bound: float, name: str, field: str, *, most: bool = True) -> Finding:
-        found = [finding for (key, _), finding in results.studies.items() if key == name]
+    def gemm(self, model: str, bound: float) -> Finding:
+        share = Spread.of(gemm_shares(self._results, model, "bon-short"))
+        return Finding(f"bon-short, {model}: share of the GEMM rate", bound, share)
+
+    def study(self, text: str, bound: float, name: str, field: str, *, most: bool = True) -> Finding:
+        found = [finding for (key, _), finding in self._results.studies.items() if key == name]
         return Finding(text, bound, Spread.of([finding[field] for finding in found if field in finding]), most)
 
-    share = Spread.of(gemm_shares(results, _QWEN3, "bon-short"))
+
+def cpu_findings(results: Results) -> list[Finding]:
+    """Returns every target of `benchmarks.run` with the measured value."""
+    found = _Found(results)
     return [
-        times(_QWEN3, "bon-long", VLLM, 1.2),
-        times(_QWEN3, "bon-short", VLLM, 1.05),
-        times(_QWEN3, "pairs", VLLM, 1.05),
-        times(_QWEN3, "trainer", VLLM_OVER_HTTP, 1.1),
-        times(_QWEN3, "trainer-grouped", VLLM_OVER_HTTP, 1.1),
-        times(_QWEN3, "bon-short", ARRIVAL, 5.0),
-        times(_QWEN3, "bon-long", ARRIVAL, 12.0),
-        times(_QWEN3, "bon-short", SORTED, 2.0),
-        times(_QWEN3, "bon-long", SORTED, 8.0),
-        times(MINILM, "pairs", f"{SENTENCE_TRANSFORMERS}, float32", 3.0),
-        times(MINILM, "pairs", f"{SENTENCE_TRANSFORMERS}, bfloat16", 2.0),
-        times(MINILM, "pairs", f"{INFINITY}, float32", 4.0),
-        times(MINILM, "pairs", f"{INFINITY}, bfloat16", 2.5),
-        *(times(_QWEN3, workload, DETERMINISTIC, 2.0, most=True) for workload in ("bon-long", "bon-short", "pairs")),
-        Finding(f"bon-short, {_QWEN3}: share of the GEMM rate", 0.60, share),
-        study("throughput over HTTP / in process, 16 clients", 0.95, "http", "throughput", most=False),
-        study("ms that HTTP adds to a lone request, p50", 3.0, "http", "added_ms"),
-        study("N = 64: tokens computed / (64 responses + one prompt)", 1.10, "cost of N", "tokens"),
-        study("N = 64: seconds per token / those of N = 1", 1.10, "cost of N", "seconds"),
-        study("batch composition: largest difference of a reward in float32", 1e-5, "composition", "float32"),
-        study("batch composition: of a deterministic one in bfloat16", 0.0, "composition", "deterministic"),
-        study("memory of 256 candidates / of 64", 1.10, "memory", "growth"),
+        found.times(_QWEN3, "bon-long", VLLM, 1.2),
+        found.times(_QWEN3, "bon-short", VLLM, 1.05),
+        found.times(_QWEN3, "pairs", VLLM, 1.05),
+        found.times(_QWEN3, "trainer", VLLM_OVER_HTTP, 1.1),
+        found.times(_QWEN3, "trainer-grouped", VLLM_OVER_HTTP, 1.1),
+        found.times(_QWEN3, "bon-short", ARRIVAL, 5.0),
+        found.times(_QWEN3, "bon-long", ARRIVAL, 12.0),
+        found.times(_QWEN3, "bon-short", SORTED, 2.0),
+        found.times(_QWEN3, "bon-long", SORTED, 8.0),
+        found.times(MINILM, "pairs", f"{SENTENCE_TRANSFORMERS}, float32", 3.0),
+        found.times(MINILM, "pairs", f"{SENTENCE_TRANSFORMERS}, bfloat16", 2.0),
+        found.times(MINILM, "pairs", f"{INFINITY}, float32", 4.0),
+        found.times(MINILM, "pairs", f"{INFINITY}, bfloat16", 2.5),
+        *(
+            found.times(_QWEN3, workload, DETERMINISTIC, 2.0, most=True)
+            for workload in ("bon-long", "bon-short", "pairs")
+        ),
+        found.gemm(_QWEN3, 0.60),
+        found.study("throughput over HTTP / in process, 16 clients", 0.95, "http", "throughput", most=False),
+        found.study("ms that HTTP adds to a lone request, p50", 3.0, "http", "added_ms"),
+        found.study("N = 64: tokens computed / (64 responses + one prompt)", 1.10, "cost of N", "tokens"),
+        found.study("N = 64: seconds per token / those of N = 1", 1.10, "cost of N", "seconds"),
+        found.study("batch composition: largest difference of a reward in float32", 1e-5, "composition", "float32"),
+        found.study("batch composition: of a deterministic one in bfloat16", 0.0, "composition", "deterministic"),
+        found.study("memory of 256 candidates / of 64", 1.10, "memory", "growth"),
     ]
+
+
+def gpu_findings(results: Results) -> list[Finding]:
+    """Returns every target of `benchmarks.gpu` with the measured value."""
+    found = _Found(results)
+    shares = ((_QWEN3, 0.35), (_PYTHIA, 0.50), (_LLAMA, 0.60))
+    return [
+        *(found.gemm(model, bound) for model, bound in shares),
+        *(found.times(model, "bon-long", SORTED, 6.0) for model, _ in shares),
+        *(_training(results, model, 1.5) for model in (MINILM_SHAPE, "smollm2-135m")),
+    ]
+
+
+def _training(results: Results, model: str, bound: float) -> Finding:
+    finding = results.studies.get((TRAINING, model), {})
+    peers = [name for name in finding.get("ratios", {}) if name.startswith("TRL")]
+    ours_times = finding["ratios"].get("marginrm bt, bfloat16") if peers else None
+    return Finding(f"training, {model}: times TRL", bound, Spread(**ours_times) if ours_times else None)
 
 
 def speed_ratio(measurements: Iterable[Measurement], model: str, workload: str, other: str) -> Spread | None:
     """Returns our rewards per second over another contender's, round by round."""
-    base = ours(workload)
-    rates: dict[str, dict[int, float]] = {base: {}, other: {}}
+    rates: dict[str, dict[int, float]] = {}
     for m in measurements:
-        if (m.model, m.workload) == (model, workload) and m.contender in rates:
-            rates[m.contender][m.round] = m.rate
-    return Spread.of(ratios(rates[base], rates[other]))
+        if (m.model, m.workload) == (model, workload):
+            rates.setdefault(m.contender, {})[m.round] = m.rate
+    return Spread.of(ratios(rates.get(ours(workload, rates), {}), rates.get(other, {})))
 
 
 def gemm_shares(results: Results, model: str, workload: str, contender: str = OURS) -> list[float]:

@@ -21,7 +21,7 @@ from benchmarks.throughput.results import Measurement, Results
 from benchmarks.throughput.scorers.classify_client import send_all
 from benchmarks.throughput.scorers.hugging_face import HuggingFace
 from benchmarks.throughput.scorers.in_process import InProcess
-from benchmarks.throughput.targets import Finding, findings
+from benchmarks.throughput.targets import Finding, cpu_findings
 
 ROOT = Path(__file__).parents[2]
 MEASURED = Measurement(
@@ -35,8 +35,8 @@ MEASURED = Measurement(
     sample_rewards=8,
     sample_tokens=400,
     computed=300,
-    peak_rss=3 * 2**20,
-    loaded_rss=2**20,
+    peak_memory=3 * 2**20,
+    loaded_memory=2**20,
     others=0.0,
     gemm_rate=6e6,
 )
@@ -143,7 +143,7 @@ def test_targets_are_checked_against_the_measurements(tmp_path):
     results.add_study("http", "tiny", {"added_ms": 3.5, "throughput": 0.99})
     results.add([replace(MEASURED, contender=VLLM, round=n, seconds=s) for n, s in enumerate((3.0, 5.0, 4.2))])
     results.add([replace(MEASURED, round=n) for n in range(3)])
-    found = {finding.text: finding for finding in findings(results)}
+    found = {finding.text: finding for finding in cpu_findings(results)}
     pairs = found[f"pairs, qwen3-0.6b: times {VLLM}"]
     assert pairs.found is not None
     assert (pairs.found.low, pairs.found.median, pairs.found.high) == pytest.approx((1.5, 2.1, 2.5))
@@ -158,7 +158,7 @@ def test_the_tables_hold_the_measurements(tmp_path):
     results.add_detail("qwen3-0.6b", OURS, {"linear_parameters": 1000})
     results.add([MEASURED, replace(MEASURED, contender=SORTED, seconds=4.0, gemm_rate=None, difference=0.02)])
     results.add_detail("qwen3-0.6b", VLLM, {"error": "no such module"})
-    lines = report.markdown(results, "some texts").splitlines()
+    lines = report.markdown(results, cpu_findings(results), "some texts").splitlines()
     ours = next(line for line in lines if line.startswith(f"| {OURS} "))
     padded = next(line for line in lines if line.startswith(f"| {SORTED} "))
     # 8 rewards in 2 s; 400 tokens requested, 300 computed; 2 x 1,000 x 300 / 2 s / 6e6 = 5%; 2 MiB over the loaded model.
@@ -210,7 +210,7 @@ def test_a_small_run_and_its_continuation(tmp_path):
     for measurement in first:
         assert measurement.rewards == measurement.sample_rewards == 64
         assert 0 < measurement.computed < measurement.tokens
-        assert measurement.peak_rss >= measurement.loaded_rss > 0
+        assert measurement.peak_memory >= measurement.loaded_memory > 0
     assert small_run(tmp_path, workloads="pairs", only=OURS, rounds=1) == first
     assert {path.name for path in tmp_path.iterdir()} >= {"report.md", "summary.json", "rewards_per_second.svg"}
     cell = json.loads((tmp_path / "summary.json").read_text())["cells"][0]

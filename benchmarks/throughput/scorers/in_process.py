@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.texts import Sample, TokenizedGroup
 from marginrm import RewardModel
@@ -20,7 +21,7 @@ from marginrm.text import Dtype
 from marginrm.tuning.last_layer import last_layer
 from marginrm.tuning.tune import tune
 
-_GEMM_SIZE = 4096
+_GEMM_SIZES = {"cpu": 4096, "cuda": 8192}  # a GPU multiplies 4096 x 4096 in little more than the time of a launch
 _GEMM_REPEATS = 5
 # Products that the last layer computes for every token, even when it computes the others for reward tokens only.
 _BEFORE_ATTENTION = {"q_proj", "k_proj", "v_proj", "query_key_value", "query", "key", "value"}
@@ -66,9 +67,11 @@ class InProcess:
             tune(self._module, "compiled_scoring" if compiled else "scoring", whole_last_layer=True)
         self._module.register_forward_pre_hook(self._count)
         self.computed: int | None = None
+        self._last = Sample(())
         linear = sum(_linear_weights(self._module).values())
         self.detail: dict[str, Any] = {
             "dtype": self._model.info.dtype,
+            "attention": self._module.execution.attention,
             "path": self._model.forward_reason,
             "token_budget": self._model.token_budget,
             "linear_parameters": linear,
@@ -90,20 +93,31 @@ class InProcess:
     def run(self, work: Sample) -> list[float]:
         """Encodes and scores."""
         self.computed = 0
+        self._last = work
         rewards = self._model.score_encoded([self._encoded(group) for group in work.groups])
         return [reward for group in rewards for reward in group]
 
     def gemm_rate(self) -> float:
         """Returns the best rate of a large matrix product in the model's dtype, in FLOP/s."""
-        left, right = (
-            torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(self._module.device, self._module.dtype) for _ in range(2)
-        )
+        size = _GEMM_SIZES[self._module.device.type]
+        left, right = (torch.randn(size, size).to(self._module.device, self._module.dtype) for _ in range(2))
         best = float("inf")
         for _ in range(_GEMM_REPEATS):
             started = time.perf_counter()
             float((left @ right)[0, 0])  # reading an element waits for the device
             best = min(best, time.perf_counter() - started)
-        return 2 * _GEMM_SIZE**3 / best
+        return 2 * size**3 / best
+
+    def host_share(self) -> float | None:
+        """Runs the last sample again and returns the share of the time in which no GPU kernel ran; None on CPUs."""
+        if self._module.device.type != "cuda":
+            return None
+        started = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.run(self._last)
+        seconds = time.perf_counter() - started
+        busy: float = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+        return max(0.0, 1 - busy / seconds)
 
     def _encoded(self, group: TokenizedGroup) -> list[EncodedResponse]:
         encoded = []
