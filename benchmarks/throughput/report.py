@@ -101,7 +101,7 @@ def markdown(results: Results, findings: Sequence[Finding], source: str) -> str:
         if name == OURS and "path" in detail
     ]
     excluded = [(model, name) for (model, name), detail in results.details.items() if "error" in detail]
-    lines += [*(f"- {name} could not take part with {model}." for model, name in excluded)]
+    lines += [f"- {name} could not take part with {model}." for model, name in excluded]
     return "\n".join(lines).strip()
 
 
