@@ -68,9 +68,8 @@ def fill(page: Page, prompt: str, candidates: list[str]) -> None:
 
 
 def settled(page: Page) -> None:
-    """Waits until nothing is under way and no keystroke waits for its request."""
-    page.wait_for_timeout(350)
-    page.wait_for_selector("#sides:not(.busy)")
+    """Waits until the results are those of the form as it is."""
+    page.wait_for_selector("#results[aria-busy=false]")
 
 
 def ranking(page: Page, side: int = 0) -> list[tuple[str, str]]:
@@ -146,8 +145,8 @@ def test_typing_moves_a_bar_and_answers_to_older_texts_are_dropped(browser: Brow
 
         page.route("**/best-of-n", hold_first)
         page.locator("#candidate-1").press_sequentially(" Yellow", delay=10)
-        page.wait_for_timeout(500)
-        assert len(held) == 1  # one request for seven keystrokes, and it hangs
+        while not held:
+            page.wait_for_timeout(50)  # the request for these keystrokes, which now hangs
         page.locator("#candidate-1").press_sequentially(" and blue", delay=10)
         settled(page)
         assert ranking(page) == expected(server, PROMPT, ["Paris.", "Red. Yellow and blue"])
@@ -263,7 +262,7 @@ def test_a_file_of_responses_becomes_the_candidates(browser: Browser, server: Ap
         assert shown == [f"{one['reward']:.3f}" for one in best_of_n(server, PROMPT, texts)["ranking"]]
 
 
-def test_what_is_copied_runs(browser: Browser, server: AppServer, tmp_path: Path) -> None:
+def test_copied_commands_run(browser: Browser, server: AppServer, tmp_path: Path) -> None:
     candidates = ['It\'s "yeast" \\ and $HOME `ls`\nsecond line \u2028 \U0001f35e', HOSTILE]
     with visiting(browser, server.url) as visit:
         page = visit.page

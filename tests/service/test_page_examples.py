@@ -43,8 +43,7 @@ def page() -> Iterator[Page]:
 )
 def test_an_example_shows_what_it_says(page: Page, name: str, order: str, said: str) -> None:
     page.click(f"button:text-is('{name}')")
-    page.wait_for_timeout(200)
-    page.wait_for_selector("#sides:not(.busy)")
+    page.wait_for_selector("#results[aria-busy=false]")
     assert page.locator("#lesson").is_visible()
     assert said in page.inner_text(".side .headline")
     letters = page.locator(".place .who").all_text_contents()

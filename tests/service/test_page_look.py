@@ -1,4 +1,4 @@
-"""How the pages look and how fast: accessibility by axe-core, both themes, a phone, frames, first paint, screenshots.
+"""Looks and speed of the pages: axe-core's rules, both themes, a phone, frames, first paint, screenshots.
 
 `MARGINRM_SCREENSHOTS=docs/images pytest tests/service/test_page_look.py -k screenshots` writes the images of the
 documentation; `MARGINRM_DEMO` names the demo checkpoint that they show.
@@ -46,8 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
 
 
 def settled(page: Page) -> None:
-    page.wait_for_timeout(350)
-    page.wait_for_selector("#sides:not(.busy)")
+    page.wait_for_selector("#results[aria-busy=false]")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -65,7 +65,7 @@ def serious(page: Page) -> list[str]:
 
 @dataclass
 class Watched:
-    """A page with what it did that it should not: errors, and requests to other hosts.
+    """A page, with its errors and its requests to other hosts.
 
     Attributes:
         page: Playwright's page.

@@ -23,7 +23,15 @@ let timer = 0;
 function changed() {
   clearTimeout(timer);
   byId("lesson").hidden = true;
-  if (byId("live").checked) timer = setTimeout(score, PAUSE);
+  if (!byId("live").checked) return;
+  byId("results").setAttribute("aria-busy", "true");
+  timer = setTimeout(score, PAUSE);
+}
+
+/** Marks the results as those of an older question, or as those of the present one. */
+function setBusy(busy) {
+  byId("results").setAttribute("aria-busy", String(busy));
+  byId("sides").classList.toggle("busy", busy);
 }
 
 function say(id, text) {
@@ -44,9 +52,10 @@ async function score() {
   }
   if (!state.candidates.length) {
     say("problem", "There is no candidate to score: write one.");
+    setBusy(false);
     return;
   }
-  byId("sides").classList.add("busy");
+  setBusy(true);
   try {
     const { signal } = running;
     const replies = await Promise.all(sides.map((side) => outcomeOf(state, side.model, signal)));
@@ -59,7 +68,7 @@ async function score() {
   } catch (error) {
     if (mine === sequence && error.name !== "AbortError") await failed(error);
   } finally {
-    if (mine === sequence) byId("sides").classList.remove("busy");
+    if (mine === sequence) setBusy(false);
   }
 }
 
