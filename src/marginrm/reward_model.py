@@ -19,7 +19,7 @@ from marginrm.manifest import Manifest, revision_of
 from marginrm.ranking import Comparison, Ranking
 from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.schemas import ModelInfo
-from marginrm.steps import ForwardPath, GroupSlice, StepResult, plan_steps, split_by_length
+from marginrm.steps import ForwardPath, GroupSlice, StepResult, plan_steps
 from marginrm.text import Dtype, Prompt, Truncation
 from marginrm.tuning.token_budget import default_token_budget, measure_token_budget
 
@@ -214,7 +214,7 @@ class RewardModel:
         return self._run(groups, self._planned(groups), progress).rewards
 
     def run_step(self, groups: Sequence[EncodedGroup]) -> StepResult:
-        """Computes groups together, whatever their size: in one forward pass if packed (two with LongRoPE).
+        """Computes groups together, whatever their size: in one forward pass if packed.
 
         Otherwise it takes as many forward passes as the token budget requires.
 
@@ -240,9 +240,7 @@ class RewardModel:
         progress: Callable[[int], object] | None = None,
     ) -> StepResult:
         result = StepResult([[math.nan] * len(group) for group in groups], [0] * len(groups))
-        lengths = [[len(response.ids) for response in group] for group in groups]
-        boundary = self.module.length_boundary
-        for step in itertools.chain.from_iterable(split_by_length(step, lengths, boundary) for step in steps):
+        for step in steps:
             flat, costs = self._forward([groups[part.group][part.start : part.stop] for part in step])
             rewards = iter(flat)
             for part, cost in zip(step, costs, strict=True):

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import HeadError, ModelError
+from marginrm.forward.batch import SplitBatch
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
 from marginrm.forward.self_check import conversations
 from marginrm.reward_model import RewardModel
+from marginrm.steps import GroupSlice, split_by_length
 from marginrm.tuning.tune import tune
 from support.models import decoder_tokenizer
 
@@ -65,7 +69,10 @@ PACKED: dict[str, tuple[Any, dict[str, Any]]] = {
         SIZES | GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0},
     ),
     "attention sinks": (t.GptOssConfig, SIZES | KEY_HEADS | GPT_OSS),
-    "longrope": (t.Phi3Config, SIZES | KEY_HEADS | {"rope_parameters": LONGROPE}),
+    "longrope": (
+        t.Phi3Config,
+        SIZES | KEY_HEADS | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128},
+    ),
     "dynamic NTK": (
         t.LlamaConfig,
         SIZES | KEY_HEADS | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -283,3 +290,40 @@ def test_the_conversations_have_each_shape_and_fit_into_any_length() -> None:
         assert max(lengths) <= length
         assert min(lengths) < 30
     assert conversations(Encoder(decoder_tokenizer(), max_length=512, architecture="decoder"))[1][0].ids[:40]
+
+
+def test_a_batch_on_both_sides_of_longropes_boundary_is_split_and_trains_like_each_sequence_alone() -> None:
+    config_class, fields = PACKED["longrope"]
+    reference, model = built(config_class(**fields)), built(config_class(**fields))
+    module = build_module(model, max_length=500)
+    groups = mixed_groups()
+    batch = module.collate(groups)
+    assert isinstance(batch, SplitBatch)
+    assert (len(batch.parts), batch.rewards) == (2, 7)
+    assert sum(batch.costs) == batch.tokens
+    weights = torch.linspace(-1, 1, 7)
+    expected = torch.cat([reference(input_ids=torch.tensor([one.ids])).logits[0] for group in groups for one in group])
+    (weights * expected).sum().backward()
+    (weights * module(batch)).sum().backward()
+    wanted = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.none() | st.integers(1, 9),
+    st.booleans(),
+)
+def test_a_split_step_covers_each_response_once_and_mixes_no_kinds(
+    lengths: list[list[int]], boundary: int | None, alone: bool
+) -> None:
+    whole = [GroupSlice(number, 0, len(group)) for number, group in enumerate(lengths)]
+    steps = list(split_by_length(whole, lengths, boundary, alone=alone))
+    places = [(part.group, at) for step in steps for part in step for at in range(part.start, part.stop)]
+    assert sorted(places) == [(number, at) for number, group in enumerate(lengths) for at in range(len(group))]
+    for step in steps:
+        found = [lengths[part.group][at] for part in step for at in range(part.start, part.stop)]
+        assert len({boundary is not None and length > boundary for length in found}) == 1
+        assert not alone or len(found) == 1
+    assert alone or len(steps) <= 2

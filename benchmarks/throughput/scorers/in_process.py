@@ -15,7 +15,7 @@ from marginrm import RewardModel
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import EncodingError
-from marginrm.forward.batch import PackedBatch, PaddedBatch
+from marginrm.forward.batch import Batch
 from marginrm.forward.module import RewardModule
 from marginrm.text import Dtype
 from marginrm.tuning.last_layer import last_layer
@@ -127,7 +127,7 @@ class InProcess:
             encoded.append(outcome)
         return encoded
 
-    def _count(self, _: nn.Module, inputs: tuple[PackedBatch | PaddedBatch, ...]) -> None:
+    def _count(self, _: nn.Module, inputs: tuple[Batch, ...]) -> None:
         self.computed = (self.computed or 0) + inputs[0].tokens
 
 

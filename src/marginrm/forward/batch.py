@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from marginrm.attention.gathered import gathered_layout
 from marginrm.attention.layout import AttentionLayout, LayoutFn
 from marginrm.encoding import EncodedGroup
 from marginrm.packing import Ints, plan_row
+from marginrm.steps import GroupSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,61 @@ class PaddedBatch:
             type_ids=None if self.type_ids is None else self.type_ids.to(device),
             lengths=self.lengths.to(device),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitBatch:
+    """Responses that one forward pass cannot take together, as several batches.
+
+    Attributes:
+        parts: The batches.
+        order: Index of each response's reward among those of all parts, [responses].
+        costs: Tokens that are computed for each group.
+    """
+
+    parts: tuple[PackedBatch | PaddedBatch, ...]
+    order: Tensor
+    costs: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the forward passes compute."""
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def rewards(self) -> int:
+        """Number of responses."""
+        return self.order.shape[0]
+
+    def to(self, device: torch.device | str) -> SplitBatch:
+        """Returns the batch on another device."""
+        return replace(self, parts=tuple(part.to(device) for part in self.parts), order=self.order.to(device))
+
+
+Batch = PackedBatch | PaddedBatch | SplitBatch
+
+
+def split(
+    steps: Sequence[Sequence[GroupSlice]],
+    groups: Sequence[EncodedGroup],
+    collate: Callable[[Sequence[EncodedGroup]], PackedBatch | PaddedBatch],
+) -> SplitBatch:
+    """Makes one batch for each list of slices.
+
+    Args:
+        steps: Slices that together cover each response once.
+        groups: Encoded responses.
+        collate: Makes the batch of some groups.
+    """
+    parts = [collate([groups[part.group][part.start : part.stop] for part in step]) for step in steps]
+    starts = np.cumsum([0, *(len(group) for group in groups)])
+    costs = [0] * len(groups)
+    places: list[int] = []
+    for step, batch in zip(steps, parts, strict=True):
+        for part, cost in zip(step, batch.costs, strict=True):
+            costs[part.group] += cost
+            places += range(starts[part.group] + part.start, starts[part.group] + part.stop)
+    return SplitBatch(tuple(parts), torch.tensor(places).argsort(), tuple(costs))
 
 
 def pack(

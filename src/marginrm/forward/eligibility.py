@@ -19,7 +19,7 @@ from marginrm.attention.interface import ATTENTION_NAME
 from marginrm.attention.layout import AttentionLayout, AttentionOptions
 from marginrm.encoding import Architecture, EncodedGroup
 from marginrm.errors import HeadError, ModelError
-from marginrm.forward.batch import PackedBatch, pad
+from marginrm.forward.batch import Batch, PackedBatch, PaddedBatch, SplitBatch, pad
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.forward.own_forward import (
     end_token_of,
@@ -33,7 +33,7 @@ from marginrm.forward.own_forward import (
 from marginrm.forward.pooling import Pooling, head_in_float32, poolings_of
 from marginrm.forward.rope import length_boundary, rope_obstacle
 from marginrm.forward.self_check import difference, probe_groups, tolerance
-from marginrm.steps import ForwardPath, GroupSlice, split_by_length
+from marginrm.steps import ForwardPath
 
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
 _PROBE_TOKENS = (12, 160)
@@ -205,10 +205,10 @@ def _truth(classifier: PreTrainedModel, base: PreTrainedModel, groups: Sequence[
 @torch.no_grad()
 def _differs(module: RewardModule, groups: Sequence[EncodedGroup], truth: Tensor) -> str | None:
     """Returns what speaks against a path: an error, or rewards of all conversations together that are not the truth."""
-    recorder = _OptionsRecorder()
+    recorder = _WindowRecorder()
     try:
         with evaluating(module):
-            found = _together(module, groups, recorder)
+            found = module(recorder.around(module.collate(groups).to(module.device)))
     except Exception as error:  # noqa: BLE001 - a model's code raises errors of any class, and there is another path
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     same = found.isnan() & truth.isnan()  # a model that gives NaN gives it on every path
@@ -219,44 +219,38 @@ def _differs(module: RewardModule, groups: Sequence[EncodedGroup], truth: Tensor
     return _silent_window(module, recorder) if module.forward_path == "packed" else None
 
 
-def _together(module: RewardModule, groups: Sequence[EncodedGroup], recorder: _OptionsRecorder) -> Tensor:
-    """Returns the rewards of groups in as few batches as the path allows, [responses]."""
-    whole = [GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]
-    lengths = [[len(response.ids) for response in group] for group in groups]
-    found = [torch.empty(len(group), device=module.device) for group in groups]
-    for step in split_by_length(whole, lengths, module.length_boundary, alone=module.forward_path == "one_at_a_time"):
-        batch = module.collate([groups[part.group][part.start : part.stop] for part in step]).to(module.device)
-        if isinstance(batch, PackedBatch):
-            batch = replace(batch, layout=recorder.around(batch.layout))
-        rewards = module(batch)
-        for part in step:
-            count = part.stop - part.start
-            found[part.group][part.start : part.stop], rewards = rewards[:count], rewards[count:]
-    return torch.cat(found)
-
-
-class _OptionsRecorder:
-    """A layout that notes which windows layers pass to their attention."""
+class _WindowRecorder:
+    """Notes which windows layers pass to their attention."""
 
     def __init__(self) -> None:
         self.windows: set[int | None] = set()
-        self._layout: AttentionLayout
 
-    def around(self, layout: AttentionLayout) -> _OptionsRecorder:
-        """Returns itself, around the layout that computes."""
-        self._layout = layout
-        return self
+    def around(self, batch: Batch) -> Batch:
+        """Returns a batch whose packed rows note it."""
+        if isinstance(batch, SplitBatch):
+            return replace(batch, parts=tuple(map(self._around, batch.parts)))
+        return self._around(batch)
 
-    def to(self, device: torch.device) -> _OptionsRecorder:
-        self._layout = self._layout.to(device)
-        return self
+    def _around(self, batch: PackedBatch | PaddedBatch) -> PackedBatch | PaddedBatch:
+        return replace(batch, layout=_Noting(batch.layout, self.windows)) if isinstance(batch, PackedBatch) else batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Noting:
+    """A layout that notes windows, around the layout that computes."""
+
+    layout: AttentionLayout
+    windows: set[int | None]
+
+    def to(self, device: torch.device) -> _Noting:
+        return replace(self, layout=self.layout.to(device))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         self.windows.add(options.window)
-        return self._layout.attend(query, key, value, options)
+        return self.layout.attend(query, key, value, options)
 
 
-def _silent_window(module: RewardModule, recorder: _OptionsRecorder) -> str | None:
+def _silent_window(module: RewardModule, recorder: _WindowRecorder) -> str | None:
     """Returns an obstacle if the configuration has a window that no layer passed to its attention function."""
     config = module.base.config.get_text_config()
     window = getattr(config, "sliding_window", None)

@@ -16,11 +16,11 @@ from marginrm.attention.flex import interval_layout
 from marginrm.attention.gathered import SPLIT_FROM, gathered_layout
 from marginrm.attention.layout import LayoutFn
 from marginrm.encoding import Architecture, EncodedGroup
-from marginrm.forward.batch import PackedBatch, PaddedBatch, pack, pad
+from marginrm.forward.batch import Batch, PackedBatch, PaddedBatch, SplitBatch, pack, pad, split
 from marginrm.forward.execution import Execution
 from marginrm.forward.own_forward import own_rewards, pad_token_of
 from marginrm.forward.pooling import Pooling, ResponseBounds
-from marginrm.steps import ForwardPath
+from marginrm.steps import ForwardPath, GroupSlice, split_by_length
 
 
 class RewardModule(nn.Module):
@@ -35,7 +35,7 @@ class RewardModule(nn.Module):
         forward_path: `packed`, `padded`, or `one_at_a_time` for classifiers whose rewards depend on the batch.
         path_reason: Why that path, in words.
         architecture: `decoder` or `encoder`; by default as the pooling says.
-        length_boundary: A batch holds only sequences up to this length, or only longer ones (`rope.length_boundary`).
+        length_boundary: A forward pass takes only sequences up to this length, or only longer ones (`rope.length_boundary`).
 
     Attributes:
         classifier: As given; save it with `classifier.save_pretrained`.
@@ -105,19 +105,29 @@ class RewardModule(nn.Module):
         """The backbone's dtype; the head is always float32."""
         return next(self.backbone.parameters()).dtype
 
-    def collate(self, groups: Sequence[EncodedGroup], *, multiple: int = 1) -> PackedBatch | PaddedBatch:
+    def collate(self, groups: Sequence[EncodedGroup], *, multiple: int = 1) -> Batch:
         """Makes the batch of some groups for this module's path, on the CPU.
 
         Args:
             groups: Encoded responses, those with a common prompt together.
             multiple: Packed rows are filled to a multiple of so many tokens (in deterministic mode to whole tiles).
         """
+        collate = partial(self._collate, multiple=multiple)
+        if self.length_boundary is None and self.forward_path != "one_at_a_time":
+            return collate(groups)
+        whole = [GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]
+        lengths = [[len(response.ids) for response in group] for group in groups]
+        alone = self.forward_path == "one_at_a_time"
+        steps = list(split_by_length(whole, lengths, self.length_boundary, alone=alone))
+        return collate(groups) if len(steps) == 1 else split(steps, groups, collate)
+
+    def _collate(self, groups: Sequence[EncodedGroup], *, multiple: int) -> PackedBatch | PaddedBatch:
         if self.forward_path == "packed":
             multiple = self.execution.tile or multiple
             return pack(groups, causal=self.architecture == "decoder", layout=self._layout(), multiple=multiple)
         return pad(groups, pad_token_id=pad_token_of(self.base))
 
-    def forward(self, batch: PackedBatch | PaddedBatch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Computes rewards.
 
         Args:
@@ -126,6 +136,8 @@ class RewardModule(nn.Module):
         Returns:
             Float32 rewards, [responses], in the order of the groups and of the responses in them; differentiable.
         """
+        if isinstance(batch, SplitBatch):
+            return torch.cat([self(part) for part in batch.parts]).index_select(0, batch.order)
         if isinstance(batch, PackedBatch):
             return self._forward_packed(batch)
         return self._forward_padded(batch)

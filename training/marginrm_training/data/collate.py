@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from marginrm.forward.batch import PackedBatch, PaddedBatch
+from marginrm.forward.batch import Batch
 from marginrm.forward.module import RewardModule
 from marginrm_training.data.splits import EncodedPair
 
@@ -23,7 +23,7 @@ class PairBatch:
         sources: `path:line` of each pair.
     """
 
-    row: PackedBatch | PaddedBatch
+    row: Batch
     labels: Tensor | None
     sources: tuple[str, ...]
 
