@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from marginrm.errors import EncodingError, ModelError, SequenceTooLongError
+from marginrm.client_texts import ClientTexts
+from marginrm.errors import EncodingError, InvalidTextError, ModelError, SequenceTooLongError
+from marginrm.fitting import Draft, fit, sequence_range, token_range
 from marginrm.manifest import EncodingInfo, template_hash
 from marginrm.messages import check_messages
 from marginrm.rendering import Renderer, transcript
 from marginrm.special_tokens import EncodingPolicy, SpecialTokens
-from marginrm.text import Prompt, Truncation, check_choice, check_text
+from marginrm.text import AnyTruncation, Prompt, Truncation, check_choice, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ class EncodedResponse:
     Attributes:
         ids: Token ids of the whole sequence, special tokens included.
         type_ids: Segment ids of the same length for encoders that use them, else None.
-        truncated: Whether tokens were cut from the left of the prompt.
+        truncated: Whether tokens were cut.
         array: The token ids as [tokens] int32, made once, for array code such as `packing`.
     """
 
@@ -50,15 +52,6 @@ class EncodedResponse:
 
 
 EncodedGroup = Sequence[EncodedResponse]  # the responses to one prompt
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A sequence before the length check: `removable` is the range of token indices that belong to the prompt."""
-
-    ids: list[int]
-    type_ids: list[int] | None
-    removable: range
 
 
 @functools.lru_cache(maxsize=4)
@@ -111,10 +104,17 @@ class Encoder:
         self.architecture: Architecture = architecture
         self.policy = policy or EncodingPolicy()
         self._backend = _backend(backend.to_str())
+        self._vocabulary = len(tokenizer)
         self._renderer = Renderer(tokenizer, self.policy.frame, strip_end=self.policy.eos == "on")
         self.special = SpecialTokens(tokenizer, self._backend, self._renderer, self.policy)
-        ending = self._renderer.ending()
-        self._ending = str(tokenizer.eos_token) if self.special.ends_in_eos and not ending else ending
+        self._ending = self._renderer.ending()
+        self._client_texts = ClientTexts(
+            tokenizer,
+            self._backend,
+            self._renderer,
+            ends_in_eos=self.special.ends_in_eos,
+            strip_end=self.policy.eos == "on",
+        )
 
     def encode(self, prompt: Prompt, response: str, truncation: Truncation = "error") -> EncodedResponse:
         """Encodes one response to a prompt.
@@ -138,9 +138,22 @@ class Encoder:
         return outcome
 
     def encode_group(
-        self, prompt: Prompt, responses: Sequence[str], truncation: Truncation = "error"
+        self,
+        prompt: Prompt,
+        responses: Sequence[str],
+        truncation: AnyTruncation = "error",
+        *,
+        allow_empty: bool = False,
     ) -> list[EncodedResponse | EncodingError]:
         """Encodes all responses to one prompt in one tokenizer call.
+
+        Args:
+            prompt: As for `encode`.
+            responses: The assistant's answers.
+            truncation: As for `encode`. `longest_first` cuts as rerankers do: the longer of prompt and response, until
+                they are of one length, then both. A response loses its end, and never its end marker. A prompt loses
+                its end before an encoder, and its beginning before a decoder.
+            allow_empty: Encode an empty response too, in place of an error.
 
         Returns:
             One outcome per response, in order: its encoding, or the error that makes it unusable. A bad prompt makes
@@ -149,7 +162,7 @@ class Encoder:
         Raises:
             ConfigError: `truncation` is not a valid value.
         """
-        check_choice(truncation, "truncation", Truncation)
+        check_choice(truncation, "truncation", AnyTruncation)
         try:
             messages = check_messages(prompt)
         except EncodingError as error:
@@ -158,7 +171,8 @@ class Encoder:
         good = []
         for index, response in enumerate(responses):
             try:
-                check_text(response, "response")
+                if not (allow_empty and isinstance(response, str) and not response.strip()):
+                    check_text(response, "response")
                 good.append(index)
             except EncodingError as error:
                 outcomes[index] = error
@@ -170,34 +184,52 @@ class Encoder:
             outcomes[index] = draft if isinstance(draft, EncodingError) else self._fitted(draft, truncation)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def encode_text(self, text: str, truncation: Truncation = "error", *, ended: bool = False) -> EncodedResponse:
+    def encode_text(
+        self, text: str | list[int] | tuple[int, ...], truncation: AnyTruncation = "error", *, ended: bool = False
+    ) -> EncodedResponse:
         """Encodes a text that a client has templated already.
 
-        Special tokens that it holds are not added again, and padding tokens at its ends are left out.
+        Special tokens that it holds are not added again, padding tokens at its ends are left out, and an end marker
+        gets what the template writes after it, such as a line break.
 
         Args:
-            text: The rendered conversation.
-            truncation: `prompt_left` cuts from the left.
-            ended: Whether a text that stops short (a generation that was cut off, or that ends without the template's
-                last line break) gets the end that this model's conversations have, as OpenRLHF's server does.
+            text: The rendered conversation, or its token ids.
+            truncation: `prompt_left` cuts from the left; `longest_first` does too, and from the right for an encoder.
+            ended: Whether a text that stops short, because a generation was cut off, gets the end that this model's
+                conversations have, as OpenRLHF's server does. Without effect on token ids.
 
         Raises:
             EncodingError: The text is unusable, or too long under this truncation.
         """
-        check_choice(truncation, "truncation", Truncation)
-        check_text(text, "text")
-        if self.architecture == "encoder":
-            encoding = self._backend.encode(text, add_special_tokens=True)
-            draft = _Draft(encoding.ids, encoding.type_ids, _sequence_range(encoding, 0))
+        check_choice(truncation, "truncation", AnyTruncation)
+        if isinstance(text, list | tuple):
+            draft = self._draft_of_ids(list(text))
         else:
-            text = self._without_padding(text, ended=ended)
-            text = self._repaired(text) if ended else text
-            ids, _ = self.special.put(self._backend.encode(text, add_special_tokens=False).ids, rendered_here=False)
-            draft = _Draft(ids, None, range(self.special.count(ids), len(ids) - 1))
+            check_text(text, "text")
+            draft = self._draft_of_text(text, ended=ended)
         outcome = self._fitted(draft, truncation)
         if isinstance(outcome, EncodingError):
             raise outcome
         return outcome
+
+    def encode_generation(self, prompt: Prompt, response: str) -> EncodedResponse:
+        """Encodes a response as an inference engine returns it, such as slime sends it.
+
+        Args:
+            prompt: As for `encode`; or a text that this model's chat template has rendered, generation prompt included.
+            response: The answer, with or without its end marker.
+
+        Raises:
+            EncodingError: The texts are unusable or too long, or the prompt was rendered by another template.
+        """
+        check_text(response, "response")
+        response = self._client_texts.response(response)
+        if isinstance(prompt, str) and self.architecture == "decoder":
+            check_text(response, "response")
+            rendered = self._client_texts.conversation(prompt, response)
+            if rendered is not None:
+                return self.encode_text(rendered)
+        return self.encode(prompt, response)
 
     def describe(self) -> EncodingInfo:
         """Returns what a manifest records of the encoding, so that a server can tell whether it reads as trained."""
@@ -222,70 +254,59 @@ class Encoder:
         """The chat template in use, its date fixed, or None."""
         return self._renderer.chat_template if self.architecture == "decoder" else None
 
-    def _drafts(self, messages: list[dict[str, Any]], responses: list[str]) -> list[_Draft | EncodingError]:
+    def _drafts(self, messages: list[dict[str, Any]], responses: list[str]) -> list[Draft | EncodingError]:
         if self.architecture == "encoder":
             prompt = transcript(messages)
             encodings = self._backend.encode_batch([(prompt, text) for text in responses], add_special_tokens=True)
-            return [_Draft(e.ids, e.type_ids, _sequence_range(e, 0)) for e in encodings]
+            return [
+                Draft(e.ids, e.type_ids, sequence_range(e, 0), sequence_range(e, 1), keeps_prompt_end=False)
+                for e in encodings
+            ]
         rendered = self._renderer.texts(messages, responses)
         encodings = self._backend.encode_batch(
             [one.text for one in rendered], add_special_tokens=self.special.added_by_tokenizer
         )
-        drafts: list[_Draft | EncodingError] = []
+        drafts: list[Draft | EncodingError] = []
         for encoding, one in zip(encodings, rendered, strict=True):
             ids, moved = self.special.put(encoding.ids, rendered_here=True)
-            cut = _token_range(encoding, one.start, one.end)
-            start = max(cut.start + moved, self.special.count(ids))
-            drafts.append(_Draft(ids, None, range(start, min(cut.stop + moved, len(ids)))))
+            before = token_range(encoding, one.start, one.end)
+            answer = token_range(encoding, one.end, len(one.text) - len(self._ending))
+            start = max(before.start + moved, self.special.count(ids))
+            drafts.append(
+                Draft(
+                    ids,
+                    None,
+                    range(start, min(before.stop + moved, len(ids))),
+                    range(answer.start + moved, min(answer.stop + moved, len(ids))),
+                )
+            )
         return drafts
 
-    def _repaired(self, text: str) -> str:
-        """Returns a client's text with this model's ending, of which it may have the first characters already."""
-        known = next((n for n in range(len(self._ending), 0, -1) if text.endswith(self._ending[:n])), 0)
-        return text + self._ending[known:]
+    def _draft_of_text(self, text: str, *, ended: bool) -> Draft:
+        if self.architecture == "encoder":
+            encoding = self._backend.encode(text, add_special_tokens=True)
+            return Draft(encoding.ids, encoding.type_ids, sequence_range(encoding, 0), keeps_prompt_end=False)
+        completed = self._client_texts.completed(text, ended=ended)
+        return self._draft_of_ids(self._backend.encode(completed, add_special_tokens=False).ids)
 
-    def _without_padding(self, text: str, *, ended: bool) -> str:
-        """Returns a client's text without padding tokens at its ends; those that are EOS stay unless one is put."""
-        pad, bos = self.tokenizer.pad_token, self.tokenizer.bos_token
-        if pad and (ended or pad not in (self.tokenizer.eos_token, bos)):
-            while pad != bos and text.startswith(pad):
-                text = text.removeprefix(pad)
-            while text.endswith(pad):
-                text = text.removesuffix(pad)
-        return text
+    def _draft_of_ids(self, ids: list[int]) -> Draft:
+        """Returns the draft of a whole sequence.
 
-    def _fitted(self, draft: _Draft, truncation: Truncation) -> EncodedResponse | EncodingError:
-        excess = len(draft.ids) - self.max_length
+        Raises:
+            InvalidTextError: A value is not a token id of this model.
+        """
+        if not ids or not all(type(one) is int and 0 <= one < self._vocabulary for one in ids):
+            raise InvalidTextError(f"{{param}} must hold token ids from 0 to {self._vocabulary - 1:,}.", param="text")
+        if self.architecture == "encoder":
+            return Draft(ids, [0] * len(ids), range(1, len(ids) - 1), keeps_prompt_end=False)
+        ids, _ = self.special.put(ids, rendered_here=False)
+        return Draft(ids, None, range(self.special.count(ids), len(ids) - 1))
+
+    def _fitted(self, draft: Draft, truncation: AnyTruncation) -> EncodedResponse | EncodingError:
+        try:
+            truncated = fit(draft, self.max_length, truncation)
+        except SequenceTooLongError as error:
+            return error
         keep_type_ids = draft.type_ids is not None and "token_type_ids" in self.tokenizer.model_input_names
-        types = draft.type_ids if keep_type_ids else None
-        if excess <= 0:
-            return EncodedResponse(tuple(draft.ids), tuple(types) if types is not None else None)
-        if truncation == "error":
-            return SequenceTooLongError(len(draft.ids), self.max_length)
-        if excess >= len(draft.removable):
-            kept = len(draft.ids) - max(len(draft.removable), 0)
-            return SequenceTooLongError(
-                len(draft.ids),
-                self.max_length,
-                f"{len(draft.ids):,} tokens; this model takes {self.max_length:,}, and the response and its markers "
-                f"alone have {kept:,}, which are never cut. Shorten the response.",
-                param="response",
-            )
-        cut = slice(draft.removable.start, draft.removable.start + excess)
-        del draft.ids[cut]
-        if types is not None:
-            del types[cut]
-        return EncodedResponse(tuple(draft.ids), tuple(types) if types is not None else None, truncated=True)
-
-
-def _token_range(encoding: Encoding, start: int, end: int) -> range:
-    """Returns the tokens that lie within a range of characters, the special tokens before them excluded."""
-    offsets = list(enumerate(encoding.offsets))
-    first = next((index for index, (begin, stop) in offsets if stop > begin >= start), len(offsets))
-    return range(first, next((index for index, (_, stop) in offsets if stop > end), len(offsets)))
-
-
-def _sequence_range(encoding: Encoding, sequence: int) -> range:
-    """Returns the token range of one sequence of a text pair, special tokens excluded."""
-    indices = [index for index, owner in enumerate(encoding.sequence_ids) if owner == sequence]
-    return range(indices[0], indices[-1] + 1) if indices else range(0)
+        types = tuple(draft.type_ids) if draft.type_ids is not None and keep_type_ids else None
+        return EncodedResponse(tuple(draft.ids), types, truncated)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "\ue000"  # a private-use character, which no response starts with
+_USER = "\ue001"
+_LONE_TURN = {"role": "user", "content": _USER}
 
 # Some templates print today's date, which would make a reward depend on the day. This macro goes before them and takes
 # the place of the function that they ask; the date is the one that Llama 3's own template falls back to.
@@ -90,6 +92,35 @@ class Renderer:
         """Returns the text that follows a response, such as the template's end marker."""
         return self.sample(_SENTINEL).rpartition(_SENTINEL)[2]
 
+    def turn(self, response: str) -> str:
+        """Returns a response as the template writes it, from the end of the user's message on.
+
+        Raises:
+            InvalidTextError: The template refuses the response.
+        """
+        return self._render([_LONE_TURN], response).partition(_USER)[2]
+
+    def header(self) -> str:
+        """Returns the text between the user's message and the response; empty without a chat template."""
+        if self.chat_template is None or self._frame is not None:
+            return ""
+        try:
+            before, response, _ = self.turn(_SENTINEL).partition(_SENTINEL)
+        except InvalidTextError:
+            return ""
+        return before if response else ""
+
+    def generation_prompt(self, **options: Any) -> str:
+        """Returns the text after the user's message in a prompt that is rendered for generation.
+
+        Args:
+            **options: Variables of the template, such as `add_generation_prompt`.
+        """
+        try:
+            return self._template([_LONE_TURN], **options).partition(_USER)[2]
+        except InvalidTextError:
+            return ""
+
     def _render(self, messages: list[dict[str, Any]], response: str) -> str:
         if self._frame is None:
             text = self._template([*messages, {"role": "assistant", "content": response}])
@@ -100,10 +131,10 @@ class Renderer:
             text = self._frame.render(messages, response)
         return text.rstrip("\n") if self._strip_end else text
 
-    def _template(self, messages: list[dict[str, Any]]) -> str:
+    def _template(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=self.chat_template, date_string=FIXED_DATE
+                messages, tokenize=False, chat_template=self.chat_template, date_string=FIXED_DATE, **options
             )
         except TemplateError as error:
             raise InvalidTextError(

@@ -10,6 +10,7 @@ from marginrm.errors import ConfigError, EmptyTextError, InvalidTextError
 Message = Mapping[str, Any]  # {"role", "content"}; a turn with tools has `tool_calls` or `name` too
 Prompt = str | Sequence[Message]  # a lone user message, or the messages before the response
 Truncation = Literal["error", "prompt_left"]
+AnyTruncation = Literal["error", "prompt_left", "longest_first"]  # the last one for rerankers' documents only
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of a model's backbone; its head is always float32
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # names of served models and of API keys

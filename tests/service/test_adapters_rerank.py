@@ -86,23 +86,55 @@ def test_tei_predict_takes_pairs_and_templated_texts(client, model):
     assert client.post("/get_reward", json={"query": ["Hi No."]}).json()["rewards"] == [text[0]["score"]]
 
 
-def test_tei_truncate_cuts_the_prompt_from_its_left_only(client):
-    body = {"query": "word " * 800, "texts": ["fine"]}
-    assert client.post("/rerank", json=body).json()["error"]["code"] == "sequence_too_long"
-    assert client.post("/rerank", json={**body, "truncate": True}).status_code == 200
-    refused = client.post("/rerank", json={**body, "truncate": True, "truncation_direction": "right"})
-    assert refused.status_code == 422
+def test_tei_cuts_long_texts_unless_truncate_is_false(client):
+    # TEI's --auto-truncate is on by default (router/src/main.rs); its clients count on it
+    body = {"query": "word " * 800, "texts": ["fine", "No.", "word " * 800]}
+    for options in ({}, {"truncate": None}, {"truncate": True}, {"truncate": True, "truncation_direction": "right"}):
+        reply = client.post("/rerank", json=body | options).json()
+        assert sorted(one["index"] for one in reply) == [0, 1, 2]
+        assert all(one["truncated"] for one in reply)
+    refused = client.post("/rerank", json=body | {"truncate": False})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "sequence_too_long")
+    left = {"truncate": True, "truncation_direction": "left"}
+    assert client.post("/rerank", json=body | left).json()["error"]["param"] == "texts[2]"
+    assert client.post("/rerank", json={**body, "texts": ["fine"]} | left).status_code == 200
+    assert client.post("/predict", json={"inputs": "word " * 800}).json()[0]["truncated"]
+
+
+@pytest.mark.parametrize("bad", ["", " ", "word " * 3000], ids=["empty", "blank", "long"])
+def test_one_document_among_fifty_does_not_refuse_the_others(client, model, bad):
+    texts = [f"document {i}" for i in range(50)]
+    rewards = {i: model.expect("Hi", text) for i, text in enumerate(texts)}
+    texts[17] = bad
+    tei = client.post("/rerank", json={"query": "Hi", "texts": texts, "raw_scores": True}).json()
+    cohere = client.post("/v2/rerank", json={"query": "Hi", "documents": texts}).json()["results"]
+    for found, name in ((tei, "score"), (cohere, "relevance_score")):
+        scores = {one["index"]: one[name] for one in found}
+        assert len(scores) == 50
+        assert {i: score for i, score in scores.items() if i != 17} == {i: rewards[i] for i in rewards if i != 17}
+        assert [one["index"] for one in found if one.get("truncated")] == [17] * (len(bad) > 1000)
+
+
+def test_a_document_that_is_no_text_is_listed_and_the_others_are_ranked(client, model):
+    documents = ["No.", None, {"title": "b"}, "Hello", "a\ud800"]
+    content = json.dumps({"query": "Hi", "documents": documents, "top_n": 5})
+    reply = client.post("/v2/rerank", content=content, headers={"Content-Type": "application/json"}).json()
+    assert sorted(one["index"] for one in reply["results"]) == [0, 3]
+    assert [(one["index"], one["error"]["param"]) for one in reply["errors"]] == [
+        (i, f"documents[{i}]") for i in (1, 2, 4)
+    ]
+    assert {one["error"]["code"] for one in reply["errors"]} == {"invalid_text"}
 
 
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v2/rerank", {"query": "a", "documents": ["b", ""]}, "documents[1]"),
+        ("/v2/rerank", {"query": "a", "documents": [None, 3]}, "documents[0]"),
         ("/v2/rerank", {"query": "", "documents": ["b"]}, "query"),
         ("/v1/rerank", {"query": "a", "documents": [{"title": "b"}]}, "documents[0]"),
-        ("/rerank", {"query": "a", "texts": [" "]}, "texts[0]"),
+        ("/rerank", {"query": "a", "texts": ["b", 3]}, "texts[1]"),
         ("/predict", {"inputs": 5}, "inputs[0]"),
-        ("/predict", {"inputs": [["a", ""]]}, "inputs[0]"),
+        ("/predict", {"inputs": [["", "a"]]}, "inputs[0]"),
     ],
 )
 def test_an_unusable_text_refuses_the_request_and_names_the_field(client, path, body, param):
@@ -132,7 +164,7 @@ asked = dict(model="rerank-v3.5", query="Hi", documents=["No.", "Hello", "Maybe"
 v2 = cohere.ClientV2("any-key", base_url=url).rerank(**asked, top_n=2)
 v1 = cohere.Client("any-key", base_url=url).rerank(**asked, return_documents=True)
 try:
-    cohere.ClientV2("any-key", base_url=url).rerank(**asked | {"documents": [""]})
+    cohere.ClientV2("any-key", base_url=url).rerank(**asked | {"documents": ["a"], "query": ""})
     error = None
 except cohere.UnprocessableEntityError as refused:
     error = refused.body["error"]["param"]
@@ -165,7 +197,7 @@ def test_the_cohere_sdk_reranks(server, model):
     rewards = [model.expect("Hi", text) for text in texts]
     assert v2 == [[i, rewards[i]] for i in best_first(rewards)[:2]]
     assert v1 == [[i, rewards[i], texts[i]] for i in best_first(rewards)]
-    assert error == "documents[0]"
+    assert error == "query"
 
 
 def test_the_openai_sdk_lists_models_and_embeds(server, client):

@@ -124,6 +124,77 @@ def test_verl_reads_the_embedding_of_sglang(client, model):
     assert value == pytest.approx(data["embedding"][0], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["use_activation", "activation", "softmax"])
+def test_an_activation_that_is_off_is_off_under_vllms_older_names(client, model, name):
+    # verl b178a3c sends "activation", the name before vLLM 0.11.2
+    reply = client.post("/classify", json={"model": "m", "input": "Hi", name: False}).json()
+    assert reply["data"][0]["probs"] == [text_reward(model, "Hi")]
+
+
+def test_sglang_classify_is_told_from_vllms_by_its_fields(client, model):
+    # sgl-project/sglang docs/basic_usage/native_api.ipynb, and the cards of reward models: requests' json=
+    content = (FIXTURES / "sglang_classify.json").read_bytes()
+    texts = json.loads(content)["text"]
+    reply = client.post("/classify", content=content, headers={"Content-Type": "application/json"}).json()
+    assert [one["embedding"] for one in reply] == [[text_reward(model, text)] for text in texts]
+    assert reply[0]["meta_info"]["prompt_tokens"] == len(model.encoder.encode_text(texts[0]).ids)
+    ids = [list(model.encoder.encode_text(text).ids) for text in texts]
+    assert client.post("/classify", json={"text": texts[0]}).json()["embedding"] == reply[0]["embedding"]
+    for single in ({"input_ids": ids[0]}, {"input_ids": ids[0], "model": "m"}):
+        assert client.post("/classify", json=single).json()["embedding"] == reply[0]["embedding"]
+    many = client.post("/classify", json={"input_ids": ids}).json()
+    assert [one["embedding"] for one in many] == [one["embedding"] for one in reply]
+    pairs = client.post("/classify", json={"text": [["Hi", "No."], ["Hi", "Yes."]]}).json()
+    assert [one["embedding"] for one in pairs] == [[model.expect("Hi", text)] for text in ("No.", "Yes.")]
+
+
+def test_vllm_and_openai_inputs_may_be_token_ids(client, model):
+    ids = list(model.encoder.encode_text("Hi No.").ids)
+    raw = {"use_activation": False}
+    for path, read in (("/classify", "probs"), ("/pooling", "data"), ("/v1/embeddings", "embedding")):
+        expected = client.post(path, json={"input": "Hi No."} | raw).json()["data"][0][read]
+        for given in (ids, [ids]):
+            (data,) = client.post(path, json={"input": given} | raw).json()["data"]
+            assert data[read] == expected
+
+
+def test_a_reward_as_chat_completion(client, model):
+    # modelscope/ms-swift swift/infer_engine/infer_client.py, InferClient.infer_async: aiohttp's json=
+    body, response = sent(client, "/v1/chat/completions", "ms_swift_chat.json")
+    reply = response.json()
+    prompt, answer = body["messages"]
+    (choice,) = reply["choices"]
+    assert float(choice["message"]["content"].strip("[]")) == model.expect(prompt["content"], answer["content"])
+    assert (reply["object"], choice["finish_reason"], reply["usage"]["completion_tokens"]) == (
+        "chat.completion",
+        "stop",
+        0,
+    )
+    parts = {**answer, "content": [{"type": "text", "text": answer["content"]}]}
+    again = client.post("/v1/chat/completions", json={"messages": [prompt, parts]}).json()
+    assert again["choices"] == reply["choices"]
+
+
+def test_nemo_gym_compares_and_verifies_with_raw_rewards(client, model):
+    # NVIDIA-NeMo/Gym resources_servers/genrm_compare: comparison_strategies.py, app.py
+    body, response = sent(client, "/compare", "nemo_gym_compare.json")
+    prompt = body["conversation_history"]
+    rewards = [model.expect(prompt, text) for text in ("Paris is the capital.", "The capital of France is Paris.")]
+    reply = response.json()
+    assert reply["rewards"] == rewards
+    assert reply["comparison_results"] is None
+    assert reply["metrics"]["mean_individual_score"] == pytest.approx(sum(rewards) / 2)
+    empty = {"output": [{"type": "reasoning", "summary": []}]}
+    with_empty = client.post("/compare", json={**body, "response_objs": [*body["response_objs"], empty]}).json()
+    assert with_empty["rewards"][:2] == rewards
+    assert len(with_empty["rewards"]) == 3
+    rollout = {
+        "responses_create_params": {"input": [{"type": "message", "id": "m", **one} for one in prompt]},
+        "response": body["response_objs"][0],
+    }
+    assert client.post("/verify", json=rollout).json() == {**rollout, "reward": rewards[0]}
+
+
 def test_classify_and_pooling_put_a_sigmoid_on_by_default(client, model):
     # vllm/entrypoints/pooling/{classify,pooling}/protocol.py
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -159,7 +230,16 @@ def test_vllm_score_under_its_four_names(client, model, names):
         ("/v1/score/evaluation", {"messages": ["  "]}, "messages[0]"),
         ("/slime", {"prompt": "", "response": "a"}, "prompt"),
         ("/slime", {"prompt": "a", "response": None}, "response"),
-        ("/classify", {"input": [1, 2, 3]}, "input[0]"),
+        ("/classify", {"input": [1, 2, -3]}, "input[0]"),
+        ("/classify", {"text": ["a", ""]}, "text[1]"),
+        ("/classify", {"text": ""}, "text"),
+        ("/classify", {"input_ids": [[1], [10**9]]}, "input_ids[1]"),
+        (
+            "/compare",
+            {"conversation_history": [{"role": "user", "content": "a"}], "response_objs": [{}]},
+            "response_objs[0]",
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "messages[0]"),
         ("/classify", {"messages": [{"role": "user", "content": "a"}]}, "messages[0]"),
         ("/v1/embeddings", {"input": ["a", "\ud800"]}, "input[1]"),
         ("/v1/score", {"text_1": ["a", ""], "text_2": ["b", "c"]}, "text_1[1]"),
@@ -176,6 +256,10 @@ def test_an_unusable_text_refuses_the_request_and_names_the_field(client, path, 
     [
         ("/classify", {"input": "a", "messages": [{"role": "assistant", "content": "a"}]}),
         ("/classify", {"input": "a", "truncate_prompt_tokens": 7}),
+        ("/classify", {"text": "a", "input_ids": [1]}),
+        ("/pooling", {"input": "a", "task": "token_classify"}),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}], "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}], "n": 2}),
         ("/classify", {"input": "a", "chat_template": "{{ messages }}"}),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}),
         ("/v1/score", {"text_1": "a", "text_2": "b", "max_tokens_per_doc": 9}),
@@ -186,41 +270,6 @@ def test_an_unusable_text_refuses_the_request_and_names_the_field(client, path, 
 def test_an_unsupported_field_that_would_change_a_reward_is_refused(client, path, body):
     response = client.post(path, json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request")
-
-
-def test_all_contracts_give_one_conversation_the_reward_of_score(tmp_path):
-    model = RewardModel.from_pretrained(
-        tiny_checkpoint(tmp_path, "qwen3", chat_template=CHATML_TEMPLATE), dtype="float32"
-    )
-    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello é<|im_end|>\n"
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello é"}]
-    with (
-        serving(model, reward_cache_mib=0) as running,  # each contract's reward is to come from the model
-        httpx.Client(base_url=running.url, timeout=60) as http,
-    ):
-
-        def ask(path: str, body: dict):
-            response = http.post(path, json=body)
-            assert response.status_code == 200, response.text
-            return response.json()
-
-        pair = {"prompt": "Hi", "response": "Hello é"}
-        reward = ask("/score", {"items": [pair]})["items"][0]["reward"]
-        raw = {"use_activation": False}
-        rewards = {
-            "get_reward": ask("/get_reward", {"query": [text]})["rewards"][0],
-            "slime": ask("/slime", pair),
-            "evaluation": ask("/v1/score/evaluation", {"messages": [text]})["scores"][0],
-            "classify": ask("/classify", {"input": text, **raw})["data"][0]["probs"][0],
-            "conversation": ask("/classify", {"messages": messages, **raw})["data"][0]["probs"][0],
-            "pooling": ask("/pooling", {"input": text, **raw})["data"][0]["data"][0],
-            "pairs": ask("/v1/score", {"text_1": "Hi", "text_2": "Hello é", **raw})["data"][0]["score"],
-            "embeddings": ask("/v1/embeddings", {"input": text})["data"][0]["embedding"][0],
-            "rerank": ask("/v2/rerank", {"query": "Hi", "documents": ["Hello é"]})["results"][0]["relevance_score"],
-            "tei": ask("/rerank", {"query": "Hi", "texts": ["Hello é"], "raw_scores": True})[0]["score"],
-            "predict": ask("/predict", {"inputs": ["Hi", "Hello é"], "raw_scores": True})[0]["score"],
-        }
-    assert rewards == dict.fromkeys(rewards, reward)
 
 
 def test_a_nan_is_an_error_in_every_contract(client):

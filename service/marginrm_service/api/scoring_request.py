@@ -9,7 +9,7 @@ from typing import TypeVar
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from marginrm.text import Truncation
+from marginrm.text import AnyTruncation
 from marginrm_service.api.middleware import tracing
 from marginrm_service.api.request_options import RequestOptions, deadline, while_connected
 from marginrm_service.engine.request import OnGroup, ScoringRequest, ScoringResult, TextGroup
@@ -27,7 +27,7 @@ async def run(
     http: Request,
     model_name: str,
     groups: Sequence[TextGroup],
-    truncation: Truncation = "error",
+    truncation: AnyTruncation = "error",
     on_group: OnGroup | None = None,
 ) -> ScoringResult:
     """Scores the groups of a request until its client disconnects or its time is up.

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from marginrm.errors import MarginRMError
 from marginrm.schemas import ModelInfo, Usage
-from marginrm.text import Truncation
+from marginrm.text import AnyTruncation
+
+# conversation: a prompt and its responses.
+# document: the same; a response may be empty, and is cut to the limit where the truncation asks for it.
+# generation: the same, as an inference engine has them: rendered, with generation prompt and end marker, or not.
+# text: the responses are whole texts, or their token ids, that the client's chat template has made; no prompt.
+# ended_text: the same; a text that stops short gets the end that the model's own conversations have.
+Form = Literal["conversation", "document", "generation", "text", "ended_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +26,12 @@ class TextGroup:
     Attributes:
         prompt: Text or messages that the responses answer.
         responses: Each gets one reward.
-        templated: The responses are whole texts that the client's chat template has made, and there is no prompt.
-        ended: A templated text that stops short gets the end that the model's own conversations have.
+        form: The form of the texts.
     """
 
     prompt: Any
     responses: Sequence[Any]
-    templated: bool = False
-    ended: bool = False
+    form: Form = "conversation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +46,14 @@ class ScoringRequest:
     """
 
     groups: Sequence[TextGroup]
-    truncation: Truncation = "error"
+    truncation: AnyTruncation = "error"
     bulk: bool = False
     seconds: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse:
-    """A reward, the tokens of its sequence, and whether the prompt was cut to fit."""
+    """A reward, the tokens of its sequence, and whether it was cut to fit."""
 
     reward: float
     tokens: int

@@ -11,7 +11,7 @@ from typing import Any
 
 from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import EncodingError, SequenceTooLongError
-from marginrm.text import Truncation
+from marginrm.text import AnyTruncation
 from marginrm_service.engine.request import TextGroup
 from marginrm_service.errors import TokenizerFailedError
 
@@ -25,6 +25,7 @@ _CHUNK_CHARACTERS = 200_000
 # No tokenizer in use packs more characters than this into each token of a real text (the longest tokens are runs of
 # spaces). A longer text cannot fit, and is refused before time is spent on tokenising it.
 _CHARACTERS_PER_TOKEN = 64
+_CHARACTERS_PER_ID = 4  # of a token of English text, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class _Span:
 
 
 async def encode(
-    encoder: Encoder, groups: Sequence[TextGroup], truncation: Truncation, pool: Executor
+    encoder: Encoder, groups: Sequence[TextGroup], truncation: AnyTruncation, pool: Executor
 ) -> list[list[Encoded]]:
     """Encodes all responses of a request in a pool of threads.
 
@@ -64,24 +65,27 @@ async def encode(
 
 
 def text_length(value: Any) -> int:
-    """Returns the characters of a text or of a list of messages; 0 for any other value."""
+    """Returns the characters of a text, of a list of messages or, about, of token ids; 0 for any other value."""
     if isinstance(value, str):
         return len(value)
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        return len(value) * _CHARACTERS_PER_ID
     if isinstance(value, list):
         return sum(len(m["content"]) for m in value if isinstance(m, dict) and isinstance(m.get("content"), str))
     return 0
 
 
-def encode_unless_oversized(encoder: Encoder, group: TextGroup, truncation: Truncation) -> list[Encoded]:
+def encode_unless_oversized(encoder: Encoder, group: TextGroup, truncation: AnyTruncation) -> list[Encoded]:
     """Encodes the responses of a group, except those that are too long for any tokenizer to make fit."""
     longest = encoder.max_length * _CHARACTERS_PER_TOKEN
     prompt_length = text_length(group.prompt)
-    lengths = [prompt_length + text_length(response) for response in group.responses]
-    usable = [response for response, length in zip(group.responses, lengths, strict=True) if length <= longest]
-    if group.templated:
-        encoded = iter([_encode_text(encoder, text, truncation, ended=group.ended) for text in usable])
-    else:
-        encoded = iter(_encode_group(encoder, group.prompt, usable, truncation) if usable else [])
+    responses = group.responses
+    if truncation == "longest_first":  # its end would be cut anyway
+        responses = [response[:longest] if isinstance(response, str) else response for response in responses]
+        longest += longest
+    lengths = [prompt_length + text_length(response) for response in responses]
+    usable = [response for response, length in zip(responses, lengths, strict=True) if length <= longest]
+    encoded = iter(_encode_isolated(encoder, group, usable, truncation) if usable else [])
     param = "prompt" if prompt_length > longest else "response"
     return [
         next(encoded) if length <= longest else _oversized_error(length, encoder.max_length, param)
@@ -106,11 +110,15 @@ def _chunks(groups: Sequence[TextGroup]) -> Iterator[list[_Span]]:
     yield chunk
 
 
-def _encode_group(encoder: Encoder, prompt: Any, responses: Sequence[Any], truncation: Truncation) -> Sequence[Encoded]:
-    """Encodes as `Encoder.encode_group`. If that raises, the group is bisected until the failing texts are isolated."""
+def _encode_isolated(
+    encoder: Encoder, group: TextGroup, responses: Sequence[Any], truncation: AnyTruncation
+) -> Sequence[Encoded]:
+    """Encodes responses of a group. If that raises, they are bisected until the failing texts are isolated."""
     try:
-        return encoder.encode_group(prompt, responses, truncation)
+        return _encode_form(encoder, group, responses, truncation)
     except BaseException as error:
+        if len(responses) == 1 and isinstance(error, EncodingError):
+            return [error]
         if not _is_tokenizer_fault(error):
             raise
         if len(responses) == 1:
@@ -119,20 +127,28 @@ def _encode_group(encoder: Encoder, prompt: Any, responses: Sequence[Any], trunc
     return [
         outcome
         for half in (responses[:middle], responses[middle:])
-        for outcome in _encode_group(encoder, prompt, half, truncation)
+        for outcome in _encode_isolated(encoder, group, half, truncation)
     ]
 
 
-def _encode_text(encoder: Encoder, text: Any, truncation: Truncation, *, ended: bool) -> Encoded:
-    """Encodes as `Encoder.encode_text`, and returns the error that it raises."""
-    try:
-        return encoder.encode_text(text, truncation, ended=ended)
-    except EncodingError as error:
-        return error
-    except BaseException as error:
-        if not _is_tokenizer_fault(error):
-            raise
-        return _failed(error)
+def _encode_form(
+    encoder: Encoder, group: TextGroup, responses: Sequence[Any], truncation: AnyTruncation
+) -> Sequence[Encoded]:
+    """Encodes responses by the form of their group.
+
+    Raises:
+        EncodingError: A text or generation is unusable.
+    """
+    match group.form:
+        case "conversation":
+            return encoder.encode_group(group.prompt, responses, truncation)
+        case "document":
+            return encoder.encode_group(group.prompt, responses, truncation, allow_empty=True)
+        case "generation":
+            return [encoder.encode_generation(group.prompt, response) for response in responses]
+        case "text" | "ended_text":
+            ended = group.form == "ended_text"
+            return [encoder.encode_text(text, truncation, ended=ended) for text in responses]
 
 
 def _is_tokenizer_fault(error: BaseException) -> bool:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from marginrm_service.api.adapters import embeddings, llama_factory, openrlhf, rerank, slime, tei, vllm
+from marginrm_service.api.adapters import chat, embeddings, llama_factory, nemo_gym, openrlhf, rerank, slime, tei, vllm
 
-ROUTERS = tuple(module.router for module in (openrlhf, slime, llama_factory, vllm, embeddings, rerank, tei))
+ROUTERS = tuple(
+    module.router for module in (openrlhf, slime, llama_factory, vllm, embeddings, rerank, tei, chat, nemo_gym)
+)
 router = APIRouter(tags=["other servers' contracts"])
 for _router in ROUTERS:
     router.include_router(_router)

@@ -12,9 +12,10 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from marginrm.errors import EncodingError, MarginRMError
-from marginrm.text import Truncation
+from marginrm.messages import normalised, plain_text
+from marginrm.text import AnyTruncation
 from marginrm_service.api import scoring_request
-from marginrm_service.engine.request import ScoredResponse, ScoringResult, TextGroup
+from marginrm_service.engine.request import Form, Result, ScoredResponse, ScoringResult, TextGroup
 from marginrm_service.settings import DEFAULT_MODEL
 from marginrm_service.state import Service
 
@@ -71,6 +72,11 @@ class Rewarded:
         return TokenUsage(prompt_tokens=tokens, total_tokens=tokens)
 
 
+def is_unset(value: Any) -> bool:
+    """Tells pydantic to leave out a field that is false or None."""
+    return not value
+
+
 class Listed(ContractReply):
     """The common fields of OpenAI's and vLLM's lists."""
 
@@ -89,11 +95,11 @@ async def score(
     *,
     response_at: Callable[[int], str],
     prompt_at: Callable[[int], str] = lambda _: "prompt",
-    truncation: Truncation = "error",
+    truncation: AnyTruncation = "error",
 ) -> Rewarded:
     """Scores the groups of a contract's request.
 
-    These contracts have no place for the error of one response, so the first such error is the request's.
+    Most contracts have no place for the error of one response, so the first such error is the request's.
 
     Args:
         service: The state of the app.
@@ -107,17 +113,48 @@ async def score(
     Raises:
         MarginRMError: As `scoring_request.run` does; or a response could not be scored.
     """
+    result, found = await score_each(
+        service, request, model, groups, response_at=response_at, prompt_at=prompt_at, truncation=truncation
+    )
+    return Rewarded(result, [scored_or_raise(one) for one in found])
+
+
+async def score_each(
+    service: Service,
+    request: Request,
+    model: str | None,
+    groups: Sequence[TextGroup],
+    *,
+    response_at: Callable[[int], str],
+    prompt_at: Callable[[int], str] = lambda _: "prompt",
+    truncation: AnyTruncation = "error",
+) -> tuple[ScoringResult, list[Result]]:
+    """Scores as `score`, and returns an error in place of each response that could not be scored.
+
+    Raises:
+        MarginRMError: As `scoring_request.run` does.
+    """
     name = service.registry.known_or_only(model or DEFAULT_MODEL)
     result = await scoring_request.run(service, request, name, groups, truncation)
-    scored: list[ScoredResponse] = []
+    found: list[Result] = []
     for index, one in enumerate(one for group in result.results for one in group):
         if isinstance(one, EncodingError):
             field = prompt_at(index) if (one.param or "").startswith("prompt") else response_at(index)
-            raise one.about(field)
-        if isinstance(one, MarginRMError):
-            raise one
-        scored.append(one)
-    return Rewarded(result, scored)
+            found.append(one.about(field))
+        else:
+            found.append(one)
+    return result, found
+
+
+def scored_or_raise(one: Result) -> ScoredResponse:
+    """Returns a scored response.
+
+    Raises:
+        MarginRMError: It could not be scored.
+    """
+    if isinstance(one, MarginRMError):
+        raise one
+    return one
 
 
 async def reply(service: Service, rewarded: Rewarded, make: Callable[[], BaseModel]) -> Response:
@@ -126,15 +163,15 @@ async def reply(service: Service, rewarded: Rewarded, make: Callable[[], BaseMod
     return response
 
 
-def templated(texts: Sequence[Any], *, ended: bool = False) -> list[TextGroup]:
+def templated(texts: Sequence[Any], form: Form = "text") -> list[TextGroup]:
     """Returns groups of templated texts, in order; each text gets one reward.
 
     Neighbours that begin alike are most likely samples for one prompt, so they form one group and share its
     computation. That changes no reward, because members of a group never attend to each other.
 
     Args:
-        texts: The texts.
-        ended: Whether a text that stops short gets the end that the model's own conversations have.
+        texts: The texts, or token ids.
+        form: Their form, `text` or `ended_text`.
     """
     groups: list[list[Any]] = []
     for text in texts:
@@ -142,7 +179,7 @@ def templated(texts: Sequence[Any], *, ended: bool = False) -> list[TextGroup]:
             groups[-1].append(text)
         else:
             groups.append([text])
-    return [TextGroup(None, group, templated=True, ended=ended) for group in groups]
+    return [TextGroup(None, group, form) for group in groups]
 
 
 def paired(prompts: Sequence[Any], responses: Sequence[Any]) -> list[TextGroup]:
@@ -168,7 +205,18 @@ def conversation(messages: Sequence[Any]) -> TextGroup:
             "The last message must be the assistant's, because it is the response that is scored.",
             param=f"messages[{len(messages) - 1}]",
         )
-    return TextGroup(list(messages[:-1]), [last.get("content")])
+    answer = normalised(last, f"messages[{len(messages) - 1}]", other_fields=True)
+    return TextGroup(list(messages[:-1]), [plain_text(answer)])
+
+
+def as_list(value: Any) -> list[Any]:
+    """Returns a list as it is, and any other value as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def texts_of(value: Any) -> list[Any]:
+    """Returns the texts of an input: one, several, or the token ids of either."""
+    return [value] if isinstance(value, list) and value and isinstance(value[0], int) else as_list(value)
 
 
 def new_id(kind: str) -> str:
@@ -178,7 +226,7 @@ def new_id(kind: str) -> str:
 
 def _begin_alike(first: Any, second: Any) -> bool:
     """Returns whether two texts have their first half in common."""
-    if not isinstance(first, str) or not isinstance(second, str):
+    if type(first) is not type(second) or not isinstance(first, str | list):
         return False
     half = max(len(first), len(second)) // 2
     return half > 0 and first[:half] == second[:half]

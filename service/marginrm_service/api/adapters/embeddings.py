@@ -9,8 +9,15 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 
 from marginrm.schemas import WireText
-from marginrm_service.api.adapters.common import ContractReply, ContractRequest, TokenUsage, reply, score, templated
-from marginrm_service.api.adapters.vllm import as_list
+from marginrm_service.api.adapters.common import (
+    ContractReply,
+    ContractRequest,
+    TokenUsage,
+    reply,
+    score,
+    templated,
+    texts_of,
+)
 from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import ServiceOf
 
@@ -46,7 +53,7 @@ class EmbeddingsResponse(ContractReply):
 @router.post("/v1/embeddings", response_model=EmbeddingsResponse, responses=ERROR_REPLIES)
 async def embeddings(body: EmbeddingsRequest, request: Request, service: ServiceOf) -> Response:
     """Scores texts; the raw reward is `embedding[-1]`."""
-    groups = templated(as_list(body.input))
+    groups = templated(texts_of(body.input))
     rewarded = await score(service, request, body.model, groups, response_at=lambda i: f"input[{i}]")
 
     def make() -> EmbeddingsResponse:

@@ -43,9 +43,13 @@ class ScoreEvaluationResponse(ContractReply):
 
 @router.post("/v1/score/evaluation", response_model=ScoreEvaluationResponse, responses=ERROR_REPLIES)
 async def score_evaluation(body: ScoreEvaluationRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores LLaMA-Factory's templated texts (`reward_model_type: api`)."""
+    """Scores LLaMA-Factory's templated texts (`reward_model_type: api`).
+
+    They are decoded generations, so one that was cut off gets its end marker, as those of OpenRLHF do.
+    """
     name = "default" if body.model == "model" else body.model
-    rewarded = await score(service, request, name, templated(body.messages), response_at=lambda i: f"messages[{i}]")
+    groups = templated(body.messages, "ended_text")
+    rewarded = await score(service, request, name, groups, response_at=lambda i: f"messages[{i}]")
     _check_length(rewarded, body.max_length)
     return await reply(
         service, rewarded, lambda: ScoreEvaluationResponse(model=rewarded.model, scores=rewarded.rewards)

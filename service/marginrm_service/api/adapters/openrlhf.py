@@ -33,7 +33,7 @@ async def get_reward(body: GetRewardRequest, request: Request, service: ServiceO
     As by OpenRLHF's own server, padding tokens do not count, and a generation that was cut off gets its end marker.
     """
     rewarded = await score(
-        service, request, None, templated(body.query, ended=True), response_at=lambda i: f"query[{i}]"
+        service, request, None, templated(body.query, "ended_text"), response_at=lambda i: f"query[{i}]"
     )
     tokens = [float(one.tokens) for one in rewarded.scored]
     return await reply(

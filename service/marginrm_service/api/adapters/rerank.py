@@ -2,28 +2,35 @@
 
 The query is the prompt, and each document a candidate response. TEI's requests have `texts` for documents, and its own
 reply (`adapters.tei`).
+
+As by Cohere's, Jina's and Infinity's services, a long document is cut, which its result says, and an empty one is scored
+like any other. A document that is not a text is left out of the results and listed in `errors`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Discriminator, Field, Tag
 
+from marginrm.errors import MarginRMError
 from marginrm.ranking import sigmoid
-from marginrm.schemas import WirePrompt, WireText
+from marginrm.schemas import ErrorBody, WirePrompt, WireText
 from marginrm_service.api.adapters import tei
 from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
+    Rewarded,
     TokenUsage,
+    is_unset,
     new_id,
     reply,
-    score,
+    score_each,
+    scored_or_raise,
 )
-from marginrm_service.api.errors import ERROR_REPLIES
-from marginrm_service.engine.request import TextGroup
+from marginrm_service.api.errors import ERROR_REPLIES, error_body
+from marginrm_service.engine.request import ScoredResponse, TextGroup
 from marginrm_service.state import Service, ServiceOf
 
 router = APIRouter()
@@ -38,9 +45,12 @@ class RerankRequest(ContractRequest):
     top_n: int | None = Field(default=None, ge=0, description="Results to return; all by default, and for 0.")
     return_documents: bool | None = False
     use_activation: bool | None = Field(default=None, description="True puts a sigmoid on the rewards.")
-    # Options that would cut a response are refused, because the reward is read at its end.
-    max_tokens_per_doc: None = Field(default=None, description="Responses are never cut; leave it out.")
-    max_chunks_per_doc: None = Field(default=None, description="Responses are never cut; leave it out.")
+    truncate_prompt_tokens: Literal[-1] | None = Field(
+        default=None, description="-1 cuts to the model's limit, as the default does; other lengths are refused."
+    )
+    # Lengths of the client's choice would change rewards, and are not supported.
+    max_tokens_per_doc: None = Field(default=None, description="Documents are cut to the model's limit; leave it out.")
+    max_chunks_per_doc: None = Field(default=None, description="A document is scored whole; leave it out.")
     rank_fields: None = Field(default=None, description='Documents have one field, "text"; leave it out.')
 
 
@@ -56,6 +66,14 @@ class RerankResult(ContractReply):
     index: int
     relevance_score: float
     document: Document | None = Field(default=None, exclude_if=lambda document: document is None)
+    truncated: bool = Field(default=False, exclude_if=is_unset, description="True if tokens were cut.")
+
+
+class DocumentError(ContractReply):
+    """A document that could not be scored."""
+
+    index: int
+    error: ErrorBody
 
 
 class RerankResponse(ContractReply):
@@ -65,6 +83,9 @@ class RerankResponse(ContractReply):
     model: str
     results: list[RerankResult]
     usage: TokenUsage
+    errors: list[DocumentError] = Field(
+        default_factory=list, exclude_if=is_unset, description="Documents that could not be scored."
+    )
 
 
 @router.post("/v1/rerank", response_model=RerankResponse, responses=ERROR_REPLIES)
@@ -93,28 +114,40 @@ async def rerank_or_tei(body: EitherRequest, request: Request, service: ServiceO
 
 async def _rerank(body: RerankRequest, request: Request, service: Service) -> Response:
     texts = [document.get("text") if isinstance(document, dict) else document for document in body.documents]
-    rewarded = await score(
+    result, found = await score_each(
         service,
         request,
         body.model,
-        [TextGroup(body.query, texts)],
+        [TextGroup(body.query, texts, "document")],
         response_at=lambda i: f"documents[{i}]",
         prompt_at=lambda _: "query",
+        truncation="longest_first",
     )
+    scored = {index: one for index, one in enumerate(found) if isinstance(one, ScoredResponse)}
+    if not scored:
+        scored_or_raise(found[0])
+    rewarded, indices = Rewarded(result, list(scored.values())), list(scored)
 
     def make() -> RerankResponse:
-        rewards = rewarded.rewards
+        ranked = [indices[place] for place in tei.best_first(rewarded.rewards)]
         return RerankResponse(
             model=rewarded.model,
-            results=[
-                RerankResult(
-                    index=index,
-                    relevance_score=sigmoid(rewards[index]) if body.use_activation else rewards[index],
-                    document=Document(text=texts[index]) if body.return_documents else None,
-                )
-                for index in tei.best_first(rewards)[: body.top_n or None]
-            ],
+            results=[_result(body, texts, index, scored[index]) for index in ranked[: body.top_n or None]],
             usage=rewarded.usage,
+            errors=[
+                DocumentError(index=index, error=error_body(one))
+                for index, one in enumerate(found)
+                if isinstance(one, MarginRMError)
+            ],
         )
 
     return await reply(service, rewarded, make)
+
+
+def _result(body: RerankRequest, texts: list[Any], index: int, one: ScoredResponse) -> RerankResult:
+    return RerankResult(
+        index=index,
+        relevance_score=sigmoid(one.reward) if body.use_activation else one.reward,
+        document=Document(text=texts[index]) if body.return_documents else None,
+        truncated=one.truncated,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from pydantic import RootModel
+from pydantic import Field, RootModel
 
 from marginrm.schemas import WirePrompt, WireText
 from marginrm_service.api.adapters.common import ContractRequest, reply, score
@@ -17,8 +17,8 @@ router = APIRouter()
 class SlimeRequest(ContractRequest):
     """A sample; its `label` is not read."""
 
-    prompt: WirePrompt
-    response: WireText
+    prompt: WirePrompt = Field(description="Messages; or, with --apply-chat-template, the rendered prompt.")
+    response: WireText = Field(description="The generated text, with or without its end marker.")
 
 
 class SlimeReward(RootModel[float]):
@@ -27,7 +27,11 @@ class SlimeReward(RootModel[float]):
 
 @router.post("/slime", response_model=SlimeReward, responses=ERROR_REPLIES)
 async def slime(body: SlimeRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores one of slime's samples with `--rm-type remote_rm --rm-url .../slime`."""
-    groups = [TextGroup(body.prompt, [body.response])]
+    """Scores one of slime's samples with `--rm-type remote_rm --rm-url .../slime`.
+
+    A rendered prompt is known by its end, the generation prompt of the model's own template. Both forms of one sample
+    get the same reward.
+    """
+    groups = [TextGroup(body.prompt, [body.response], "generation")]
     rewarded = await score(service, request, None, groups, response_at=lambda _: "response")
     return await reply(service, rewarded, lambda: SlimeReward(rewarded.rewards[0]))

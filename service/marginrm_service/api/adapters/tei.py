@@ -1,17 +1,20 @@
-"""Text Embeddings Inference: `/predict`, and `/rerank` with `texts`. Values are sigmoids unless `raw_scores` is true."""
+"""Text Embeddings Inference: `/predict`, and `/rerank` with `texts`. Values are sigmoids unless `raw_scores` is true.
+
+As in TEI, a text over the limit is cut unless `truncate` is false, and an empty text is scored like any other.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, RootModel, model_validator
+from pydantic import Field, RootModel
 
 from marginrm.errors import InvalidTextError
 from marginrm.ranking import sigmoid
 from marginrm.schemas import WireText
-from marginrm.text import Truncation
-from marginrm_service.api.adapters.common import ContractReply, ContractRequest, reply, score
+from marginrm.text import AnyTruncation
+from marginrm_service.api.adapters.common import ContractReply, ContractRequest, is_unset, reply, score
 from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.engine.request import TextGroup
 from marginrm_service.state import Service, ServiceOf
@@ -21,23 +24,19 @@ router = APIRouter()
 
 class _TeiOptions(ContractRequest):
     raw_scores: bool = Field(default=False, description="True returns rewards; the default is their sigmoid.")
-    truncate: bool | None = Field(
-        default=None, description="True cuts the prompt from its left; by default a long text is an error."
+    truncate: bool | None = Field(default=None, description="False refuses long texts; the default is to cut them.")
+    truncation_direction: Literal["left", "right", "Left", "Right"] = Field(
+        default="right",
+        description="right: the longer of query and text loses its end, a decoder's query its beginning. left: the "
+        "query loses its beginning.",
     )
-    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
-
-    @model_validator(mode="after")
-    def _keeps_the_end(self) -> Self:
-        if self.truncate and (self.truncation_direction or "left").lower() == "right":
-            raise ValueError(
-                "truncation_direction must be left, because the reward is read at the end, which is never cut."
-            )
-        return self
 
     @property
-    def truncation(self) -> Truncation:
+    def truncation(self) -> AnyTruncation:
         """The treatment of sequences above the model's limit."""
-        return "prompt_left" if self.truncate else "error"
+        if self.truncate is False:
+            return "error"
+        return "prompt_left" if self.truncation_direction.lower() == "left" else "longest_first"
 
     def value(self, reward: float) -> float:
         """Returns a reward in the form that the request asks for."""
@@ -58,6 +57,7 @@ class Rank(ContractReply):
     index: int
     score: float
     text: str | None = Field(default=None, exclude_if=lambda text: text is None)
+    truncated: bool = Field(default=False, exclude_if=is_unset, description="True if tokens were cut.")
 
 
 class TeiRerankResponse(RootModel[list[Rank]]):
@@ -75,6 +75,7 @@ class Prediction(ContractReply):
 
     score: float
     label: str = "LABEL_0"
+    truncated: bool = Field(default=False, exclude_if=is_unset, description="True if tokens were cut.")
 
 
 class PredictResponse(RootModel[list[Prediction] | list[list[Prediction]]]):
@@ -87,7 +88,7 @@ async def rerank(body: TeiRerankRequest, request: Request, service: Service) -> 
         service,
         request,
         None,
-        [TextGroup(body.query, body.texts)],
+        [TextGroup(body.query, body.texts, "document")],
         response_at=lambda i: f"texts[{i}]",
         prompt_at=lambda _: "query",
         truncation=body.truncation,
@@ -98,7 +99,12 @@ async def rerank(body: TeiRerankRequest, request: Request, service: Service) -> 
         rewarded,
         lambda: TeiRerankResponse(
             [
-                Rank(index=i, score=body.value(rewards[i]), text=body.texts[i] if body.return_text else None)
+                Rank(
+                    index=i,
+                    score=body.value(rewards[i]),
+                    text=body.texts[i] if body.return_text else None,
+                    truncated=rewarded.scored[i].truncated,
+                )
                 for i in best_first(rewards)
             ]
         ),
@@ -119,7 +125,7 @@ async def predict(body: PredictRequest, request: Request, service: ServiceOf) ->
         prompt_at=lambda i: f"inputs[{i}]" if several else "inputs",
         truncation=body.truncation,
     )
-    values = [Prediction(score=body.value(reward)) for reward in rewarded.rewards]
+    values = [Prediction(score=body.value(one.reward), truncated=one.truncated) for one in rewarded.scored]
     return await reply(service, rewarded, lambda: PredictResponse([[value] for value in values] if several else values))
 
 
@@ -131,9 +137,9 @@ def best_first(rewards: list[float]) -> list[int]:
 def _group(one: Any, index: int) -> TextGroup:
     match one:
         case str() | [str()]:
-            return TextGroup(None, [one if isinstance(one, str) else one[0]], templated=True)
+            return TextGroup(None, [one if isinstance(one, str) else one[0]], "text")
         case [str() as prompt, str() as response]:
-            return TextGroup(prompt, [response])
+            return TextGroup(prompt, [response], "document")
     raise InvalidTextError(
         f"inputs[{index}] must be a text, or a list of one text, or of a prompt and its response.",
         param=f"inputs[{index}]",

@@ -5,25 +5,28 @@ By default the value of a single label is a sigmoid; `use_activation: false` ret
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
 
 from marginrm.ranking import sigmoid
 from marginrm.schemas import WirePrompt, WireText
 from marginrm.text import Truncation
+from marginrm_service.api.adapters import sglang
 from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
     Listed,
     Rewarded,
+    as_list,
     conversation,
     new_id,
     paired,
     reply,
     score,
     templated,
+    texts_of,
 )
 from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.state import Service, ServiceOf
@@ -34,8 +37,11 @@ _LABEL = "LABEL_0"  # the name that transformers gives to a single label
 
 class _PoolingOptions(ContractRequest):
     model: str | None = None
+    # Older versions of vLLM, and of verl, have other names for it.
     use_activation: bool | None = Field(
-        default=None, description="False returns raw rewards; the default is their sigmoid."
+        default=None,
+        validation_alias=AliasChoices("use_activation", "activation", "softmax"),
+        description="False returns raw rewards; the default is their sigmoid.",
     )
     truncate_prompt_tokens: int | None = Field(
         default=None, description="-1 cuts the prompt to the model's limit; other lengths are refused."
@@ -63,8 +69,11 @@ class _PoolingOptions(ContractRequest):
 class PoolingRequest(_PoolingOptions):
     """Templated texts, or one conversation that ends with the response."""
 
-    input: WireText | list[WireText] | None = None
+    input: WireText | list[WireText] | None = Field(
+        default=None, description="A text, texts, or the token ids of one or of several."
+    )
     messages: list[Any] | None = Field(default=None, min_length=1)
+    task: Literal["classify"] | None = Field(default=None, description="One reward for each text; leave it out.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -150,14 +159,23 @@ class PairScoreResponse(Listed):
     data: list[ScoreData]
 
 
-def as_list(value: Any) -> list[Any]:
-    """Returns a list as it is, and any other value as a list of one."""
-    return value if isinstance(value, list) else [value]
+def _contract(body: Any) -> str:
+    return "sglang" if isinstance(body, dict) and ("text" in body or "input_ids" in body) else "vllm"
 
 
-@router.post("/classify", response_model=ClassifyResponse, responses=ERROR_REPLIES)
-async def classify(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores texts in vLLM's shape, as verl reads it: the raw reward is `probs[-1]` with `use_activation: false`."""
+EitherRequest = Annotated[
+    Annotated[PoolingRequest, Tag("vllm")] | Annotated[sglang.ClassifyRequest, Tag("sglang")], Discriminator(_contract)
+]
+
+
+@router.post("/classify", response_model=ClassifyResponse | sglang.ClassifyResponse, responses=ERROR_REPLIES)
+async def classify(body: EitherRequest, request: Request, service: ServiceOf) -> Response:
+    """Scores vLLM's `input` or `messages`, or SGLang's `text` or `input_ids`, each in its server's shape.
+
+    In vLLM's, as verl reads it, the raw reward is `probs[-1]` with `use_activation: false`.
+    """
+    if isinstance(body, sglang.ClassifyRequest):
+        return await sglang.classify(body, request, service)
     rewarded = await _pool(body, request, service)
     return await reply(
         service,
@@ -212,7 +230,7 @@ async def score_pairs(body: PairScoreRequest, request: Request, service: Service
 
 
 async def _pool(body: PoolingRequest, request: Request, service: Service) -> Rewarded:
-    groups = templated(as_list(body.input)) if body.messages is None else [conversation(body.messages)]
+    groups = templated(texts_of(body.input)) if body.messages is None else [conversation(body.messages)]
     return await score(
         service,
         request,

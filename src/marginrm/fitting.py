@@ -1,0 +1,91 @@
+"""Cuts token ids to a model's limit: the prompt from its left, or prompt and response as rerankers do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenizers import Encoding
+
+from marginrm.errors import SequenceTooLongError
+from marginrm.text import AnyTruncation
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A sequence before the length check.
+
+    Attributes:
+        ids: Token ids.
+        type_ids: Segment ids of the same length, or None.
+        prompt: The indices of tokens that belong to the prompt.
+        response: The indices of tokens that belong to the response, its end marker excluded.
+        keeps_prompt_end: A prompt that `longest_first` cuts loses its beginning, in place of its end.
+    """
+
+    ids: list[int]
+    type_ids: list[int] | None
+    prompt: range
+    response: range = range(0)
+    keeps_prompt_end: bool = True
+
+
+def fit(draft: Draft, limit: int, truncation: AnyTruncation) -> bool:
+    """Cuts a draft to a limit, in place.
+
+    Args:
+        draft: The sequence.
+        limit: The most tokens that it may have.
+        truncation: As for `Encoder.encode_group`.
+
+    Returns:
+        Whether tokens were cut.
+
+    Raises:
+        SequenceTooLongError: It is too long, and this truncation cannot make it fit.
+    """
+    excess = len(draft.ids) - limit
+    if excess <= 0:
+        return False
+    if truncation == "error":
+        raise SequenceTooLongError(len(draft.ids), limit)
+    prompt, response = _shares(draft, excess) if truncation == "longest_first" else (excess, 0)
+    if prompt >= max(len(draft.prompt), 1) or response >= max(len(draft.response), 1):
+        kept = len(draft.ids) - len(draft.prompt)
+        raise SequenceTooLongError(
+            len(draft.ids),
+            limit,
+            f"{len(draft.ids):,} tokens; this model takes {limit:,}, and the response and its markers "
+            f"alone have {kept:,}, which are never cut. Shorten the response.",
+            param="response",
+        )
+    _remove(draft, range(draft.response.stop - response, draft.response.stop))
+    first = draft.prompt.start if draft.keeps_prompt_end or truncation == "prompt_left" else draft.prompt.stop - prompt
+    _remove(draft, range(first, first + prompt))
+    return True
+
+
+def token_range(encoding: Encoding, start: int, end: int) -> range:
+    """Returns the tokens that lie within a range of characters, special tokens without characters excluded."""
+    inside = [index for index, (begin, stop) in enumerate(encoding.offsets) if start <= begin < stop <= end]
+    return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
+def sequence_range(encoding: Encoding, sequence: int) -> range:
+    """Returns the token range of one sequence of a text pair, special tokens excluded."""
+    indices = [index for index, owner in enumerate(encoding.sequence_ids) if owner == sequence]
+    return range(indices[0], indices[-1] + 1) if indices else range(0)
+
+
+def _shares(draft: Draft, excess: int) -> tuple[int, int]:
+    """Returns how many tokens prompt and response lose by `longest_first`, as the `tokenizers` library has it."""
+    prompt, response = len(draft.prompt), len(draft.response)
+    room = max(prompt + response - excess, 0)
+    shorter = min(prompt, response, room // 2)
+    kept_prompt, kept_response = (room - shorter, shorter) if prompt > response else (shorter, room - shorter)
+    return prompt - kept_prompt, response - kept_response
+
+
+def _remove(draft: Draft, cut: range) -> None:
+    del draft.ids[cut.start : cut.stop]
+    if draft.type_ids is not None:
+        del draft.type_ids[cut.start : cut.stop]
