@@ -105,9 +105,23 @@ class CalibrationError(MarginRMError):
 
 
 class EncodingError(MarginRMError):
-    """One (prompt, response) cannot be turned into token ids."""
+    """One (prompt, response) cannot be turned into token ids.
+
+    Args:
+        message: What is wrong and what to do.
+        code: As for `MarginRMError`.
+        param: The field that is wrong.
+        reason: The kind of fault in a few words, by which unusable texts are counted; that of the class by default.
+    """
 
     default_code = "invalid_input"
+    default_reason: ClassVar[str] = "unusable texts"
+
+    def __init__(
+        self, message: str = "", *, code: str | None = None, param: str | None = None, reason: str | None = None
+    ) -> None:
+        super().__init__(message, code=code, param=param)
+        self.reason = reason or self.default_reason
 
     def __str__(self) -> str:
         """Returns the message, which names its field; a message that does not is led by the field's name."""
@@ -126,12 +140,14 @@ class InvalidTextError(EncodingError):
     """The value is not a text that a tokenizer can take."""
 
     default_code = "invalid_text"
+    default_reason = "invalid text"
 
 
 class EmptyTextError(EncodingError):
     """The prompt or the response is empty or only white space."""
 
     default_code = "empty_text"
+    default_reason = "empty text"
 
 
 class SequenceTooLongError(EncodingError):
@@ -145,6 +161,7 @@ class SequenceTooLongError(EncodingError):
     """
 
     default_code = "sequence_too_long"
+    default_reason = "too long"
 
     def __init__(self, tokens: int, limit: int, message: str | None = None, *, param: str | None = None) -> None:
         super().__init__(

@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from marginrm.errors import DataError
 from marginrm.loading import load_for_training
 from marginrm.preferences import PreferencePair
 from marginrm_training.config import DataConfig
-from marginrm_training.data.formats import UnusableRowError, parse_hh_rlhf, parse_shp
+from marginrm_training.data.formats import parse_hh_rlhf, parse_shp
 from marginrm_training.data.label_noise import flip_labels
 from marginrm_training.data.sources import Stream, read_source
 from marginrm_training.data.splits import check_margins, encode_pairs, load_splits, prompt_key, read, split_by_prompt
@@ -132,7 +133,8 @@ def test_a_name_is_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.Monkey
             r"x\.csv:3: field 'margin' must be a number",
         ),
         ("x.csv", b"prompt,chosen,rejected,margin\np,a,b,nan\n", r"x\.csv:2: field 'margin' must be a finite"),
-        ("x.csv", b"prompt,chosen\np,\xff\n", "cannot be read as CSV in UTF-8"),
+        ("x.csv", b"prompt,chosen\np,\xff\n", r"x\.csv:2: is not valid UTF-8"),
+        ("x.csv", b'prompt,chosen\np,"a\nb\n', r"x\.csv:2: .* a quote that opens in this row is never closed"),
         ("x.parquet", b"nothing of the kind", "cannot be read as Parquet"),
         ("x.json", b'{"prompt": "p"}\n{"prompt": "q"}\n', r"x\.json: cannot be read as JSON .*Name it \.jsonl"),
         ("x.json", b'{"prompt": "p"}', r"x\.json: a \.json file must be one list"),
@@ -142,7 +144,78 @@ def test_a_name_is_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read(str(tmp_path / name))
+        read(str(tmp_path / name), max_bad_rows=0)
+
+
+ODD: dict[str, tuple[bytes, list[str]]] = {  # files with two pairs, and the reasons and lines of their other rows
+    "x.jsonl": (
+        (
+            b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": \n[1]\n\n{"prompt": "q"}\n'
+            b'{"prompt": "q", "chosen": "a", "rejected": "\xff"}\n{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+        ),
+        ["not valid JSON 2", "not a JSON object 3", "with other fields 5", "not valid JSON 6"],
+    ),
+    "x.json": (
+        b'[{"prompt": "p", "chosen": "a", "rejected": "b"}, 3, null, {"prompt": "q", "chosen": "a", "rejected": "b"}]',
+        ["not a JSON object 2", "not a JSON object 3"],
+    ),
+    "x.csv": (
+        b'prompt,chosen,rejected,margin\np,a,b,\np,a\np,"a"x,b,\np,a,b,large\n"p\nq",a,\xff,\nq,a,b,0.5\n',
+        ["not valid CSV 3", "not valid CSV 4", "with an invalid number 5", "not valid UTF-8 6"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_rows_are_counted_by_reason_with_their_lines_and_the_others_are_used(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content, odd = ODD[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    source = read_source("x", str(path))
+    found = sorted(f"{reason} {place}" for reason, places in source.excluded.sources.items() for place in places)
+    assert found == sorted(entry.replace(" " + entry.split()[-1], f" {path}:{entry.split()[-1]}") for entry in odd)
+    assert [pair.prompt for pair in source.pairs] == ["p", "q"]
+    assert source.rows == 2 + len(odd)
+    with caplog.at_level(logging.WARNING):
+        assert read(str(path)) == source.pairs
+    assert str(source.excluded) in caplog.text
+    assert len(read(str(path), max_bad_rows=len(odd))) == 2
+    with pytest.raises(DataError, match=rf"{len(odd)} malformed rows, and max_bad_rows is 1: .*The first: .*{name}:"):
+        read(str(path), max_bad_rows=1)
+    with pytest.raises(DataError, match=rf"^{path}:{min(int(entry.split()[-1]) for entry in odd)}: "):
+        read(str(path), max_bad_rows=0)
+
+
+def test_odd_rows_of_parquet_and_saved_data_sets_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": [{"role": "assistant", "content": one}], "rejected": "b"} for one in ("a", None)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path in (write_parquet(tmp_path / "x.parquet", rows), tmp_path / "saved"):
+        source = read_source("x", str(path))
+        assert source.excluded.sources == {"with malformed messages": [f"{path}:2"]}
+        assert (len(source.pairs), source.rows) == (1, 2)
+
+
+def test_a_file_without_a_usable_row_is_an_error_with_the_first_rows_fault(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}] * 3)
+    with pytest.raises(DataError, match=r"none of its rows can be used: 3 with other fields .*The first: .*x\.jsonl:1"):
+        read(str(path))
+
+
+def test_messages_in_a_csv_file_are_read(tmp_path: Path) -> None:
+    user, one, two = ({"role": role, "content": role} for role in ("user", "assistant", "assistant"))
+    rows = [{"prompt": json.dumps([user]), "chosen": json.dumps([one]), "rejected": "{not JSON}"}]
+    pair = read(str(write_csv(tmp_path / "x.csv", rows)))[0]
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([user], two["content"], "{not JSON}")
+
+
+def test_the_names_for_code_of_other_projects() -> None:
+    from marginrm_training.data import encode_pairs as encoding
+    from marginrm_training.data import read as reading
+    from marginrm_training.margins import MarginMethod as Method
+
+    assert (encoding, reading, Method) == (encode_pairs, read, MarginMethod)
 
 
 def test_a_missing_place_is_named_with_the_cure(tmp_path: Path) -> None:
@@ -169,7 +242,7 @@ def test_hh_rlhf_dialogues_become_messages() -> None:
         {"role": "user", "content": "A colour?"},
     ]
     assert (pair.chosen, pair.rejected) == ("Red.", "No.")
-    with pytest.raises(UnusableRowError, match="f:1: answers to different prompts"):
+    with pytest.raises(DataError, match="answer different prompts"):
         parse_hh_rlhf({"chosen": head + " Red.", "rejected": "\n\nHuman: Else?\n\nAssistant: No."}, "f:1")
     with pytest.raises(DataError, match="field 'chosen' is not an HH-RLHF dialogue"):
         parse_hh_rlhf({"chosen": "Red.", "rejected": "No."}, "f:1")

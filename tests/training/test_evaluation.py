@@ -23,7 +23,7 @@ from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.best_of_n import best_of_n_curve, expected_best_of_n, shortest_group
 from marginrm_training.evaluation.bootstrap import evaluation_intervals, mean_interval
 from marginrm_training.evaluation.comparison import common, compare, compare_picks, mcnemar
-from marginrm_training.evaluation.groups import UNSCORED, score_groups
+from marginrm_training.evaluation.groups import UNSCORED, Groups, load_groups, score_groups
 from marginrm_training.evaluation.pairs import PairRewards, evaluate, skew, spearman
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
 
@@ -101,11 +101,52 @@ def test_the_curve_has_random_longest_and_oracle_beside_it() -> None:
 def test_a_candidate_over_the_limit_is_kept_and_never_picked(tmp_path: Path) -> None:
     model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "m", "llama"), dtype="float32", max_length=16)
     group = CandidateGroup("Hi", ("Yes.", "far too long " * 20, "No."), gold=(0.1, 1.0, 0.3), source="x:1")
-    scored = score_groups(model, [group])
+    scored = score_groups(model, Groups([group]))
     assert scored.rewards[0][1] == UNSCORED
     assert all(math.isfinite(scored.rewards[0][index]) for index in (0, 2))
-    assert "1 too long" in scored.summary()
+    assert "1 too long (x:1 candidate 1)" in scored.summary()
     assert expected_best_of_n(scored.rewards[0], scored.gold[0], 3) in (0.1, 0.3)
+
+
+def test_the_reason_of_an_unreadable_candidate_is_the_true_one(tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "m", "llama"), dtype="float32", max_length=16)
+    groups = [
+        CandidateGroup("Hi", ["Yes.", " ", "No."], [0.1, 1.0, 0.3], "x:1"),
+        CandidateGroup("", ["Yes.", "No."], [0.1, 0.3], "x:2"),
+        CandidateGroup("Hi", ["long " * 40, ""], [0.1, 0.3], "x:3"),
+    ]
+    scored = score_groups(model, Groups(groups))
+    assert scored.unscored.sources == {"empty text": ["x:1 candidate 1"]}
+    assert scored.excluded.sources == {
+        "without a readable candidate: empty text": ["x:2"],
+        "without a readable candidate: empty text, too long": ["x:3"],
+    }
+    assert (scored.sources, len(scored.rewards)) == (["x:1"], 1)
+    assert all(reason in scored.summary() for reason in ("1 empty text", "empty text, too long (x:3)"))
+    with pytest.raises(DataError, match="No candidate of any prompt can be read"):
+        score_groups(model, Groups(groups[1:]))
+
+
+def test_odd_groups_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "candidates": [{"text": "a", "gold": 1}, {"text": "b", "gold": 0}]},
+        {"prompt": "p", "candidates": ["a", "b"]},
+        {"prompt": "p", "candidates": []},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_groups(path)
+    assert len(found.groups) == 1
+    assert found.excluded.sources == {
+        "without gold qualities": [f"{path}:2"],
+        "without candidates": [f"{path}:3"],
+        "with other fields": [f"{path}:4"],
+    }
+    with pytest.raises(DataError, match="3 malformed rows, and max_bad_rows is 2"):
+        load_groups(path, 2)
+    with pytest.raises(DataError, match=r"x\.jsonl:2: the candidates have no gold quality"):
+        load_groups(path, 0)
 
 
 def test_mcnemar_by_hand() -> None:

@@ -323,10 +323,11 @@ def test_a_case_over_the_limit_counts_as_wrong(tmp_path: Path) -> None:
     model = RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "m", "llama"), dtype="float32", max_length=16)
     long = "far too long " * 20
     cases = [Case("Hi", ("Yes.",), (long,), "livecodebench", "x:1"), Case("Hi", ("Yes.", "No."), ("Why?",), "s", "x:2")]
-    rewards, counts = score_cases(model, cases)
+    rewards, counts, unreadable = score_cases(model, cases)
     assert rewards[0] == UNREADABLE
     assert (len(rewards[1][0]), len(rewards[1][1])) == (2, 1)
     assert counts == {"cases": 2, "truncated": 0, "unreadable": 1}
+    assert unreadable.sources == {"too long": ["x:1"]}
     assert [*rewards[1][0], *rewards[1][1]] == pytest.approx(model.score("Hi", ["Yes.", "No.", "Why?"]), abs=1e-5)
 
 

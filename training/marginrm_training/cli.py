@@ -38,6 +38,15 @@ MaxLength = Annotated[
     int | None,
     typer.Option(help="Most tokens a sequence may have; the checkpoint's own limit if unset.", show_default=False),
 ]
+MaxBadRows = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Most malformed rows of a file. They are left out and counted by reason with their lines; 0 stops at the "
+        "first. Unset: any number, but not all.",
+        show_default=False,
+    ),
+]
 Format = Literal["auto", "pairs", "rewardbench", "rewardbench2", "rm-bench", "rmb", "judgebench"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines for people.")]
 
@@ -81,6 +90,7 @@ def evaluate(
         typer.Option(help="Also write an HTML page: figures, and the worst mistakes as text.", show_default=False),
     ] = None,
     candidates: Candidates = None,
+    max_bad_rows: MaxBadRows = None,
     form: Annotated[
         Format, typer.Option("--format", help="Format of the rows; by default recognised by the first row's fields.")
     ] = "auto",
@@ -107,19 +117,23 @@ def evaluate(
         _tell(scored.notes)
         _show(scored.metrics, as_json=as_json)
         return
-    measured = measure_pairs(loaded, str(data))
+    measured = measure_pairs(loaded, str(data), max_bad_rows=max_bad_rows)
     metrics = measured.metrics | measured.intervals()
     _tell([measured.split.summary()])
     _show(metrics, as_json=as_json)
     if report:
-        curve = _curve(measure_candidates(loaded, str(candidates))) if candidates else []
+        curve = []
+        if candidates:
+            scored_groups = measure_candidates(loaded, str(candidates), max_bad_rows=max_bad_rows)
+            _tell([scored_groups.summary()])
+            curve = _curve(scored_groups)
         subtitle, pairs = measured.split.summary(), measured.split.pairs
         Report(model, subtitle, pairs, measured.rewards, measured.temperature, metrics, best_of_n=curve).write(report)
         _tell([f"report written to {report}"])
 
 
 @takes_reading
-def calibrate(model: Model, data: Data, reading: ReadingOptions) -> None:
+def calibrate(model: Model, data: Data, reading: ReadingOptions, max_bad_rows: MaxBadRows = None) -> None:
     """Fit the temperature of any reward model on preference pairs, and write it into its manifest.
 
     A missing manifest is begun. So is one that cannot be read; the old file is kept beside it.
@@ -127,7 +141,7 @@ def calibrate(model: Model, data: Data, reading: ReadingOptions) -> None:
     from marginrm_training.checkpoint.recalibrate import recalibrate
 
     _configure_logging()
-    found = recalibrate(Path(model), str(data), reading)
+    found = recalibrate(Path(model), str(data), reading, max_bad_rows)
     _tell(found.notes)
     _show_temperature(found.calibration)
 
@@ -140,6 +154,7 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="Preference pairs.", show_default=False)] = None,
     candidates: Candidates = None,
     max_length: MaxLength = None,
+    max_bad_rows: MaxBadRows = None,
     as_json: Json = False,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML page.", show_default=False)] = None,
 ) -> None:
@@ -155,7 +170,15 @@ def compare(
     if not data and not candidates:
         raise ConfigError("Nothing to compare on: give --data FILE (pairs), --candidates FILE (groups), or both.")
     pairs, groups = (str(path) if path else None for path in (data, candidates))
-    found = measure_difference(first, second, pairs=pairs, candidates=groups, max_length=max_length, reading=reading)
+    found = measure_difference(
+        first,
+        second,
+        pairs=pairs,
+        candidates=groups,
+        max_length=max_length,
+        reading=reading,
+        max_bad_rows=max_bad_rows,
+    )
     _tell(found.notes)
     _show(found.metrics, as_json=as_json)
     if report:
@@ -166,7 +189,12 @@ def compare(
 
 @takes_reading
 def best_of_n(
-    model: Model, data: Groups, reading: ReadingOptions, max_length: MaxLength = None, as_json: Json = False
+    model: Model,
+    data: Groups,
+    reading: ReadingOptions,
+    max_length: MaxLength = None,
+    max_bad_rows: MaxBadRows = None,
+    as_json: Json = False,
 ) -> None:
     """Measure Best-of-N: the quality of the candidate the model picks, for N = 1, 2, 4, ... candidates per prompt.
 
@@ -176,7 +204,8 @@ def best_of_n(
     from marginrm_training.evaluation.measure import measure_candidates
 
     _configure_logging()
-    scored = measure_candidates(RewardModel.from_pretrained(model, max_length=max_length, reading=reading), str(data))
+    loaded = RewardModel.from_pretrained(model, max_length=max_length, reading=reading)
+    scored = measure_candidates(loaded, str(data), max_bad_rows=max_bad_rows)
     _tell([scored.summary()])
     points = _curve(scored)
     if as_json:

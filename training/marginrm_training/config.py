@@ -76,6 +76,12 @@ class DataConfig(_Section):
     calibration_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to calibrate on. ours")
     test_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to report on. ours")
     limit: int | None = Field(None, ge=1, description="Use this many training pairs at most, drawn at random.")
+    max_bad_rows: int | None = Field(
+        None,
+        ge=0,
+        description="Most malformed rows of each source. They are left out and counted by reason with their lines; above "
+        "this number the run stops, and 0 stops at the first. Unset: any number, but not all.",
+    )
     too_long: Literal["drop", "prompt_left"] = Field(
         "drop", description="Treatment of pairs over max_length: drop and count them, or cut the prompt (prompt_left)."
     )

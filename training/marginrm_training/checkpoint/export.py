@@ -16,13 +16,12 @@ from marginrm.calibration import Floats, calibrate
 from marginrm.encoding import Encoder
 from marginrm.forward.module import RewardModule
 from marginrm.manifest import BestOfNMeasure, Calibration, DataFile, Manifest, MethodInfo
-from marginrm.preferences import CandidateGroup
 from marginrm.reward_model import RewardModel
 from marginrm_training.checkpoint.golden import golden_samples, tolerances
 from marginrm_training.checkpoint.model_card import model_card
 from marginrm_training.data.splits import EncodedPair, Splits
 from marginrm_training.evaluation.best_of_n import BestOfNPoint
-from marginrm_training.evaluation.groups import score_groups
+from marginrm_training.evaluation.groups import Groups, score_groups
 from marginrm_training.evaluation.pairs import PairRewards, evaluate, score_pairs
 from marginrm_training.report.run_report import Report
 
@@ -54,7 +53,7 @@ class RunRecord:
     truncation: str
     history: Sequence[Mapping[str, float]] = ()
     before: Floats | None = None
-    groups: Sequence[CandidateGroup] = ()
+    groups: Groups | None = None
 
 
 def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Splits, record: RunRecord) -> Manifest:
@@ -103,7 +102,7 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     return manifest
 
 
-def _curve(served: RewardModel, groups: Sequence[CandidateGroup]) -> list[BestOfNPoint]:
+def _curve(served: RewardModel, groups: Groups) -> list[BestOfNPoint]:
     scored = score_groups(served, groups)
     _log.info("Best-of-N: %s", scored.summary())
     points = scored.curve()

@@ -34,7 +34,9 @@ class Recalibrated:
     notes: Sequence[str]
 
 
-def recalibrate(folder: Path, data: str, reading: ReadingOptions | None = None) -> Recalibrated:
+def recalibrate(
+    folder: Path, data: str, reading: ReadingOptions | None = None, max_bad_rows: int | None = None
+) -> Recalibrated:
     """Fits the temperature of a checkpoint on preference pairs and writes it into the checkpoint's manifest.
 
     A checkpoint without a manifest gets one. So does a checkpoint whose manifest cannot be read: the new one lacks what
@@ -44,6 +46,7 @@ def recalibrate(folder: Path, data: str, reading: ReadingOptions | None = None) 
         folder: The checkpoint.
         data: Preference pairs: a file, a folder or a data set.
         reading: What the user says about the checkpoint; a new manifest records it.
+        max_bad_rows: Most malformed rows of the data; None for any number, 0 to stop at the first.
 
     Raises:
         ModelError: It is not a folder, or does not hold a reward model.
@@ -54,7 +57,7 @@ def recalibrate(folder: Path, data: str, reading: ReadingOptions | None = None) 
             f"{folder} is not a folder. The manifest is written beside the weights, so save the model first."
         )
     model, fault = _load(folder, reading)
-    split = usable_pairs(model, data)
+    split = usable_pairs(model, data, max_bad_rows=max_bad_rows)
     notes = [split.summary()]
     calibration = calibrate(score_pairs(model, split.pairs, progress=True).d.tolist())
     manifest = recalibrated(model, folder.resolve().name, calibration, split.pairs)

@@ -16,18 +16,6 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _SHP_FIELDS = ("history", "human_ref_A", "human_ref_B", "labels")
 
 
-class UnusableRowError(DataError):
-    """A row of published data that is known not to be a usable pair: it is excluded and counted, and the run continues.
-
-    Args:
-        source: `path:line`.
-        reason: The fault in a few words.
-    """
-
-    def __init__(self, source: str, reason: str) -> None:
-        super().__init__(f"{source}: {reason}", reason=reason, source=source)
-
-
 def parse_hh_rlhf(row: Mapping[str, Any], source: str) -> PreferencePair:
     r"""Reads a pair of Anthropic's HH-RLHF (arXiv 2204.05862): two dialogues of `\n\nHuman:` and `\n\nAssistant:` turns.
 
@@ -35,19 +23,17 @@ def parse_hh_rlhf(row: Mapping[str, Any], source: str) -> PreferencePair:
     turn, so they compare answers to different prompts.
 
     Raises:
-        UnusableRowError: The dialogues answer different prompts.
-        DataError: The row has another form.
+        DataError: The row has another form, or its dialogues answer different prompts.
     """
     for name in ("chosen", "rejected"):
         text = row.get(name)
         if not isinstance(text, str) or not _HH_TURN.match(text):
-            raise DataError(
-                f"{source}: field '{name}' is not an HH-RLHF dialogue. Use format = \"pairs\" for other data."
+            raise DataError.of_row(
+                source,
+                "not an HH-RLHF dialogue",
+                f"field '{name}' is not an HH-RLHF dialogue. Use format = \"pairs\" for other data.",
             )
-    try:
-        return parse_pair(row, source)
-    except DataError as error:
-        raise UnusableRowError(source, error.reason) from error
+    return parse_pair(row, source)
 
 
 def parse_shp(row: Mapping[str, Any], source: str) -> PreferencePair:
@@ -61,7 +47,9 @@ def parse_shp(row: Mapping[str, Any], source: str) -> PreferencePair:
     absent = [name for name in _SHP_FIELDS if name not in row]
     if absent or row["labels"] not in (0, 1):
         wrong = f"lacks {', '.join(absent)}" if absent else "has labels other than 0 and 1"
-        raise DataError(f'{source}: {wrong}, so it is not an SHP row. Use format = "pairs" for other data.')
+        raise DataError.of_row(
+            source, "not an SHP row", f'{wrong}, so it is not an SHP row. Use format = "pairs" for other data.'
+        )
     first, second = row["human_ref_A"], row["human_ref_B"]
     chosen, rejected = (first, second) if row["labels"] == 1 else (second, first)
     rest = {key: value for key, value in row.items() if key not in _SHP_FIELDS}

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from marginrm.errors import DataError
-from marginrm.json_lines import read_rows
+from marginrm.json_lines import OnError
 from marginrm.preferences import PreferencePair
-from marginrm_training.data.excluded import ExcludedRows
-from marginrm_training.data.formats import PARSERS, Form, UnusableRowError
+from marginrm_training.data.excluded import ExcludedRows, MalformedRows
+from marginrm_training.data.files import READERS, Row, read_file, reader_of
+from marginrm_training.data.formats import PARSERS, Form
 
-Row = tuple[dict[str, Any], str]
-
-_TEXT_NUMBERS = ("margin", "strength")  # columns that a CSV file can only give as text
-_BATCH = 1024
 _SHUFFLE_BUFFER = 10_000
 
 
@@ -34,7 +29,7 @@ class Source:
         pairs: Its pairs, in order.
         rows: Number of rows, or of those that were read of a stream.
         sha256: SHA-256 of a file's bytes, of the names and hashes of a folder's files, or of a data set's rows.
-        excluded: Rows that are known not to be usable pairs.
+        excluded: The malformed rows.
     """
 
     name: str
@@ -57,8 +52,10 @@ class Stream:
     seed: int
 
 
-def read_source(name: str, path: str, form: Form = "pairs", stream: Stream | None = None) -> Source:
-    """Reads all pairs of a place, or the first ones of a stream.
+def read_source(
+    name: str, path: str, form: Form = "pairs", stream: Stream | None = None, max_bad_rows: int | None = None
+) -> Source:
+    """Reads all pairs of a place, or the first ones of a stream. Malformed rows are counted by reason and left out.
 
     Args:
         name: The place as the configuration has it.
@@ -67,36 +64,43 @@ def read_source(name: str, path: str, form: Form = "pairs", stream: Stream | Non
             `owner/name:subset:split`.
         form: Format of the rows.
         stream: For data sets: read this many rows as they come.
+        max_bad_rows: Most malformed rows; None for any number, 0 to stop at the first.
 
     Raises:
-        DataError: There is no such place, it cannot be read, or a row is malformed.
+        DataError: There is no such place, it cannot be read, more rows are malformed than allowed, or all are.
     """
     files = _files(Path(path))
     if files and stream:
         raise DataError(
             f"{path}: only data sets are streamed, and this is a file. Use data.limit in place of data.stream."
         )
-    rows = _file_rows(files) if files else _data_set_rows(path, stream)
+    malformed = MalformedRows(path, max_bad_rows)
+    rows = _file_rows(files, malformed) if files else _data_set_rows(path, stream)
     parse = PARSERS[form]
     pairs: list[PreferencePair] = []
-    excluded = ExcludedRows()
-    count, digest = 0, hashlib.sha256()
+    digest = hashlib.sha256()
     for row, source in rows:
-        count += 1
         if not files:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         try:
             pairs.append(parse(row, source))
-        except UnusableRowError as error:
-            excluded.add(error.reason, source)
+        except DataError as error:
+            malformed(error)
+    malformed.check(len(pairs))
     fingerprint = file_hash(files) if files else digest.hexdigest()
-    return Source(name, pairs, count, fingerprint, excluded)
+    return Source(name, pairs, len(pairs) + malformed.rows.total, fingerprint, malformed.rows)
 
 
-def read_raw(path: str) -> Iterator[Row]:
-    """Yields the rows of a place as they are, each with its `path:line`. Places and errors as for `read_source`."""
+def read_raw(path: str, on_error: OnError | None = None) -> Iterator[Row]:
+    """Yields the rows of a place as they are, each with its `path:line`. Places and errors as for `read_source`.
+
+    Args:
+        path: The place.
+        on_error: Called with the error of each row that is not an object, which is then left out. By default the first
+            is raised.
+    """
     files = _files(Path(path))
-    return _file_rows(files) if files else _data_set_rows(path, None)
+    return _file_rows(files, on_error) if files else _data_set_rows(path, None)
 
 
 def file_hash(files: list[Path]) -> str:
@@ -114,14 +118,14 @@ def file_hash(files: list[Path]) -> str:
 def _files(path: Path) -> list[Path]:
     """Returns the files to read; none if the path is a data set: on the Hub, or a folder that `datasets` saved."""
     if path.is_dir() and not _is_saved(path):
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
+        found = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file) is not None)
         if not found:
-            raise DataError(f"{path}: no file in this folder ends in {', '.join(_READERS)} (or .gz after it).")
+            raise DataError(f"{path}: no file in this folder ends in {', '.join(READERS)} (or .gz after it).")
         # Beside data of another kind, a .json file describes them and holds no rows.
         return [file for file in found if ".json" not in file.suffixes] or found
     if path.is_file():
         return [path]
-    if path.is_dir() or (_looks_like_hub(str(path)) and _reader(path) is None):
+    if path.is_dir() or (_looks_like_hub(str(path)) and reader_of(path) is None):
         return []
     raise DataError(f"{path}: no such file, folder or data set. Give a path that exists, or owner/name on the Hub.")
 
@@ -135,78 +139,9 @@ def _looks_like_hub(path: str) -> bool:
     return not Path(base).is_absolute() and base.count("/") == 1 and not base.startswith((".", "~"))
 
 
-def _file_rows(files: list[Path]) -> Iterator[Row]:
+def _file_rows(files: list[Path], on_error: OnError | None) -> Iterator[Row]:
     for file in files:
-        yield from (_reader(file) or read_rows)(file)
-
-
-def _reader(file: Path) -> Callable[[Path], Iterator[Row]] | None:
-    return _READERS.get(Path(file.name.removesuffix(".gz")).suffix)
-
-
-def _csv_rows(file: Path) -> Iterator[Row]:
-    """Yields the rows of a CSV file with a header; an empty cell is a missing value."""
-    opener: Callable[..., TextIO] = gzip.open if file.suffix == ".gz" else open
-    csv.field_size_limit(1 << 30)  # a response may well be longer than the default of 128 KiB
-    try:
-        with opener(file, "rt", encoding="utf-8-sig", newline="") as text:
-            reader = csv.DictReader(text, strict=True)
-            line = 2
-            for row in reader:
-                source = f"{file}:{line}"
-                if None in row or None in row.values():
-                    raise DataError(f"{source}: has another number of cells than the header. Are commas quoted?")
-                yield {name: _cell(name, value, source) for name, value in row.items() if value != ""}, source
-                line = reader.line_num + 1
-    except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
-        raise DataError(f"{file}: cannot be read as CSV in UTF-8: {error}") from error
-
-
-def _cell(name: str, value: str, source: str) -> str | float:
-    if name not in _TEXT_NUMBERS:
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise DataError(f"{source}: field '{name}' must be a number.") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    from pyarrow import ArrowException, parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{file}:{number}"
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
-
-
-def _json_rows(file: Path) -> Iterator[Row]:
-    """Yields the objects of a JSON file that is one list of them, numbered from 1."""
-    opener: Callable[..., TextIO] = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig") as text:
-            rows = json.load(text)
-    except (OSError, EOFError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{file}: cannot be read as JSON in UTF-8: {error} (One object a line? Name it .jsonl.)"
-        ) from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file}: a .json file must be one list of objects; for one object a line, name it .jsonl.")
-    for number, row in enumerate(rows, start=1):
-        yield row, f"{file}:{number}"
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": read_rows,
-    ".json": _json_rows,
-    ".parquet": _parquet_rows,
-    ".csv": _csv_rows,
-}
+        yield from read_file(file, on_error)
 
 
 def _data_set_rows(path: str, stream: Stream | None) -> Iterator[Row]:
@@ -215,8 +150,15 @@ def _data_set_rows(path: str, stream: Stream | None) -> Iterator[Row]:
     if stream is not None:
         rows = data.to_iterable_dataset() if hasattr(data, "to_iterable_dataset") else data
         data = islice(rows.shuffle(seed=stream.seed, buffer_size=_SHUFFLE_BUFFER), stream.rows)
-    for number, row in enumerate(data, start=1):
-        yield dict(row), f"{path}:{number}"
+    from datasets.exceptions import DatasetsError
+
+    number = 0
+    try:
+        for number, row in enumerate(data, start=1):
+            yield dict(row), f"{path}:{number}"
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: cannot be read after row {number:,}: {reason}") from error
 
 
 def _saved(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from marginrm.encoding import EncodedResponse, Encoder
-from marginrm.errors import DataError, EncodingError, SequenceTooLongError
+from marginrm.errors import DataError, EncodingError
 from marginrm.manifest import DataFile
 from marginrm.preferences import PreferencePair
 from marginrm.text import Prompt, Truncation
@@ -18,6 +19,8 @@ from marginrm_training.config import DataConfig, expand
 from marginrm_training.data.excluded import ExcludedRows
 from marginrm_training.data.sources import Stream, read_source
 from marginrm_training.method.margins import MarginMethod
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,13 @@ def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed
     """Reads and encodes the data of a run; splits without a file are split off the training file by prompt.
 
     Raises:
-        DataError: A file cannot be read, a row is malformed, a margin is missing in any row or has two sources, or a
-            split has no usable pair.
+        DataError: A file cannot be read, more rows are malformed than `data.max_bad_rows` allows, a margin is missing in
+            any row or has two sources, or a split has no usable pair.
     """
     places = {"train": config.train, "calibration": config.calibration, "test": config.test}
     stream = Stream(config.stream, seed) if config.stream else None
     sources = {
-        name: read_source(place, expand(place), config.format, stream if name == "train" else None)
+        name: read_source(place, expand(place), config.format, stream if name == "train" else None, config.max_bad_rows)
         for name, place in places.items()
         if place
     }
@@ -111,9 +114,20 @@ def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed
     return Splits(splits["train"], splits["calibration"], splits["test"], files)
 
 
-def read(path: str) -> list[PreferencePair]:
-    """Reads all pairs of a file, folder or data set; a malformed row stops with its path:line."""
-    return read_source(path, expand(path)).pairs
+def read(path: str, max_bad_rows: int | None = None) -> list[PreferencePair]:
+    """Reads all pairs of a file, folder or data set. Malformed rows are left out, and logged by reason.
+
+    Args:
+        path: As for `read_source`.
+        max_bad_rows: Most malformed rows; None for any number, 0 to stop at the first.
+
+    Raises:
+        DataError: The place cannot be read, more rows are malformed than allowed, or all are.
+    """
+    source = read_source(path, expand(path), max_bad_rows=max_bad_rows)
+    if source.excluded.total:
+        _log.warning("%s: left out: %s", path, source.excluded)
+    return source.pairs
 
 
 def check_margins(pairs: Sequence[PreferencePair], method: MarginMethod, *, ignore: bool = False) -> None:
@@ -216,10 +230,8 @@ def _unusable(
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> str | None:
     for outcome in outcomes:
-        if isinstance(outcome, SequenceTooLongError):
-            return "too long"
         if isinstance(outcome, EncodingError):
-            return outcome.code.replace("_", " ")
+            return outcome.reason
     chosen, rejected = (outcome for outcome in outcomes if isinstance(outcome, EncodedResponse))
     if pair.chosen == pair.rejected:
         return "with equal responses"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,30 @@ from tqdm.auto import tqdm
 
 from marginrm.calibration import Floats
 from marginrm.encoding import EncodedResponse
-from marginrm.errors import DataError
+from marginrm.errors import DataError, EncodingError
 from marginrm.preferences import CandidateGroup, read_groups
 from marginrm.reward_model import RewardModel
+from marginrm_training.data.excluded import ExcludedRows, MalformedRows
 from marginrm_training.evaluation.best_of_n import BestOfNPoint, best_of_n_curve, curve_end
 
-UNSCORED = -math.inf  # sentinel for candidates over the model's limit: never picked, never reported as a reward
+UNSCORED = -math.inf  # sentinel for candidates that the model cannot read: never picked, never reported as a reward
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Candidate groups with gold qualities.
+
+    Attributes:
+        groups: The groups.
+        excluded: The malformed rows.
+    """
+
+    groups: Sequence[CandidateGroup]
+    excluded: ExcludedRows = field(default_factory=ExcludedRows)
+
+    def first(self, limit: int | None) -> Groups:
+        """Returns the first groups only."""
+        return Groups(self.groups[:limit], self.excluded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +43,40 @@ class ScoredGroups:
     """Rewards and gold qualities of candidates, by prompt and in the candidates' order.
 
     Attributes:
-        rewards: The model's rewards; `UNSCORED` for candidates that alone are over the model's limit.
+        rewards: The model's rewards; `UNSCORED` for candidates that the model cannot read.
         gold: The data's gold qualities.
         lengths: Lengths in characters.
         truncated: Number of candidates whose prompt was cut to fit.
+        sources: `path:line` of each prompt.
+        unscored: The candidates that the model cannot read, by reason, as `path:line candidate`.
+        excluded: Prompts that are left out: malformed rows, and prompts of which no candidate can be read.
     """
 
     rewards: list[list[float]]
     gold: list[list[float]]
     lengths: list[list[int]]
     truncated: int
+    sources: list[str]
+    unscored: ExcludedRows = field(default_factory=ExcludedRows)
+    excluded: ExcludedRows = field(default_factory=ExcludedRows)
 
     def summary(self) -> str:
         """Returns one line for people."""
-        rewards = [reward for group in self.rewards for reward in group]
-        return (
-            f"{len(self.rewards):,} prompts, {len(rewards):,} candidates; {self.truncated:,} with a cut prompt, "
-            f"{rewards.count(UNSCORED):,} too long for the model, which therefore never picks them"
+        count = sum(map(len, self.rewards))
+        text = f"{len(self.rewards):,} prompts, {count:,} candidates; {self.truncated:,} with a cut prompt"
+        if self.unscored.total:
+            text += f"; candidates that the model cannot read and therefore never picks: {self.unscored}"
+        return f"{text}; prompts left out: {self.excluded}" if self.excluded.total else text
+
+    def only(self, sources: Collection[str]) -> ScoredGroups:
+        """Returns the prompts with these sources only; the counts stay those of the file."""
+        kept = [index for index, source in enumerate(self.sources) if source in sources]
+        return replace(
+            self,
+            rewards=[self.rewards[index] for index in kept],
+            gold=[self.gold[index] for index in kept],
+            lengths=[self.lengths[index] for index in kept],
+            sources=[self.sources[index] for index in kept],
         )
 
     def curve(self) -> list[BestOfNPoint]:
@@ -70,47 +105,71 @@ class ScoredGroups:
         }
 
 
-def load_groups(path: str | Path) -> list[CandidateGroup]:
-    """Reads candidate groups with gold qualities.
+def load_groups(path: str | Path, max_bad_rows: int | None = None) -> Groups:
+    """Reads candidate groups with gold qualities. Malformed rows are counted by reason and left out.
+
+    Args:
+        path: A `.jsonl` file, `.gz` too.
+        max_bad_rows: Most malformed rows, those without gold qualities included; None for any number, 0 to stop at the
+            first.
 
     Raises:
-        DataError: The file cannot be read, has no group, or a group has no gold qualities.
+        DataError: The file cannot be read, has no group, more rows are malformed than allowed, or all are.
     """
-    groups = list(read_groups(path))
+    malformed = MalformedRows(str(path), max_bad_rows)
+    groups = []
+    for group in read_groups(path, malformed):
+        try:
+            _gold(group)
+            groups.append(group)
+        except DataError as error:
+            malformed(error)
+    malformed.check(len(groups))
     if not groups:
         raise DataError(f"{path}: has no group of candidates; the file is empty.")
-    for group in groups:
-        _gold(group)
-    return groups
+    return Groups(groups, malformed.rows)
 
 
-def score_groups(model: RewardModel, groups: Sequence[CandidateGroup]) -> ScoredGroups:
+def score_groups(model: RewardModel, groups: Groups) -> ScoredGroups:
     """Scores every candidate that fits the model, cutting prompts from the left where that makes one fit.
 
-    The other candidates count as never picked: leaving them out would make the task easier for this model alone.
+    The other candidates count as never picked: leaving them out would make the task easier for this model alone. A
+    prompt of which no candidate can be read is left out, since there is nothing to pick.
 
     Raises:
-        DataError: A group has no gold qualities.
+        DataError: A group has no gold qualities, or no candidate of any prompt can be read.
     """
-    gold = [_gold(group) for group in groups]
-    encoded: list[list[EncodedResponse]] = []
-    places: list[list[int]] = []
-    for group in groups:
+    usable: list[CandidateGroup] = []
+    encoded: list[dict[int, EncodedResponse]] = []
+    unscored, excluded = ExcludedRows(), ExcludedRows()
+    excluded.update(groups.excluded)
+    for group in groups.groups:
         outcomes = model.encoder.encode_group(group.prompt, group.candidates, "prompt_left")
-        kept = [(index, found) for index, found in enumerate(outcomes) if isinstance(found, EncodedResponse)]
-        places.append([index for index, _ in kept])
-        encoded.append([found for _, found in kept])
-    with tqdm(total=sum(len(group) for group in encoded), desc="scoring", unit="response") as bar:
-        scored = model.score_encoded(encoded, progress=bar.update)
-    rewards = [[UNSCORED] * len(group.candidates) for group in groups]
-    for row, indices, values in zip(rewards, places, scored, strict=True):
-        for index, value in zip(indices, values, strict=True):
+        kept = {index: found for index, found in enumerate(outcomes) if isinstance(found, EncodedResponse)}
+        faults = {index: found.reason for index, found in enumerate(outcomes) if isinstance(found, EncodingError)}
+        if not kept:
+            excluded.add(f"without a readable candidate: {', '.join(sorted(set(faults.values())))}", group.source)
+            continue
+        for index, reason in faults.items():
+            unscored.add(reason, f"{group.source} candidate {index}")
+        usable.append(group)
+        encoded.append(kept)
+    if not usable:
+        raise DataError(f"No candidate of any prompt can be read by this model: {excluded}.")
+    with tqdm(total=sum(map(len, encoded)), desc="scoring", unit="response") as bar:
+        scored = model.score_encoded([list(kept.values()) for kept in encoded], progress=bar.update)
+    rewards = [[UNSCORED] * len(group.candidates) for group in usable]
+    for row, kept, values in zip(rewards, encoded, scored, strict=True):
+        for index, value in zip(kept, values, strict=True):
             row[index] = value
     return ScoredGroups(
         rewards,
-        gold,
-        [[len(candidate) for candidate in group.candidates] for group in groups],
-        sum(response.truncated for group in encoded for response in group),
+        gold=[_gold(group) for group in usable],
+        lengths=[[len(candidate) for candidate in group.candidates] for group in usable],
+        truncated=sum(response.truncated for kept in encoded for response in kept.values()),
+        sources=[group.source for group in usable],
+        unscored=unscored,
+        excluded=excluded,
     )
 
 
@@ -121,5 +180,9 @@ def _quality_of_highest(scores: Sequence[Sequence[float]], gold: Sequence[Sequen
 
 def _gold(group: CandidateGroup) -> list[float]:
     if group.gold is None:
-        raise DataError(f"{group.source}: the candidates have no gold quality (win_prob, gold or quality).")
+        raise DataError.of_row(
+            group.source,
+            "without gold qualities",
+            "the candidates have no gold quality (win_prob, gold or quality), and there are no 'rewards'.",
+        )
     return list(group.gold)

@@ -39,8 +39,8 @@ class MeasuredPairs:
 
     @property
     def unusable(self) -> int:
-        """Number of well-formed pairs that were left out: too long, equal, or duplicates."""
-        return sum(self.split.excluded.counts.values())
+        """Number of rows that were left out: malformed, too long, equal, or duplicates."""
+        return self.split.excluded.total
 
     def intervals(self) -> dict[str, float]:
         """Returns `NAME_low` and `NAME_high` of the main metrics, the ends of 95% bootstrap intervals over pairs."""
@@ -73,6 +73,7 @@ def measure_pairs(
     form: Form = "pairs",
     too_long: str = "drop",
     limit: int | None = None,
+    max_bad_rows: int | None = None,
     progress: bool = True,
 ) -> MeasuredPairs:
     """Measures a checkpoint on preference pairs. Arguments and errors as for `usable_pairs`.
@@ -82,41 +83,52 @@ def measure_pairs(
         data: The file, folder or data set.
         form: Format of its rows.
         too_long: `drop` pairs that are too long, or cut the prompt (`prompt_left`).
-        limit: Read the first rows only.
+        limit: Read the first well-formed rows only.
+        max_bad_rows: Most malformed rows; None for any number, 0 to stop at the first.
         progress: Whether to draw a progress bar.
     """
-    split = usable_pairs(model, data, form=form, too_long=too_long, limit=limit)
+    split = usable_pairs(model, data, form=form, too_long=too_long, limit=limit, max_bad_rows=max_bad_rows)
     rewards = score_pairs(model, split.pairs, progress=progress)
     return MeasuredPairs(split, rewards, model.temperature, evaluate(rewards, split.pairs, model.temperature))
 
 
 def usable_pairs(
-    model: RewardModel, data: str, *, form: Form = "pairs", too_long: str = "drop", limit: int | None = None
+    model: RewardModel,
+    data: str,
+    *,
+    form: Form = "pairs",
+    too_long: str = "drop",
+    limit: int | None = None,
+    max_bad_rows: int | None = None,
 ) -> Split:
     """Reads preference pairs and encodes them for a checkpoint.
 
     Raises:
-        DataError: The place cannot be read, a row is malformed, or no pair is usable.
+        DataError: The place cannot be read, more rows are malformed than allowed, or no pair is usable.
     """
-    source = read_source(data, expand(data), form)
+    source = read_source(data, expand(data), form, max_bad_rows=max_bad_rows)
     split = encode_pairs(Path(data).name, source.pairs[:limit], model.encoder, MarginMethod(), too_long)
+    split.excluded.update(source.excluded)
     if not split.pairs:
         raise DataError(f"{data}: no usable pairs. {split.summary()}")
     return split
 
 
-def measure_candidates(model: RewardModel, data: str, *, limit: int | None = None) -> ScoredGroups:
+def measure_candidates(
+    model: RewardModel, data: str, *, limit: int | None = None, max_bad_rows: int | None = None
+) -> ScoredGroups:
     """Scores candidate groups with gold qualities.
 
     Args:
         model: The checkpoint.
         data: A `.jsonl` file, `.gz` too.
-        limit: Read the first groups only.
+        limit: Read the first well-formed groups only.
+        max_bad_rows: Most malformed rows; None for any number, 0 to stop at the first.
 
     Raises:
-        DataError: The file cannot be read, has no group, or a group has no gold qualities.
+        DataError: The file cannot be read, has no usable group, or more rows are malformed than allowed.
     """
-    return score_groups(model, load_groups(expand(data))[:limit])
+    return score_groups(model, load_groups(expand(data), max_bad_rows).first(limit))
 
 
 def measure_difference(
@@ -127,6 +139,7 @@ def measure_difference(
     candidates: str | None,
     max_length: int | None = None,
     reading: ReadingOptions | None = None,
+    max_bad_rows: int | None = None,
 ) -> MeasuredDifference:
     """Compares two checkpoints, loaded one after the other, on the same pairs, the same candidates, or both.
 
@@ -137,6 +150,7 @@ def measure_difference(
         candidates: Candidate groups with gold qualities.
         max_length: Most tokens that a sequence may have; the checkpoints' own limits if None.
         reading: What the user says about both checkpoints.
+        max_bad_rows: Most malformed rows of each file; None for any number, 0 to stop at the first.
 
     Raises:
         DataError: A file is unusable, or the checkpoints can read no pair in common.
@@ -149,18 +163,19 @@ def measure_difference(
     for path in (first, second):
         model = RewardModel.from_pretrained(path, max_length=max_length, reading=reading)
         if pairs:
-            split = usable_pairs(model, pairs)
+            split = usable_pairs(model, pairs, max_bad_rows=max_bad_rows)
             by_source = {pair.pair.source: pair for pair in split.pairs}
             d = score_pairs(model, list(by_source.values()), progress=True).d.tolist()
             margins.append(dict(zip(by_source, d, strict=True)))
             known |= by_source
             notes.append(split.summary())
         if candidates:
-            groups.append(measure_candidates(model, candidates))
+            groups.append(measure_candidates(model, candidates, max_bad_rows=max_bad_rows))
             notes.append(groups[-1].summary())
     both = common(*margins) if pairs else None
     metrics = compare(*both) if both else {}
     if groups:
+        groups = _common_prompts(*groups)
         metrics |= compare_picks(groups[0].rewards, groups[1].rewards, groups[0].gold)
     return MeasuredDifference(
         metrics=metrics,
@@ -169,3 +184,11 @@ def measure_difference(
         groups=(groups[0], groups[1]) if groups else None,
         notes=notes,
     )
+
+
+def _common_prompts(first: ScoredGroups, second: ScoredGroups) -> list[ScoredGroups]:
+    """Returns the prompts that both checkpoints can read."""
+    both = set(first.sources) & set(second.sources)
+    if not both:
+        raise DataError("The checkpoints can read no prompt in common, so their picks cannot be compared.")
+    return [first.only(both), second.only(both)]

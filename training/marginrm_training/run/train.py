@@ -62,9 +62,12 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     check_reference_batch(method, config.optim.train_batch * processes)
     module, encoder = load(config)
     splits = load_splits(config.data, encoder, method, config.seed)
-    groups = load_groups(expand(config.data.best_of_n)) if config.data.best_of_n else []
+    bon = config.data.best_of_n
+    groups = load_groups(expand(bon), config.data.max_bad_rows) if bon else None
     for split in (splits.train, splits.calibration, splits.test):
         print_once(split.summary())
+    if groups and groups.excluded.total:
+        print_once(f"best_of_n: {len(groups.groups):,} groups; left out: {groups.excluded}")
     if rest := leftover_pairs(len(splits.train.pairs), config.optim.train_batch):
         print_once(
             f"each epoch leaves out {rest:,} training pairs, drawn anew: they do not fill a forward pass on every rank"

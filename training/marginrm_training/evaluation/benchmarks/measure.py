@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from marginrm.encoding import EncodedResponse
+from marginrm.errors import EncodingError
 from marginrm.reward_model import RewardModel
+from marginrm_training.data.excluded import ExcludedRows
 from marginrm_training.data.sources import read_raw
 from marginrm_training.evaluation.benchmarks.formats import Case, parse_cases, recognised
 from marginrm_training.evaluation.benchmarks.scoring import UNREADABLE, Rewards, score
@@ -29,39 +31,42 @@ class MeasuredBenchmark:
 
 
 def benchmark_of(data: str) -> Benchmark | None:
-    """Returns the benchmark whose rows a file or data set holds, by its first row; None for plain pairs."""
-    first = next(iter(read_raw(data)), None)
+    """Returns the benchmark whose rows a file or data set holds, by its first readable row; None for plain pairs."""
+    first = next(iter(read_raw(data, on_error=lambda _: None)), None)
     return recognised(first[0]) if first else None
 
 
 def measure_benchmark(model: RewardModel, benchmark: Benchmark, data: str) -> MeasuredBenchmark:
     """Scores a checkpoint on a benchmark by the benchmark's own rule.
 
+    A malformed row is an error: with a row left out, the score would not be the benchmark's.
+
     Raises:
         DataError: The place cannot be read, or a row is not of this benchmark.
     """
     cases = parse_cases(benchmark, read_raw(data))
-    rewards, counts = score_cases(model, cases)
+    rewards, counts, unreadable = score_cases(model, cases)
     found = score(benchmark, cases, rewards)
     notes = []
     if found.missing:
         notes.append(f"no overall: {len(found.missing)} subsets are missing: {', '.join(found.missing)}")
-    if counts["unreadable"]:
-        notes.append(f"{counts['unreadable']:,.0f} cases are too long for the model, and count as wrong")
+    if unreadable.total:
+        notes.append(f"cases that the model cannot read, which count as wrong: {unreadable}")
     return MeasuredBenchmark(counts | found.metrics, notes)
 
 
-def score_cases(model: RewardModel, cases: Sequence[Case]) -> tuple[list[Rewards], dict[str, float]]:
+def score_cases(model: RewardModel, cases: Sequence[Case]) -> tuple[list[Rewards], dict[str, float], ExcludedRows]:
     """Scores all responses of all cases, cutting prompts from the left where that makes a response fit.
 
-    A case with a response over the model's limit counts as wrong: leaving it out would make the benchmark easier.
+    A case with a response that the model cannot read counts as wrong: leaving it out would make the benchmark easier.
 
     Returns:
-        The rewards of each case's chosen and rejected responses, and counts: `cases`, `truncated` (with a cut prompt)
-        and `unreadable`.
+        The rewards of each case's chosen and rejected responses, counts (`cases`, `truncated`: those with a cut prompt,
+        and `unreadable`), and the unreadable cases by reason.
     """
     encoded: list[list[EncodedResponse]] = []
     readable: list[int] = []
+    unreadable = ExcludedRows()
     truncated = 0
     for index, case in enumerate(cases):
         outcomes = model.encoder.encode_group(case.prompt, [*case.chosen, *case.rejected], "prompt_left")
@@ -70,11 +75,14 @@ def score_cases(model: RewardModel, cases: Sequence[Case]) -> tuple[list[Rewards
             encoded.append(kept)
             readable.append(index)
             truncated += any(response.truncated for response in kept)
+        else:
+            fault = next(outcome for outcome in outcomes if isinstance(outcome, EncodingError))
+            unreadable.add(fault.reason, case.source)
     with tqdm(total=sum(map(len, encoded)), desc="scoring", unit="response") as bar:
         scored = model.score_encoded(encoded, progress=bar.update)
     rewards: list[Rewards] = [UNREADABLE] * len(cases)
     for index, values in zip(readable, scored, strict=True):
         right = len(cases[index].chosen)
         rewards[index] = (values[:right], values[right:])
-    counts = {"cases": len(cases), "truncated": truncated, "unreadable": len(cases) - len(readable)}
-    return rewards, {name: float(count) for name, count in counts.items()}
+    counts = {"cases": len(cases), "truncated": truncated, "unreadable": unreadable.total}
+    return rewards, {name: float(count) for name, count in counts.items()}, unreadable
