@@ -122,7 +122,7 @@ def evaluate(
     _tell([measured.split.summary()])
     _show(metrics, as_json=as_json)
     if report:
-        curve = []
+        curve: Sequence[BestOfNPoint] = ()
         if candidates:
             scored_groups = measure_candidates(loaded, str(candidates), max_bad_rows=max_bad_rows)
             _tell([scored_groups.summary()])
