@@ -12,12 +12,21 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 
 from marginrm.loading.files import CheckpointFiles, StoredTensor
 
 _MARKED_LABELS = 7919  # a number of labels that no other size of a model has
-_ROUNDING = 0.02  # share of a change that rounding may carry to other tokens; attention carries far more
+_PROBE_TOKENS = 16
+# Share of a change that rounding may carry to earlier tokens: the products of a mixture of experts are grouped by token,
+# and round accordingly. Attention carries far more.
+_ROUNDING = 1e-4
+_ROUNDING_OF_HALF = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,41 +62,43 @@ def map_weights(files: CheckpointFiles, config: PreTrainedConfig) -> WeightMap:
     expected = set(backbone.state_dict())
     prefix = _prefix(files.tensors, expected)
     parts = {name.partition(".")[0] for name in expected}
+    own = f"{backbone.base_model_prefix}."  # some classes rename the weights below it while they load
     left_over = {
         name: stored
         for name, stored in files.tensors.items()
         if not (name.startswith(prefix) and name.removeprefix(prefix).partition(".")[0] in parts)
+        and not name.startswith(own)
     }
     if classifier is None:
         return WeightMap(prefix, left_over, None, ())
-    own = f"{classifier.base_model_prefix}."
     head = {name: value for name, value in classifier.state_dict().items() if not name.startswith(own)}
     labelled = tuple(name for name, value in head.items() if value.shape[:1] == (_MARKED_LABELS,))
     return WeightMap(prefix, left_over, frozenset(head), labelled)
 
 
 def is_causal(backbone: nn.Module, config: PreTrainedConfig) -> bool:
-    """Returns whether no token's hidden state depends on later tokens, seen by changing the last one.
+    """Returns whether no token's hidden state depends on later tokens, seen by changing the second half of a sequence.
 
     Args:
         backbone: Takes `input_ids` and `attention_mask` and gives `last_hidden_state`.
-        config: The model's configuration.
+        config: The model's configuration. A type with a masked language model and none that generates is not causal.
     """
-    if config.is_encoder_decoder:
+    kind = type(config)
+    if config.is_encoder_decoder or (kind in MODEL_FOR_MASKED_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING):
         return False
-    embeddings = cast("PreTrainedModel", backbone).get_input_embeddings()
-    vocabulary = cast("nn.Embedding", embeddings).num_embeddings
-    ids = torch.arange(1, 9, device=next(backbone.parameters()).device)[None] % vocabulary
+    vocabulary = len(cast("nn.Embedding", cast("PreTrainedModel", backbone).get_input_embeddings()).weight)
+    parameter = next(backbone.parameters())
+    ids = torch.arange(1, _PROBE_TOKENS + 1, device=parameter.device)[None] % vocabulary
     other = ids.clone()
-    other[0, -1] = (ids[0, -1] + vocabulary // 2) % vocabulary
+    other[0, _PROBE_TOKENS // 2 :] = (ids[0, _PROBE_TOKENS // 2 :] + vocabulary // 2) % vocabulary
     with torch.inference_mode():
         first, second = (
             backbone(input_ids=one, attention_mask=torch.ones_like(one)).last_hidden_state[0].float()
             for one in (ids, other)
         )
     change = (first - second).abs().amax(-1)
-    # Not exactly zero: the products of a mixture of experts are grouped by token, and round accordingly.
-    return bool(change[:-1].max() <= _ROUNDING * change[-1])
+    rounding = _ROUNDING if parameter.dtype == torch.float32 else _ROUNDING_OF_HALF
+    return bool(change[: _PROBE_TOKENS // 2].max() <= rounding * change.max())
 
 
 def classifier_around(backbone: PreTrainedModel, score: nn.Module) -> PreTrainedModel:
