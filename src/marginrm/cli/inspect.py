@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from marginrm.cli.reading import takes_reading
-from marginrm.reading import ReadingOptions
+from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.text import Dtype
 
 if TYPE_CHECKING:
@@ -55,24 +55,37 @@ def inspect(
         "revision": model.info.revision,
     }
     if verify:
-        found["verified"] = _compare(model, path, verify, limit)
+        found["verified"] = compare_with_plain(model, model.reading, path, verify, limit=limit)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else _table(found))
     if verify and not found["verified"]["agrees"]:
         raise typer.Exit(1)
 
 
-def _compare(model: RewardModel, path: str, pairs: Path, limit: int) -> dict[str, Any]:
-    """Returns the largest difference between our rewards and those of a plain loop over the same texts."""
+def compare_with_plain(
+    model: RewardModel, reading: CheckpointReading, path: str, pairs: Path, *, limit: int
+) -> dict[str, Any]:
+    """Holds a model's rewards against those of a plain loop in transformers over the same texts.
+
+    Args:
+        model: The model, in float32.
+        reading: How its checkpoint is read.
+        path: The checkpoint.
+        pairs: A file of preference pairs.
+        limit: The most responses to compare.
+
+    Returns:
+        `responses` compared, `left_out` (texts that the encoder refuses), `largest_difference` relative to the larger of
+        1 and the reward, the rewards `there`, and whether they agree within `TOLERANCE`.
+    """
     from marginrm.errors import EncodingError
     from marginrm.loading.plain_usage import plain_reward
     from marginrm.preferences import read_pairs
 
-    assert model.reading is not None
     texts = [(pair.prompt, text) for pair in read_pairs(pairs) for text in (pair.chosen, pair.rejected)]
     encoded = [(text, model.encoder.encode_group(text[0], [text[1]])[0]) for text in islice(texts, limit)]
     usable = [(text, one) for text, one in encoded if not isinstance(one, EncodingError)]
     ours = [rewards[0] for rewards in model.score_encoded([[one] for _, one in usable])]
-    plain = plain_reward(path, model.reading)
+    plain = plain_reward(path, reading)
     theirs = [plain(prompt, response) for (prompt, response), _ in usable]
     differences = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True)]
     worst = max(range(len(differences)), key=differences.__getitem__, default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,9 @@ def merge_adapter(model: PreTrainedModel, files: CheckpointFiles, *, without: It
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     known = tuple(f"{_PREFIX}{name}" for name in without)
-    with translated(files.name, "adapter"):
+    with translated(files.name, "adapter"), warnings.catch_warnings():
+        # peft 0.21 asks for gradient checkpointing by a name that transformers 5.23 calls deprecated.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         config = PeftConfig.from_pretrained(str(files.folder))
         config.inference_mode = True
         if known:

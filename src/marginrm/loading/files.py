@@ -122,7 +122,7 @@ class CheckpointFiles:
         try:
             return json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise ModelError(f"{path} is not a valid JSON file: {error}.") from error
+            raise ModelError(f"{path} is not valid JSON: {error}.") from error
 
     def _first(self, names: tuple[str, ...]) -> Path | None:
         return next((self.folder / name for name in names if self.has(name)), None)
