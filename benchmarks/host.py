@@ -54,7 +54,6 @@ def best_microseconds(function: Callable[[], object]) -> float:
 
 def main() -> None:
     """Prints one line for each shape."""
-    torch.set_num_threads(1)
     layout = partial(gathered_layout, split_from=SPLIT_FROM)
     print(f"{'shape':<26}{'tokens':>8}{'plan':>10}{'batch':>10}   us a computed token")
     for name, shape in _SHAPES.items():
@@ -68,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marginrm.attention.cpu_fused import FusedCPUAttention
-from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError
+from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError, additive
 from marginrm.attention.matmul import masked_attention, matmul_attention
 from marginrm.packing import ROOT, Ints, PackingPlan
 
@@ -290,13 +290,6 @@ def _run_call(
 
 def _with_prefix(suffix: Tensor, prefix: Tensor | None) -> Tensor:
     return suffix if prefix is None else torch.cat([prefix.expand(suffix.shape[0], -1, -1, -1), suffix], 2)
-
-
-def additive(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Returns a boolean mask as one that is added to scores: 0 where it is true, minus infinity elsewhere."""
-    if seen is None:
-        return None
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _backward_is_slow(query: Tensor, value: Tensor, dropout: float) -> bool:

@@ -69,3 +69,10 @@ class LayoutFn(Protocol):
 
     def __call__(self, plan: PackingPlan) -> AttentionLayout:
         """Returns the layout of a plan."""
+
+
+def additive(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Returns a boolean mask as one that is added to scores: 0 where it is true, minus infinity elsewhere."""
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

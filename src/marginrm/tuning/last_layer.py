@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marginrm.attention.gathered import additive
-from marginrm.attention.layout import AttentionOptions
+from marginrm.attention.layout import AttentionOptions, additive
 from marginrm.attention.matmul import masked_attention
 from marginrm.forward.batch import PackedBatch
 from marginrm.forward.execution import Choice
