@@ -10,7 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
+from marginrm.reward_model import RewardModel
+from support.models import tiny_checkpoint
 from support.server import serving
 from support.service import FakeRewardModel
 
@@ -205,3 +208,16 @@ def test_the_openai_sdk_lists_models_and_embeds(server, client):
     assert (ids, one) == (["default"], "default")
     (reward,) = client.post("/get_reward", json={"query": ["Hi No."]}).json()["rewards"]
     assert embedding == [pytest.approx(reward, rel=1e-6)]
+
+
+def test_sentence_transformers_predicts_what_rerank_answers(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    query, texts = "Why does bread rise?", ["Yeast eats sugar.", "", "word " * 200, "Bread " * 40]
+    for family in ("bert", "modernbert"):
+        path = tiny_checkpoint(tmp_path / family, family, max_length=64)
+        encoder = sentence_transformers.CrossEncoder(str(path), max_length=64, activation_fn=torch.nn.Identity())
+        expected = encoder.predict([(query, text) for text in texts])
+        with serving(RewardModel.from_pretrained(path, dtype="float32")) as running:
+            body = {"query": query, "texts": texts, "raw_scores": True}
+            reply = httpx.post(running.url + "/rerank", json=body, timeout=60).json()
+        assert {one["index"]: one["score"] for one in reply} == pytest.approx(dict(enumerate(expected)), abs=1e-5)

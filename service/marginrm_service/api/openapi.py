@@ -10,6 +10,8 @@ from typing import Any
 
 _PROMPT, _GOOD, _BAD = "Why does bread rise?", "Yeast eats sugar and gives off gas.", "Bread is bread."
 _TEMPLATED = f"{_PROMPT}\n{_GOOD}"
+_CONVERSATION = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _GOOD}]
+_OUTPUT = {"output": [{"type": "message", "content": [{"type": "output_text", "text": _GOOD}]}]}
 
 # Field -> sentence; `Schema.field` goes before `field`.
 FIELDS = {
@@ -111,6 +113,9 @@ EXAMPLES: dict[str, Any] = {
     "/v2/rerank": {"model": "default", "query": _PROMPT, "documents": [_BAD, _GOOD], "top_n": 1},
     "/rerank": {"query": _PROMPT, "texts": [_BAD, _GOOD], "raw_scores": True},
     "/predict": {"inputs": [_PROMPT, _GOOD], "raw_scores": True},
+    "/v1/chat/completions": {"model": "default", "messages": _CONVERSATION},
+    "/compare": {"conversation_history": _CONVERSATION[:1], "response_objs": [_OUTPUT]},
+    "/verify": {"responses_create_params": {"input": _PROMPT}, "response": _OUTPUT},
     "/admin/models": {"name": "default", "path": "checkpoints/demo"},
 }
 
