@@ -1,1 +1,1 @@
-"""What the server does when it is overloaded, disturbed, told to leave, or sent nonsense; see docs/reliability.md."""
+"""Runs that overload, disturb, stop and fuzz the server; see docs/reliability.md."""

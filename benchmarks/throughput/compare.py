@@ -37,7 +37,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How contenders are started.
+    """The settings with which contenders are started.
 
     Attributes:
         contenders: The contenders that may take part.
@@ -67,7 +67,7 @@ class Comparison:
         model: Name of the model.
         folder: Its folder.
         samples: Makes its samples.
-        setting: How contenders are started.
+        setting: The settings with which contenders are started.
         results: Receives the measurements.
         running: The processes of the contenders that take part.
     """

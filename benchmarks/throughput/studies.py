@@ -31,7 +31,7 @@ class Subject:
     Attributes:
         folder: Its folder.
         samples: Makes its samples.
-        setting: How contenders are started.
+        setting: The settings with which contenders are started.
         rounds: Number of measurements.
         clock: The time limit; a study that reaches it returns what it has measured.
     """

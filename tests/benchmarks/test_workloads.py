@@ -15,6 +15,7 @@ from benchmarks import models
 from benchmarks.harness.command import app_of
 from benchmarks.harness.texts import Sample, TokenizedGroup, load_texts, shared_prefix
 from benchmarks.harness.workloads import LONG_PROMPT, LONG_RESPONSE, WORKLOADS, Samples
+from benchmarks.throughput.scorers.hugging_face import HuggingFace
 
 
 def group(*lengths: int) -> TokenizedGroup:
@@ -94,6 +95,20 @@ def test_too_many_rounds_are_refused(samples):
 def test_a_data_folder_without_the_files_is_refused():
     with pytest.raises(FileNotFoundError, match="unset MARGINRM_DATA"):
         load_texts(Path("/no/such/folder"))
+
+
+def test_the_shape_of_minilm_reads_pairs_of_texts(texts, tmp_path):
+    folder = models.build(models.MINILM_SHAPE, tmp_path, texts.passages[:300])
+    samples = Samples(folder, texts)
+    assert samples.architecture == "encoder"
+    sample = samples.sample(WORKLOADS["pairs"], 0).subset(3)
+    for found in sample.groups:
+        for ids, type_ids in zip(found.ids, found.type_ids, strict=True):
+            assert (ids[0], ids[-1], ids.count(3)) == (2, 3, 2)  # [CLS] prompt [SEP] response [SEP]
+            assert type_ids == tuple(sorted(type_ids))
+            assert set(type_ids) == {0, 1}
+    contender = HuggingFace(folder, dtype="float32", batch=3, order="length")
+    assert len(set(contender.run(contender.prepare(sample)))) == 3
 
 
 def test_a_model_can_be_written_from_the_command_line(tmp_path, monkeypatch):
