@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from marginrm.client_texts import ClientTexts
 from marginrm.errors import EncodingError, InvalidTextError, ModelError, SequenceTooLongError
-from marginrm.fitting import Draft, fit, sequence_range, token_range
+from marginrm.fitting import Draft, common_cut, fit, sequence_range, token_range
 from marginrm.manifest import EncodingInfo, template_hash
 from marginrm.messages import check_messages
 from marginrm.rendering import Renderer, transcript
@@ -150,7 +150,8 @@ class Encoder:
         Args:
             prompt: As for `encode`.
             responses: The assistant's answers.
-            truncation: As for `encode`. `longest_first` cuts as rerankers do: the longer of prompt and response, until
+            truncation: As for `encode`; `prompt_left` cuts the prompt once, to what the longest response leaves, so that
+                all rewards belong to one prompt. `longest_first` cuts as rerankers do: the longer of prompt and response, until
                 they are of one length, then both. A response loses its end, and never its end marker. A prompt loses
                 its end before an encoder, and its beginning before a decoder.
             allow_empty: Encode an empty response too, in place of an error.
@@ -180,8 +181,9 @@ class Encoder:
             drafts = self._drafts(messages, [responses[index] for index in good])
         except EncodingError as error:
             drafts = [error.about(error.param or "prompt") for _ in good]
+        cut = common_cut([draft for draft in drafts if isinstance(draft, Draft)], self.max_length, truncation)
         for index, draft in zip(good, drafts, strict=True):
-            outcomes[index] = draft if isinstance(draft, EncodingError) else self._fitted(draft, truncation)
+            outcomes[index] = draft if isinstance(draft, EncodingError) else self._fitted(draft, truncation, cut)
         return [outcome for outcome in outcomes if outcome is not None]
 
     def encode_text(
@@ -266,8 +268,12 @@ class Encoder:
         encodings = self._backend.encode_batch(
             [one.text for one in rendered], add_special_tokens=self.special.added_by_tokenizer
         )
+        removed = self._renderer.removed(messages, responses, [one.text for one in rendered])
         drafts: list[Draft | EncodingError] = []
-        for encoding, one in zip(encodings, rendered, strict=True):
+        for index, (encoding, one) in enumerate(zip(encodings, rendered, strict=True)):
+            if index in removed:
+                drafts.append(removed[index])
+                continue
             ids, moved = self.special.put(encoding.ids, rendered_here=True)
             before = token_range(encoding, one.start, one.end)
             answer = token_range(encoding, one.end, len(one.text) - len(self._ending))
@@ -302,9 +308,9 @@ class Encoder:
         ids, _ = self.special.put(ids, rendered_here=False)
         return Draft(ids, None, range(self.special.count(ids), len(ids) - 1))
 
-    def _fitted(self, draft: Draft, truncation: AnyTruncation) -> EncodedResponse | EncodingError:
+    def _fitted(self, draft: Draft, truncation: AnyTruncation, least: int = 0) -> EncodedResponse | EncodingError:
         try:
-            truncated = fit(draft, self.max_length, truncation)
+            truncated = fit(draft, self.max_length, truncation, least)
         except SequenceTooLongError as error:
             return error
         keep_type_ids = draft.type_ids is not None and "token_type_ids" in self.tokenizer.model_input_names

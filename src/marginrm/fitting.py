@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Encoding
@@ -29,13 +30,26 @@ class Draft:
     keeps_prompt_end: bool = True
 
 
-def fit(draft: Draft, limit: int, truncation: AnyTruncation) -> bool:
+def common_cut(drafts: Sequence[Draft], limit: int, truncation: AnyTruncation) -> int:
+    """Returns how many tokens every prompt of a group loses by `prompt_left`: what its longest sequence needs.
+
+    Rewards of one group are compared, and with cuts of their own they would belong to different prompts. Sequences that
+    no cut of the prompt can make fit do not count.
+    """
+    if truncation != "prompt_left":
+        return 0
+    needed = ((len(draft.ids) - limit, len(draft.prompt)) for draft in drafts)
+    return max((excess for excess, prompt in needed if 0 < excess < prompt), default=0)
+
+
+def fit(draft: Draft, limit: int, truncation: AnyTruncation, least: int = 0) -> bool:
     """Cuts a draft to a limit, in place.
 
     Args:
         draft: The sequence.
         limit: The most tokens that it may have.
         truncation: As for `Encoder.encode_group`.
+        least: Cut at least this many tokens of the prompt, but leave one.
 
     Returns:
         Whether tokens were cut.
@@ -43,7 +57,7 @@ def fit(draft: Draft, limit: int, truncation: AnyTruncation) -> bool:
     Raises:
         SequenceTooLongError: It is too long, and this truncation cannot make it fit.
     """
-    excess = len(draft.ids) - limit
+    excess = max(len(draft.ids) - limit, min(least, len(draft.prompt) - 1))
     if excess <= 0:
         return False
     if truncation == "error":

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from marginrm.errors import InvalidTextError
+from marginrm.errors import InvalidTextError, ModelError
 from marginrm.frames import Frame
 from marginrm.messages import plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_REFUSED = "refused by the chat template"
 _SENTINEL = "\ue000"  # a private-use character, which no response starts with
 _USER = "\ue001"
 _LONE_TURN = {"role": "user", "content": _USER}
@@ -49,6 +51,9 @@ class Renderer:
 
     Attributes:
         chat_template: The template in use, its date fixed; None for plain text and for frames with their own text.
+
+    Raises:
+        ModelError: The tokenizer has several chat templates, and none is named `default`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, frame: Frame | None, *, strip_end: bool) -> None:
@@ -56,7 +61,7 @@ class Renderer:
         self._frame = frame
         self._strip_end = strip_end
         uses_template = bool(tokenizer.chat_template) and (frame is None or frame.template is None)
-        template = tokenizer.get_chat_template() if uses_template else None
+        template = own_template(tokenizer) if uses_template else None
         self.chat_template = dateless(template) if template else None
 
     @property
@@ -76,10 +81,40 @@ class Renderer:
         # Where the response starts is seen by rendering another one: a template may strip or rewrite the turns before.
         other = self._render(messages, _SENTINEL)
         if _SENTINEL not in other:
-            raise InvalidTextError("The model's chat template drops the last assistant turn.", param="prompt")
+            raise InvalidTextError(
+                "The model's chat template drops the last assistant turn.", param="prompt", reason=_REFUSED
+            )
         start = self._query_start(messages, other) if self._frame else 0
         texts = [self._render(messages, response) for response in responses]
         return [RenderedText(text, start, _common_length(text, other)) for text in texts]
+
+    def removed(
+        self, messages: list[dict[str, Any]], responses: Sequence[str], texts: Sequence[str]
+    ) -> dict[int, InvalidTextError]:
+        """Returns the errors, by index, of responses that a template removes, or that it makes equal to another one.
+
+        Templates of reasoning models remove the text before `</think>`, so responses that differ only there would get
+        one reward.
+
+        Args:
+            messages: The prompt.
+            responses: The responses.
+            texts: The same, rendered.
+        """
+        shortened = [index for index, text in enumerate(texts) if responses[index].strip() not in text]
+        if self.plain or not shortened:
+            return {}
+        same: dict[str, set[str]] = {}
+        for text, response in zip(texts, responses, strict=True):
+            same.setdefault(text, set()).add(response.strip())
+        nothing = self._without_response(messages)
+        found = {}
+        for index in shortened:
+            if texts[index] == nothing:
+                found[index] = _removal("this whole response")
+            elif len(same[texts[index]]) > 1:
+                found[index] = _removal("the part in which this response differs from another one")
+        return found
 
     def sample(self, response: str = "a") -> str:
         """Returns a short conversation with this response; an empty text where the template refuses it."""
@@ -138,14 +173,46 @@ class Renderer:
             )
         except TemplateError as error:
             raise InvalidTextError(
-                f"The model's chat template refuses these messages: {str(error)[:200]}", param="prompt"
+                f"The model's chat template refuses these messages: {str(error)[:200]}", param="prompt", reason=_REFUSED
             ) from error
         return str(text)
+
+    def _without_response(self, messages: list[dict[str, Any]]) -> str | None:
+        try:
+            return self._render(messages, "")
+        except InvalidTextError:
+            return None
 
     def _query_start(self, messages: list[dict[str, Any]], rendered: str) -> int:
         """Returns where a frame's query starts: the instructions before it are never cut."""
         other = self._render([*messages[:-1], {"role": messages[-1]["role"], "content": _SENTINEL}], _SENTINEL)
         return _common_length(rendered, other)
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a tokenizer's chat template: of several that have names, the one named `default`, or the only one.
+
+    Raises:
+        ModelError: There are several, and none is named `default`.
+    """
+    known: Any = tokenizer.chat_template
+    if not isinstance(known, dict) or "default" in known:
+        return tokenizer.get_chat_template()
+    if len(known) > 1:
+        raise ModelError(
+            f"The tokenizer has the chat templates {', '.join(sorted(known))}, and none is named default. Choose one: "
+            "set tokenizer.chat_template = tokenizer.chat_template[NAME], and save the tokenizer."
+        )
+    return str(next(iter(known.values())))
+
+
+def _removal(part: str) -> InvalidTextError:
+    return InvalidTextError(
+        f"The model's chat template removes {part}, such as reasoning before </think>, so its reward would say nothing "
+        "of it. Send the answer without that part, or use a template that keeps it.",
+        param="response",
+        reason="removed by the chat template",
+    )
 
 
 def dateless(template: str) -> str:

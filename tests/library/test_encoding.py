@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from marginrm.encoding import Encoder
-from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, SequenceTooLongError
+from marginrm.encoding import EncodedResponse, Encoder
+from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, ModelError, SequenceTooLongError
 from support.models import CHATML_TEMPLATE, decoder_tokenizer, encoder_tokenizer, tiny_checkpoint
 
 MESSAGES = [
@@ -165,3 +165,77 @@ def test_a_saved_tokenizer_encodes_as_the_one_in_memory(tmp_path: Path, pad: boo
     loaded = Encoder(AutoTokenizer.from_pretrained(path), max_length=512, architecture="decoder")
     assert loaded.encode("hi", "yo") == decoder(bos=True, template=CHATML_TEMPLATE, pad=pad).encode("hi", "yo")
     assert loaded.describe().template_hash is not None
+
+
+@pytest.mark.parametrize("template", [None, CHATML_TEMPLATE])
+def test_the_prompt_is_cut_once_for_all_responses(template: str | None) -> None:
+    prompt = " ".join(f"word{index}" for index in range(40))
+    responses = ["yes", "no " * 10, "no " * 300]
+    whole = decoder(template=template).encode_group(prompt, responses[:2])
+    limit = len(whole[1].ids) - 15  # type: ignore[union-attr]
+    encoder = decoder(template=template, max_length=limit)
+    short, long, hopeless = encoder.encode_group(prompt, responses, "prompt_left")
+    assert isinstance(hopeless, SequenceTooLongError)
+    assert isinstance(short, EncodedResponse)
+    assert isinstance(long, EncodedResponse)
+    assert len(long.ids) == limit
+    assert short.truncated
+    prompts = [text_of(encoder, one.ids).partition(answer)[0] for one, answer in ((short, "yes"), (long, "no no"))]
+    assert prompts[0] == prompts[1]
+    # Alone, the short response keeps as much of the prompt as fits.
+    assert len(encoder.encode(prompt, "yes", "prompt_left").ids) == min(limit, len(whole[0].ids))  # type: ignore[union-attr]
+
+
+def test_the_prompt_of_a_text_pair_is_cut_once_too() -> None:
+    encoder = Encoder(encoder_tokenizer(), max_length=16, architecture="encoder")
+    short, long = encoder.encode_group("red yellow " * 8, ["blue", "blue " * 6], "prompt_left")
+    assert isinstance(short, EncodedResponse)
+    assert isinstance(long, EncodedResponse)
+    assert short.ids[: len(short.ids) - 2] == long.ids[: len(short.ids) - 2]
+
+
+REASONING = CHATML_TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
+    "message['content']", "message['content'].split('</think>')[-1]"
+)
+
+
+def test_responses_that_the_template_makes_equal_are_refused_and_their_neighbours_kept() -> None:
+    assert REASONING != CHATML_TEMPLATE
+    encoder = decoder(template=REASONING)
+    responses = ["<think>a</think>four", "<think>b</think>four", "four", "<think>c</think>five", "<think>d</think>"]
+    one, two, plain, other, nothing = encoder.encode_group("2 + 2?", responses)
+    for removed in (one, two, nothing):
+        assert isinstance(removed, InvalidTextError)
+        assert (removed.reason, removed.param) == ("removed by the chat template", "response")
+    assert "removes the part in which this response differs from another one" in str(one)
+    assert "removes this whole response" in str(nothing)
+    assert plain == encoder.encode("2 + 2?", "four")
+    assert other == encoder.encode("2 + 2?", "five")
+    # Alone, or beside the same response again, it is read as the template has it.
+    assert encoder.encode_group("2 + 2?", responses[:1] * 2) == [plain, plain]
+
+
+def test_white_space_that_a_template_trims_is_not_a_difference() -> None:
+    encoder = decoder(template=CHATML_TEMPLATE.replace("['content']", "['content'] | trim"))
+    one, two = encoder.encode_group("2 + 2?", ["four", "four\n"])
+    assert one == two
+    assert isinstance(one, EncodedResponse)
+
+
+def test_of_named_templates_the_default_one_is_used() -> None:
+    tokenizer = decoder_tokenizer(chat_template=None)
+    plain = decoder(template=CHATML_TEMPLATE).encode("Hi", "Yo")
+    for templates in ({"default": CHATML_TEMPLATE, "rag": "{{ messages }}"}, {"main": CHATML_TEMPLATE}):
+        tokenizer.chat_template = templates
+        assert Encoder(tokenizer, max_length=64, architecture="decoder").encode("Hi", "Yo") == plain
+    tokenizer.chat_template = {"rag": "{{ messages }}", "tool_use": CHATML_TEMPLATE}
+    with pytest.raises(ModelError, match="the chat templates rag, tool_use, and none is named default"):
+        Encoder(tokenizer, max_length=64, architecture="decoder")
+
+
+def test_the_reason_of_a_refused_prompt_is_the_template() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    messages = [{"role": "system", "content": "x"}, MESSAGES[0]]
+    refused, _ = decoder(template=template + CHATML_TEMPLATE).encode_group(messages, ["yo", "ya"])
+    assert isinstance(refused, InvalidTextError)
+    assert refused.reason == "refused by the chat template"

@@ -59,7 +59,7 @@ async def encode(
             part = replace(group, responses=group.responses[span.start : span.stop])
             encoded[span.group] += encode_unless_oversized(encoder, part, truncation)
 
-    for chunk in _chunks(groups):
+    for chunk in _chunks(groups, whole=truncation == "prompt_left"):
         await asyncio.get_running_loop().run_in_executor(pool, encode_chunk, chunk)
     return encoded
 
@@ -93,8 +93,13 @@ def encode_unless_oversized(encoder: Encoder, group: TextGroup, truncation: AnyT
     ]
 
 
-def _chunks(groups: Sequence[TextGroup]) -> Iterator[list[_Span]]:
-    """Cuts a request into parts of about equal work for the pool."""
+def _chunks(groups: Sequence[TextGroup], *, whole: bool) -> Iterator[list[_Span]]:
+    """Cuts a request into parts of about equal work for the pool.
+
+    Args:
+        groups: The request.
+        whole: Keep the responses of a group together, since their prompt is cut once for all.
+    """
     chunk: list[_Span] = []
     responses = characters = 0
     for number, group in enumerate(groups):
@@ -102,7 +107,8 @@ def _chunks(groups: Sequence[TextGroup]) -> Iterator[list[_Span]]:
         start = 0
         for index, response in enumerate(group.responses):
             size = prompt_length + text_length(response)
-            if responses and (responses >= _CHUNK_RESPONSES or characters + size > _CHUNK_CHARACTERS):
+            full = responses >= _CHUNK_RESPONSES or characters + size > _CHUNK_CHARACTERS
+            if responses and full and not (whole and index > start):
                 yield [*chunk, _Span(number, start, index)] if index > start else chunk
                 chunk, start, responses, characters = [], index, 0, 0
             responses, characters = responses + 1, characters + size

@@ -24,7 +24,7 @@ from marginrm.loading.heads import normalisation
 from marginrm.loading.own_code import own_code_of
 from marginrm.loading.token_logits import token_reward_of
 from marginrm.reading import CheckpointReading, ReadingOptions
-from marginrm.rendering import FIXED_DATE, dateless, transcript
+from marginrm.rendering import FIXED_DATE, dateless, own_template, transcript
 
 PlainReward = Callable[[Any, str], float]
 _Score = Callable[[Tensor], Tensor]
@@ -100,7 +100,7 @@ def _decoder_ids(
         start = transcript(messages) + ("\n\nAssistant: " if len(messages) > 1 else "")
         text = start + response
         return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
-    template = dateless(tokenizer.get_chat_template())
+    template = dateless(own_template(tokenizer))
     given: dict[str, Any] = {"chat_template": template, "date_string": FIXED_DATE}
     if reading.bos == "auto" and reading.eos == "auto":
         return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **given))
