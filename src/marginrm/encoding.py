@@ -7,23 +7,22 @@ sequence and at the first of an encoder's, always by position, so nothing here d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from marginrm.client_texts import ClientTexts
-from marginrm.errors import EncodingError, InvalidTextError, ModelError, SequenceTooLongError
-from marginrm.fitting import Draft, common_cut, fit, sequence_range, token_range
+from marginrm.errors import EncodingError, InvalidTextError, SequenceTooLongError
+from marginrm.fitting import Draft, common_cut, fit, sequence_range, shorten, token_range
 from marginrm.manifest import EncodingInfo, template_hash
 from marginrm.messages import check_messages
 from marginrm.rendering import Renderer, transcript
 from marginrm.special_tokens import EncodingPolicy, SpecialTokens
 from marginrm.text import AnyTruncation, Prompt, Truncation, check_choice, check_text
+from marginrm.tokenizer_backend import backend_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,20 +53,6 @@ class EncodedResponse:
 EncodedGroup = Sequence[EncodedResponse]  # the responses to one prompt
 
 
-@functools.lru_cache(maxsize=4)
-def _backend(serialised: str) -> Tokenizer:
-    """Makes a tokenizer from the text that `to_str` wrote; equal texts share one tokenizer.
-
-    Each thread that tokenises keeps a cache of words for each tokenizer as long as the thread lives, even after the
-    tokenizer is gone (tokenizers 0.23; clearing its cache does not help). So a server whose models are swapped must
-    reuse the tokenizer it has.
-    """
-    tokenizer = Tokenizer.from_str(serialised)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 class Encoder:
     """Turns (prompt, response) into token ids for one tokenizer and one kind of model.
 
@@ -93,17 +78,11 @@ class Encoder:
         architecture: Architecture,
         policy: EncodingPolicy | None = None,
     ) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise ModelError(
-                f"{type(tokenizer).__name__} has no fast tokenizer. Save the checkpoint with a tokenizer.json "
-                "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)."
-            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.architecture: Architecture = architecture
         self.policy = policy or EncodingPolicy()
-        self._backend = _backend(backend.to_str())
+        self._backend = backend_of(tokenizer)
         self._vocabulary = len(tokenizer)
         self._renderer = Renderer(tokenizer, self.policy.frame, strip_end=self.policy.eos == "on")
         self.special = SpecialTokens(tokenizer, self._backend, self._renderer, self.policy)
@@ -125,9 +104,6 @@ class Encoder:
             truncation: `error` refuses what is too long; `prompt_left` cuts the prompt from its left, and never the
                 response nor the end marker.
 
-        Returns:
-            The token ids and whether the prompt was cut.
-
         Raises:
             EncodingError: The texts are unusable, or too long under this truncation.
             ConfigError: `truncation` is not a valid value.
@@ -144,6 +120,7 @@ class Encoder:
         truncation: AnyTruncation = "error",
         *,
         allow_empty: bool = False,
+        most_tokens: int | None = None,
     ) -> list[EncodedResponse | EncodingError]:
         """Encodes all responses to one prompt in one tokenizer call.
 
@@ -151,10 +128,10 @@ class Encoder:
             prompt: As for `encode`.
             responses: The assistant's answers.
             truncation: As for `encode`; `prompt_left` cuts the prompt once, to what the longest response leaves, so that
-                all rewards belong to one prompt. `longest_first` cuts as rerankers do: the longer of prompt and response, until
-                they are of one length, then both. A response loses its end, and never its end marker. A prompt loses
-                its end before an encoder, and its beginning before a decoder.
+                all rewards belong to one prompt. `longest_first` cuts as rerankers do: the longer of both, then both. A
+                response loses its end, not its end marker; a prompt its end, before a decoder its beginning.
             allow_empty: Encode an empty response too, in place of an error.
+            most_tokens: Cut the end of a response with more tokens than this.
 
         Returns:
             One outcome per response, in order: its encoding, or the error that makes it unusable. A bad prompt makes
@@ -181,6 +158,7 @@ class Encoder:
             drafts = self._drafts(messages, [responses[index] for index in good])
         except EncodingError as error:
             drafts = [error.about(error.param or "prompt") for _ in good]
+        drafts = [shorten(draft, most_tokens) if isinstance(draft, Draft) else draft for draft in drafts]
         cut = common_cut([draft for draft in drafts if isinstance(draft, Draft)], self.max_length, truncation)
         for index, draft in zip(good, drafts, strict=True):
             outcomes[index] = draft if isinstance(draft, EncodingError) else self._fitted(draft, truncation, cut)
@@ -219,19 +197,22 @@ class Encoder:
 
         Args:
             prompt: As for `encode`; or a text that this model's chat template has rendered, generation prompt included.
-            response: The answer, with or without its end marker.
+            response: The answer, with or without its end marker. It is empty if the model ended its turn at once.
 
         Raises:
             EncodingError: The texts are unusable or too long, or the prompt was rendered by another template.
         """
-        check_text(response, "response")
+        if response != "":
+            check_text(response, "response")
         response = self._client_texts.response(response)
         if isinstance(prompt, str) and self.architecture == "decoder":
-            check_text(response, "response")
             rendered = self._client_texts.conversation(prompt, response)
             if rendered is not None:
                 return self.encode_text(rendered)
-        return self.encode(prompt, response)
+        outcome = self.encode_group(prompt, [response], allow_empty=True)[0]
+        if isinstance(outcome, EncodingError):
+            raise outcome
+        return outcome
 
     def describe(self) -> EncodingInfo:
         """Returns what a manifest records of the encoding, so that a server can tell whether it reads as trained."""

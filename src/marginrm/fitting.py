@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Encoding
 
@@ -21,6 +21,7 @@ class Draft:
         prompt: The indices of tokens that belong to the prompt.
         response: The indices of tokens that belong to the response, its end marker excluded.
         keeps_prompt_end: A prompt that `longest_first` cuts loses its beginning, in place of its end.
+        shortened: Whether tokens of the response were cut already.
     """
 
     ids: list[int]
@@ -28,6 +29,16 @@ class Draft:
     prompt: range
     response: range = range(0)
     keeps_prompt_end: bool = True
+    shortened: bool = False
+
+
+def shorten(draft: Draft, most_tokens: int | None) -> Draft:
+    """Cuts the end of a response with more tokens than `most_tokens`, in place, and returns the draft that is left."""
+    spare = 0 if most_tokens is None else len(draft.response) - most_tokens
+    if spare <= 0:
+        return draft
+    _remove(draft, draft.response[-spare:])
+    return replace(draft, response=draft.response[:-spare], shortened=True)
 
 
 def common_cut(drafts: Sequence[Draft], limit: int, truncation: AnyTruncation) -> int:
@@ -59,7 +70,7 @@ def fit(draft: Draft, limit: int, truncation: AnyTruncation, least: int = 0) -> 
     """
     excess = max(len(draft.ids) - limit, min(least, len(draft.prompt) - 1))
     if excess <= 0:
-        return False
+        return draft.shortened
     if truncation == "error":
         raise SequenceTooLongError(len(draft.ids), limit)
     prompt, response = _shares(draft, excess) if truncation == "longest_first" else (excess, 0)

@@ -146,11 +146,23 @@ def test_an_unusable_text_refuses_the_request_and_names_the_field(client, path, 
 
 
 @pytest.mark.parametrize(
-    "more", [{"max_tokens_per_doc": 100}, {"rank_fields": ["title"]}, {"max_chunks_per_doc": 2}, {"top_n": -1}]
+    "more", [{"max_tokens_per_doc": -1}, {"rank_fields": ["title"]}, {"max_chunks_per_doc": 2}, {"top_n": -1}]
 )
 def test_cutting_documents_is_refused(client, more):
     response = client.post("/v2/rerank", json={"query": "a", "documents": ["b"], **more})
     assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request")
+
+
+def test_documents_are_cut_to_the_tokens_that_the_client_allows(client, model):
+    # Haystack's CohereRanker sends max_tokens_per_doc, 4096 by default
+    documents = ["one two three four five six", "one"]
+    first = len(model.encoder.tokenizer.encode("one two three", add_special_tokens=False))
+    for most, expected in ((first, "one two three"), (4096, documents[0]), (0, documents[0])):
+        body = {"query": "Hi\n", "documents": documents, "max_tokens_per_doc": most}
+        scores = {one["index"]: one for one in client.post("/v2/rerank", json=body).json()["results"]}
+        assert scores[0]["relevance_score"] == model.expect("Hi\n", expected)
+        assert scores[0].get("truncated", False) == (expected != documents[0])
+        assert scores[1]["relevance_score"] == model.expect("Hi\n", "one")
 
 
 def test_models_by_name(client):
@@ -181,7 +193,10 @@ OPENAI = """
 import json, sys, openai
 client = openai.OpenAI(api_key="any-key", base_url=sys.argv[1] + "/v1")
 embedded = client.embeddings.create(model="rm", input="Hi No.")
-print(json.dumps([[m.id for m in client.models.list()], client.models.retrieve("default").id, embedded.data[0].embedding]))
+messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]
+chat = client.chat.completions.create(model="default", messages=messages).choices[0].message.content
+names = [m.id for m in client.models.list()], client.models.retrieve("default").id
+print(json.dumps([*names, embedded.data[0].embedding, float(chat)]))
 """
 
 
@@ -203,8 +218,9 @@ def test_the_cohere_sdk_reranks(server, model):
     assert error == "query"
 
 
-def test_the_openai_sdk_lists_models_and_embeds(server, client):
-    ids, one, embedding = run_sdk(OPENAI, server.url)
+def test_the_openai_sdk_lists_models_and_embeds(server, client, model):
+    ids, one, embedding, chat = run_sdk(OPENAI, server.url)
+    assert chat == model.expect("Hi", "No.")
     assert (ids, one) == (["default"], "default")
     (reward,) = client.post("/get_reward", json={"query": ["Hi No."]}).json()["rewards"]
     assert embedding == [pytest.approx(reward, rel=1e-6)]

@@ -103,6 +103,12 @@ def test_slime_reads_one_bare_number(client, model):
     assert response.json() == client.post("/slime", json={**body, "prompt": "Hi"}).json()
 
 
+def test_slime_gets_a_reward_for_a_turn_that_ended_at_once(client):
+    # A refusal would end the run after ten tries.
+    for response in ("", "<|endoftext|>"):
+        assert isinstance(client.post("/slime", json={"prompt": "Hi", "response": response}).json(), float)
+
+
 def test_verl_reads_the_last_prob_of_vllms_classify(client, model):
     # verl-project/verl verl/experimental/reward_loop/reward_loop.py: vLLM's branch
     body, response = sent(client, "/classify", "verl_vllm_classify.json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import json
 import logging
 import random
@@ -122,10 +123,11 @@ async def nemo_gym(source: str, url: str, sent: dict[str, Any]) -> Any:
     module = module_of("nemo_gym", source, {"GenRMStrategy"}, **given)
     names = ("agent_names", "num_generations_per_prompt", "policy_model_server_name", "genrm_compare_server_name")
     strategy = module.GenRMStrategy(Simple(**dict.fromkeys(names)))
+    compact = functools.partial(json.dumps, separators=(",", ":"), ensure_ascii=False)
     async with aiohttp.ClientSession() as session:
 
-        def post(*, url_path: str, json: Any, **_: str) -> Any:
-            return session.post(url + url_path, json=json)
+        def post(*, url_path: str, json: Any, **_: str) -> Any:  # nemo_gym/server_utils.py sends orjson's bytes
+            return session.post(url + url_path, data=compact(json), headers={"Content-Type": "application/json"})
 
         client = Simple(post=post)
         return await strategy.compare(sent["conversation_history"], sent["response_objs"], client, sent["principle"])

@@ -27,11 +27,13 @@ class TextGroup:
         prompt: Text or messages that the responses answer.
         responses: Each gets one reward.
         form: The form of the texts.
+        most_tokens: The end of a document with more tokens than this is cut.
     """
 
     prompt: Any
     responses: Sequence[Any]
     form: Form = "conversation"
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,9 @@ def _encode_form(
         case "conversation":
             return encoder.encode_group(group.prompt, responses, truncation)
         case "document":
-            return encoder.encode_group(group.prompt, responses, truncation, allow_empty=True)
+            return encoder.encode_group(
+                group.prompt, responses, truncation, allow_empty=True, most_tokens=group.most_tokens
+            )
         case "generation":
             return [encoder.encode_generation(group.prompt, response) for response in responses]
         case "text" | "ended_text":

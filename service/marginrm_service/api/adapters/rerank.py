@@ -48,8 +48,9 @@ class RerankRequest(ContractRequest):
     truncate_prompt_tokens: Literal[-1] | None = Field(
         default=None, description="-1 cuts to the model's limit, as the default does; other lengths are refused."
     )
-    # Lengths of the client's choice would change rewards, and are not supported.
-    max_tokens_per_doc: None = Field(default=None, description="Documents are cut to the model's limit; leave it out.")
+    max_tokens_per_doc: int | None = Field(
+        default=None, ge=0, description="Documents are cut to so many tokens; 0 means the model's limit."
+    )
     max_chunks_per_doc: None = Field(default=None, description="A document is scored whole; leave it out.")
     rank_fields: None = Field(default=None, description='Documents have one field, "text"; leave it out.')
 
@@ -118,7 +119,7 @@ async def _rerank(body: RerankRequest, request: Request, service: Service) -> Re
         service,
         request,
         body.model,
-        [TextGroup(body.query, texts, "document")],
+        [TextGroup(body.query, texts, "document", body.max_tokens_per_doc or None)],
         response_at=lambda i: f"documents[{i}]",
         prompt_at=lambda _: "query",
         truncation="longest_first",
