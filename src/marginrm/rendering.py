@@ -131,9 +131,12 @@ class Renderer:
         """Returns a response as the template writes it, from the end of the user's message on.
 
         Raises:
-            InvalidTextError: The template refuses the response.
+            InvalidTextError: The template refuses the response, or removes all of it.
         """
-        return self._render([_LONE_TURN], response).partition(_USER)[2]
+        text = self._render([_LONE_TURN], response)
+        for error in self.removed([_LONE_TURN], [response], [text]).values():
+            raise error
+        return text.partition(_USER)[2]
 
     def header(self) -> str:
         """Returns the text between the user's message and the response; empty without a chat template."""

@@ -76,6 +76,15 @@ def test_reasoning_before_the_answer_is_what_the_template_makes_of_it() -> None:
     assert other.encode_generation(prompt, "A city.</think>Paris.").ids == other.encode(MESSAGES, "Paris.").ids
 
 
+def test_a_response_that_the_template_removes_is_an_error_in_both_forms() -> None:
+    one = encoder(OPENS_THINKING)
+    prompt = one.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    for form in (prompt, MESSAGES):
+        with pytest.raises(InvalidTextError, match="removes this whole response"):
+            one.encode_generation(form, "A city.</think>")
+        assert one.encode_generation(form, "").ids == one.encode_group(MESSAGES, [""], allow_empty=True)[0].ids
+
+
 def test_a_rendered_system_turn_stays() -> None:
     one = encoder(CHATML_TEMPLATE)
     prompt = [{"role": "system", "content": "Be brief."}, *MESSAGES]
