@@ -28,12 +28,14 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTr
             )
             empty = not len(tokenizer)
     except ModelError as error:
-        needed = _needed_package(folder)
-        if needed is None:
+        if not _is_sentencepiece(folder):
             raise
+        missing = _missing_packages()
+        cure = f"Run: pip install {' '.join(missing)}, or save" if missing else "Save"
         raise ModelError(
-            f"{name} has a SentencePiece tokenizer without a tokenizer.json, and {needed} is not installed. Run: pip install "
-            f"{needed}, or save the tokenizer again where it is installed (save_pretrained writes tokenizer.json)."
+            f"{name} has a SentencePiece tokenizer without a tokenizer.json, and "
+            f"{' and '.join(missing) + ' is not installed' if missing else 'transformers cannot convert it here'}. {cure} "
+            f"the tokenizer again where it can be read (save_pretrained writes tokenizer.json). {error}"
         ) from error
     if empty:
         raise ModelError(f"{name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json beside the weights.")
@@ -75,15 +77,14 @@ def _reserved_positions(model: nn.Module, positions: int) -> int:
     return 0
 
 
-def _needed_package(folder: Path) -> str | None:
-    """Returns the package without which a SentencePiece model cannot be read, if one is missing."""
-    is_sentencepiece = any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file()
-    missing = [
-        name
-        for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
-        if not _has(module)
-    ]
-    return missing[0] if is_sentencepiece and missing else None
+def _is_sentencepiece(folder: Path) -> bool:
+    return any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file()
+
+
+def _missing_packages() -> list[str]:
+    """Returns the packages without which SentencePiece tokenizers cannot be read, as far as they are missing."""
+    needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    return [name for name, module in needed.items() if not _has(module)]
 
 
 def _has(module: str) -> bool:
