@@ -7,6 +7,7 @@ classifier's own forward, and through that one conversation at a time. Whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from marginrm.steps import ForwardPath
 
 _EXACT_LAYERS = {"full_attention", "sliding_attention"}
 _PROBE_TOKENS = (12, 160)
+_AGREEMENT = 1e-4  # to which float32 rewards agree with the model's own; rounding of quantised activations exceeds it
 _PLACES = {"packed": "packed", "padded": "padded", "one_at_a_time": "one at a time"}
 
 
@@ -214,7 +216,7 @@ def _differs(module: RewardModule, groups: Sequence[EncodedGroup], truth: Tensor
     same = found.isnan() & truth.isnan()  # a model that gives NaN gives it on every path
     worst = difference(torch.where(same, 0, found), torch.where(same, 0, truth))
     module.probe_difference = worst
-    if not worst <= tolerance(module):
+    if not worst <= min(tolerance(module), _AGREEMENT if module.dtype == torch.float32 else math.inf):
         return f"rewards differ by {worst:.2g} from the model's own in a probe"
     return _silent_window(module, recorder) if module.forward_path == "packed" else None
 

@@ -90,7 +90,13 @@ def load_model(
             f"{files.name}: weights of another shape than config.json says: {sorted(info['mismatched_keys'])}"
         )
     _check_left_over(files, config, set(info["unexpected_keys"]) - set(known), strict=strict)
-    return (model if method else model.to(target.device)), set(info["missing_keys"])
+    missing = set(info["missing_keys"])
+    if method is None:
+        return model.to(target.device), missing
+    with translated(files.name, f"quantised weights ({method})"), torch.inference_mode():
+        # compressed-tensors unpacks weights at the first forward of the whole model.
+        model(input_ids=torch.arange(1, 5, device=model.device)[None])
+    return model, missing
 
 
 def check_missing(files: CheckpointFiles, missing: Iterable[str]) -> None:
