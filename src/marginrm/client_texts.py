@@ -63,9 +63,7 @@ class ClientTexts:
         if self._strip_end:
             text = text.rstrip("\n")
         marker = self._ending.strip()
-        if not marker:
-            return text
-        if text.rstrip().endswith(marker):
+        if marker and text.rstrip().endswith(marker):
             before = self._ending[: self._ending.index(marker)]
             return text.rstrip().removesuffix(marker).removesuffix(before) + self._ending
         if not ended:

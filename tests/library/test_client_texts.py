@@ -132,6 +132,13 @@ def test_a_text_without_its_last_characters_is_completed(template: str, eos: str
     assert eos == "on" or one.encode_text(cut).ids != expected
 
 
+def test_an_end_of_line_breaks_only_is_put_where_a_text_is_to_be_ended() -> None:
+    one = encoder("{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}")
+    text = "### user:\nHi\n\n### assistant:\nYes."
+    assert {one.encode_text(text + end, ended=True).ids for end in ("", "\n", "\n\n")} == {one.encode("Hi", "Yes.").ids}
+    assert one.encode_text(text).ids == one.encode("Hi", "Yes.").ids[: len(one.encode_text(text).ids)]
+
+
 def test_a_cut_text_keeps_a_character_that_begins_the_end_marker_too() -> None:
     one = encoder(CHATML_TEMPLATE)
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n1 <"

@@ -102,9 +102,10 @@ def test_tei_cuts_long_texts_unless_truncate_is_false(client):
     assert client.post("/rerank", json=body | left).json()["error"]["param"] == "texts[2]"
     assert client.post("/rerank", json={**body, "texts": ["fine"]} | left).status_code == 200
     assert client.post("/predict", json={"inputs": "word " * 800}).json()[0]["truncated"]
+    assert client.post("/rerank", json={"query": "word " * 20000, "texts": ["fine"]}).json()[0]["truncated"]
 
 
-@pytest.mark.parametrize("bad", ["", " ", "word " * 3000], ids=["empty", "blank", "long"])
+@pytest.mark.parametrize("bad", ["", " ", "word " * 3000, "word " * 30000], ids=["empty", "blank", "long", "huge"])
 def test_one_document_among_fifty_does_not_refuse_the_others(client, model, bad):
     texts = [f"document {i}" for i in range(50)]
     rewards = {i: model.expect("Hi", text) for i, text in enumerate(texts)}

@@ -78,11 +78,14 @@ def text_length(value: Any) -> int:
 def encode_unless_oversized(encoder: Encoder, group: TextGroup, truncation: AnyTruncation) -> list[Encoded]:
     """Encodes the responses of a group, except those that are too long for any tokenizer to make fit."""
     longest = encoder.max_length * _CHARACTERS_PER_TOKEN
-    prompt_length = text_length(group.prompt)
     responses = group.responses
-    if truncation == "longest_first":  # its end would be cut anyway
+    if truncation == "longest_first":  # these ends would be cut anyway
         responses = [response[:longest] if isinstance(response, str) else response for response in responses]
+        if isinstance(group.prompt, str):
+            kept = slice(longest) if encoder.architecture == "encoder" else slice(-longest, None)
+            group = replace(group, prompt=group.prompt[kept])
         longest += longest
+    prompt_length = text_length(group.prompt)
     lengths = [prompt_length + text_length(response) for response in responses]
     usable = [response for response, length in zip(responses, lengths, strict=True) if length <= longest]
     encoded = iter(_encode_isolated(encoder, group, usable, truncation) if usable else [])
