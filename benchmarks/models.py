@@ -22,6 +22,8 @@ from benchmarks.harness.texts import load_texts
 
 MINILM = "minilm"
 MINILM_SHAPE = "minilm-shape"
+GEMMA2 = "gemma-2-2b"
+XLM_R_MINILM = "xlm-r-minilm"  # a multilingual reranker of bge's kind, at the size of mMiniLMv2-L12-H384
 _VOCABULARY = 16_384  # tokens of the tokenizer; the embedding has as many rows as the published model
 _SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 _TEMPLATE = (
@@ -32,6 +34,17 @@ _LLAMA = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings"
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 8192, "rope_theta": 500_000.0}
 _SMOLLM2 = {"model_type": "llama", "vocab_size": 49_152, "max_position_embeddings": 8192, "rope_theta": 100_000.0}
 _BERT = {"model_type": "bert", "vocab_size": 30_522, "max_position_embeddings": 512}
+_XLM_R = {"model_type": "xlm-roberta", "vocab_size": 250_002, "max_position_embeddings": 514, "type_vocab_size": 1}
+_GEMMA2 = {
+    "model_type": "gemma2",
+    "vocab_size": 256_000,
+    "max_position_embeddings": 8192,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+}
+ENCODERS = ("bert", "xlm-roberta")  # types of model
 
 
 def _shape(
@@ -45,11 +58,13 @@ _QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "max_position_embeddings
 # Sizes as in the config.json of each published model.
 SHAPES: dict[str, dict[str, Any]] = {
     MINILM_SHAPE: _shape(_BERT, 384, 1536, 6, 12),
+    XLM_R_MINILM: _shape(_XLM_R, 384, 1536, 12, 12),
     "pythia-70m": _shape(_GPT_NEOX, 512, 2048, 6, 8),
     "pythia-410m": _shape(_GPT_NEOX, 1024, 4096, 24, 16),
     "smollm2-135m": _shape(_SMOLLM2, 576, 1536, 30, 9, num_key_value_heads=3),
     "qwen3-0.6b": _shape(_QWEN3, 1024, 3072, 28, 16, num_key_value_heads=8),
     "tinyllama-1.1b": _shape(_LLAMA, 2048, 5632, 22, 32, num_key_value_heads=4),
+    GEMMA2: _shape(_GEMMA2, 2304, 9216, 26, 8, num_key_value_heads=4),
     "pythia-2.8b": _shape(_GPT_NEOX, 2560, 10_240, 32, 32),
     "llama-7b": _shape(_LLAMA, 4096, 11_008, 32, 32),
     "llama-3-8b": _shape(_LLAMA3, 4096, 14_336, 32, 32, num_key_value_heads=8),
@@ -61,6 +76,7 @@ SHAPES |= {
     f"{name}{SHALLOW}": SHAPES[name] | {"num_hidden_layers": 2} for name in ("qwen3-0.6b", "pythia-2.8b", "llama-3-8b")
 }
 NAMES = (MINILM, *SHAPES)
+SHORT = frozenset({MINILM, MINILM_SHAPE, XLM_R_MINILM})  # encoders of 512 tokens, without a prefix to share
 
 
 def build(name: str, folder: Path, passages: Sequence[str], device: str = "cpu") -> Path:
@@ -89,8 +105,10 @@ def build(name: str, folder: Path, passages: Sequence[str], device: str = "cpu")
 
 
 def _build_shape(shape: dict[str, Any], target: Path, passages: Sequence[str], device: str) -> None:
-    train = _wordpiece if shape["model_type"] == "bert" else _byte_level
+    train = _wordpiece if shape["model_type"] in ENCODERS else _byte_level
     tokenizer = train(passages, shape["max_position_embeddings"])
+    if shape.get("type_vocab_size") == 1:  # such models have no second segment
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(target)
     fields = {key: value for key, value in shape.items() if key != "model_type"}
     config = AutoConfig.for_model(

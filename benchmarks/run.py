@@ -16,7 +16,7 @@ import typer
 from benchmarks.harness.command import DataFolder, all_known, app_of
 from benchmarks.harness.texts import Texts, load_texts
 from benchmarks.harness.workloads import WORKLOADS, Samples, Workload
-from benchmarks.models import MINILM, NAMES, build
+from benchmarks.models import NAMES, SHORT, build
 from benchmarks.throughput import report
 from benchmarks.throughput.compare import Clock, Comparison, Setting
 from benchmarks.throughput.contenders import contenders, interpreters
@@ -91,8 +91,7 @@ class _Run:
 
     def compare(self, model: str, workloads: Sequence[Workload], clock: Clock) -> None:
         folder = build(model, self.output / "models", self.texts.for_tokenizer)
-        # Longer texts do not fit MiniLM, and an encoder has no prefix to share.
-        fitting = [workload for workload in workloads if model != MINILM or workload.texts == "short"]
+        fitting = [workload for workload in workloads if model not in SHORT or workload.texts == "short"]
         comparison = Comparison(model, folder, Samples(folder, self.texts), self.setting, self.results)
         comparison.run(fitting, self.rounds, clock)
         self.write()
@@ -100,7 +99,7 @@ class _Run:
     def study(self, models: Sequence[str], questions: Sequence[str], clock: Clock) -> None:
         """Runs each study on the first model that it applies to, unless its findings are kept already."""
         for question in questions:
-            fitting = [name for name in models if name != MINILM or question == "http"]
+            fitting = [name for name in models if name not in SHORT or question == "http"]
             if not fitting or any(name == question for name, _ in self.results.studies) or clock.left < 0:
                 continue
             model = fitting[0]

@@ -12,6 +12,7 @@ from typing import Literal
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.harness.texts import Sample, TextGroup, Texts, TokenizedGroup
+from benchmarks.models import ENCODERS
 from marginrm.encoding import Architecture, Encoder
 from marginrm.errors import EncodingError
 
@@ -85,7 +86,7 @@ class Samples:
 
     def __init__(self, folder: Path, texts: Texts) -> None:
         config = AutoConfig.from_pretrained(folder)
-        self.architecture: Architecture = "encoder" if config.model_type in {"bert", "modernbert"} else "decoder"
+        self.architecture: Architecture = "encoder" if config.model_type in ENCODERS else "decoder"
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self._encoder = Encoder(tokenizer, max_length=config.max_position_embeddings, architecture=self.architecture)
         self._texts = texts

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.harness.rates import Spread, gemm_share, ratios
-from benchmarks.models import MINILM, MINILM_SHAPE
+from benchmarks.models import GEMMA2, MINILM, MINILM_SHAPE, XLM_R_MINILM
 from benchmarks.throughput.contenders import (
     ARRIVAL,
     DETERMINISTIC,
@@ -85,6 +85,8 @@ def cpu_findings(results: Results) -> list[Finding]:
         found.times(MINILM, "pairs", f"{SENTENCE_TRANSFORMERS}, bfloat16", 2.0),
         found.times(MINILM, "pairs", f"{INFINITY}, float32", 4.0),
         found.times(MINILM, "pairs", f"{INFINITY}, bfloat16", 2.5),
+        found.times(XLM_R_MINILM, "pairs", ARRIVAL, 2.0),
+        found.times(GEMMA2, "bon-long", SORTED, 4.0),
         *(
             found.times(_QWEN3, workload, DETERMINISTIC, 2.0, most=True)
             for workload in ("bon-long", "bon-short", "pairs")
