@@ -80,6 +80,8 @@ def read_response(value: Any, field: Field) -> Response:
         if not _HH_TURN.match(value):
             return Response(value)
         messages = _hh_messages(value)
+    elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return Response(value[0])
     elif value is None:
         raise field.error("with a null response", "is null. Each row needs both responses.")
     else:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from marginrm import ranking
-from marginrm.calibration import correctness
 from marginrm.errors import ConfigError, DataError, EncodingError, MarginRMError, NonFiniteRewardError
+from marginrm.file_summary import Summary
 from marginrm.json_lines import read_parsed
 from marginrm.preferences import parse_group, parse_pair, parse_single
+from marginrm.published import is_pair
 from marginrm.text import Prompt, Truncation
 
 if TYPE_CHECKING:
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
 
 _CHUNK_RESPONSES = 256
-_SHOWN = 3  # places of unusable rows, for each reason, in the summary
 _CHECKED_ROWS = 100  # if none of the first rows can be scored, the file is of another format
 _FORMS = '{"prompt", "response"}, {"prompt", "chosen", "rejected"}, {"prompt", "responses"} or {"prompt", "candidates"}'
 
 
 @dataclass(frozen=True, slots=True)
 class InputRow:
-    """One input row: the responses to score, or the error that makes it unusable."""
+    """One input row: the responses to score, or the error that makes it unusable; `faults` are those of responses."""
 
     kind: Literal["item", "pair", "group"]
     prompt: Prompt
@@ -44,62 +44,13 @@ class InputRow:
     source: str
     id: Any = None
     error: MarginRMError | None = None
+    faults: dict[int, EncodingError] = field(default_factory=dict, compare=False)
 
-    def field(self, index: int) -> str:
+    def field_of(self, index: int) -> str:
         """Returns the name of a response's field in the input row."""
         return {"item": "response", "pair": ("chosen", "rejected")[index % 2], "group": f"responses[{index}]"}[
             self.kind
         ]
-
-
-@dataclass(slots=True)
-class Summary:
-    """Counts of one run; `skipped` rows were in the output before it."""
-
-    skipped: int = 0
-    rows: int = 0
-    unusable: dict[str, list[str]] = field(default_factory=dict)  # `path:line` by reason
-    responses: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    pairs: int = 0
-    right: float = 0.0
-    margin_sum: float = 0.0
-
-    def add_error(self, error: MarginRMError, source: str) -> None:
-        """Counts an unusable row by its reason."""
-        self.rows += 1
-        reason = error.reason if isinstance(error, DataError) else error.code.replace("_", " ")
-        self.unusable.setdefault(reason, []).append(source)
-
-    def add_result(self, result: dict[str, Any], group: list[EncodedResponse]) -> None:
-        """Counts a scored row."""
-        self.rows += 1
-        self.responses += len(group)
-        self.tokens += sum(len(response.ids) for response in group)
-        self.truncated += sum(response.truncated for response in group)
-        if "verdict" in result:
-            self.pairs += 1
-            self.right += float(correctness(result["margin"]))
-            self.margin_sum += result["margin"]
-
-    def lines(self, seconds: float) -> list[str]:
-        """Returns the summary as text."""
-        failed = sum(map(len, self.unusable.values()))
-        text = [
-            f"{self.rows:,} rows in {seconds:.1f} s ({self.skipped:,} were done before), {failed:,} with errors",
-            f"{self.responses:,} responses, {self.tokens:,} tokens, {self.responses / max(seconds, 1e-9):.1f} responses/s",
-        ]
-        for reason, sources in sorted(self.unusable.items(), key=lambda entry: -len(entry[1])):
-            places = ", ".join(sources[:_SHOWN]) + (", ..." if len(sources) > _SHOWN else "")
-            text.append(f"  {len(sources):,} {reason} ({places})")
-        if self.truncated:
-            text.append(f"{self.truncated:,} prompts were cut")
-        if self.pairs:
-            text.append(
-                f"pairs: accuracy {self.right / self.pairs:.4f}, mean margin {self.margin_sum / self.pairs:.4f}"
-            )
-        return text
 
 
 class InputFile(Iterator[InputRow]):
@@ -148,13 +99,13 @@ def parse_row(row: dict[str, Any], source: str) -> InputRow:
     mark = fingerprint(row)
     row_id = row.get("id")
     try:
-        if "chosen" in row or "rejected" in row:
+        if is_pair(row):
             pair = parse_pair(row, source)
             return InputRow("pair", pair.prompt, (pair.chosen, pair.rejected), mark, source, row_id)
-        if "responses" in row or "candidates" in row:
+        if row.keys() & {"responses", "candidates", "answers", "completions"}:
             group = parse_group(row, source)
             return InputRow("group", group.prompt, tuple(group.candidates), mark, source, row_id)
-        if "response" in row:
+        if row.keys() & {"response", "completion"}:
             prompt, response = parse_single(row, source)
             return InputRow("item", prompt, (response,), mark, source, row_id)
         raise DataError.of_row(source, "with other fields", f"has the fields {sorted(row)[:12]}; expected {_FORMS}.")
@@ -226,51 +177,65 @@ def _score_chunk(
     model: RewardModel, rows: list[InputRow], truncation: Truncation, tie_below: float, summary: Summary
 ) -> Iterator[dict[str, Any]]:
     encoded = [_encoded(model, given, truncation) for given in rows]
-    rewards = iter(model.score_encoded([group for group in encoded if not isinstance(group, MarginRMError)]))
+    usable = [list(group.values()) for group in encoded if not isinstance(group, MarginRMError)]
+    rewards = iter(model.score_encoded(usable))
     for given, group in zip(rows, encoded, strict=True):
         row: dict[str, Any] = {"input": given.fingerprint, "revision": model.info.revision}
         if given.id is not None:
             row["id"] = given.id
         result = group if isinstance(group, MarginRMError) else _result(given, group, next(rewards), model, tie_below)
         if isinstance(result, MarginRMError):
-            row["error"] = {"code": result.code, "message": str(result)} | (
-                {"param": result.param} if result.param else {}
-            )
+            row["error"] = _error_body(result)
             summary.add_error(result, given.source)
         else:
             row |= result
-            summary.add_result(result, [] if isinstance(group, MarginRMError) else group)
+            summary.add_result(result, [] if isinstance(group, MarginRMError) else list(group.values()))
+            for index, error in given.faults.items():
+                summary.add_candidate_error(error, given.source, index)
         yield row
 
 
-def _encoded(model: RewardModel, given: InputRow, truncation: Truncation) -> list[EncodedResponse] | MarginRMError:
+def _encoded(model: RewardModel, given: InputRow, truncation: Truncation) -> dict[int, EncodedResponse] | MarginRMError:
+    """Returns the encoded responses by index; of a group those that can be read, if any can, and notes the others."""
     if given.error is not None:
         return given.error
-    group = []
+    group: dict[int, EncodedResponse] = {}
     for index, outcome in enumerate(model.encoder.encode_group(given.prompt, given.responses, truncation)):
         if isinstance(outcome, EncodingError):
-            return outcome.for_response(given.field(index))
-        group.append(outcome)
+            given.faults[index] = outcome.for_response(given.field_of(index))
+        else:
+            group[index] = outcome
+    if given.faults and (given.kind != "group" or not group):
+        return next(iter(given.faults.values()))
     return group
 
 
 def _result(
-    given: InputRow, group: list[EncodedResponse], rewards: list[float], model: RewardModel, tie_below: float
+    given: InputRow, group: dict[int, EncodedResponse], rewards: list[float], model: RewardModel, tie_below: float
 ) -> dict[str, Any] | NonFiniteRewardError:
     if not all(math.isfinite(reward) for reward in rewards):
         return NonFiniteRewardError("The model gave NaN or infinity.")
     parts = [
         {"reward": reward, "tokens": len(response.ids), "truncated": response.truncated}
-        for reward, response in zip(rewards, group, strict=True)
+        for reward, response in zip(rewards, group.values(), strict=True)
     ]
     if given.kind == "item":
         return parts[0]
     if given.kind == "pair":
         result = asdict(ranking.compare(rewards[0], rewards[1], model.temperature, tie_below))
         return {**result, "chosen": parts[0], "rejected": parts[1]}
-    result = asdict(ranking.rank(rewards, model.temperature, tie_below))
-    del result["ranking"]
-    return {"rewards": rewards, **result}
+    positions = list(group)
+    ranked = asdict(ranking.rank(rewards, model.temperature, tie_below))
+    del ranked["ranking"]
+    known = dict(zip(positions, rewards, strict=True))
+    result = {"rewards": [known.get(index) for index in range(len(given.responses))], **ranked}
+    result["best"] = positions[ranked["best"]]
+    errors = [{"candidate": index, "error": _error_body(error)} for index, error in given.faults.items()]
+    return result | ({"errors": errors} if errors else {})
+
+
+def _error_body(error: MarginRMError) -> dict[str, str]:
+    return {"code": error.code, "message": str(error)} | ({"param": error.param} if error.param else {})
 
 
 def _checked_revision(line: bytes, given: InputRow | None, revision: str | None, source: str) -> str:

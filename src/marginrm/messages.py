@@ -79,6 +79,7 @@ def check_messages(prompt: Any) -> list[dict[str, Any]]:
         raise InvalidTextError(
             "The prompt must end before the answer that is scored, so its last message cannot be the assistant's.",
             param=f"prompt[{len(messages) - 1}].role",
+            reason="with a prompt that ends with an answer",
         )
     return messages
 

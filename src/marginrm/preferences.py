@@ -5,7 +5,7 @@ Pairs:
 - `{"prompt", "chosen", "rejected"}` (TRL, RewardBench): texts, messages, or dialogues that repeat the prompt;
 - `{"chosen", "rejected"}` alone, each a whole dialogue (HH-RLHF's text, or messages): split at the last assistant turn.
 
-Either may carry `margin` (a target margin) or `strength` (the label's probability); other fields are kept in `extra`.
+Both may have other published names of fields (`marginrm.published`). Either may carry `margin` (a target margin) or `strength` (the label's probability); other fields are kept in `extra`.
 
 Groups, for Best-of-N:
 
@@ -24,6 +24,7 @@ from typing import Any
 from marginrm.dialogue import Field, prompt_of, read_prompt, read_response, same_prompt
 from marginrm.errors import DataError
 from marginrm.json_lines import OnError, json_kind, read_parsed
+from marginrm.published import as_group, as_pair, with_prompt
 from marginrm.text import Prompt
 
 _GOLD_FIELDS = ("win_prob", "gold", "quality")
@@ -100,10 +101,12 @@ def parse_pair(row: Mapping[str, Any], source: str) -> PreferencePair:
         source: `path:line`, for errors.
 
     Raises:
-        DataError: The row has neither form, or a field of another type, or its responses answer different prompts.
+        DataError: The row has no known form, no preference, or a field of another type, or its responses answer different
+            prompts.
     """
+    row = as_pair(row, source)
     if "chosen" not in row or "rejected" not in row:
-        raise _other_fields(row, source, _PAIR_FORMS)
+        raise _no_pair(row, source)
     sides = [Field(source, name) for name in ("chosen", "rejected")]
     given = read_prompt(row.get("prompt"), Field(source, "prompt"))
     responses = [read_response(row[side.name], side) for side in sides]
@@ -127,15 +130,17 @@ def parse_pair(row: Mapping[str, Any], source: str) -> PreferencePair:
 
 
 def parse_single(row: Mapping[str, Any], source: str) -> tuple[Prompt, str]:
-    """Returns the prompt and the response of a row `{"prompt", "response"}`. Arguments and errors as for `parse_pair`."""
-    field = Field(source, "response")
+    """Returns prompt and response of a row `{"prompt", "response" | "completion"}`. Arguments and errors as for `parse_pair`."""
+    name = "response" if "response" in row else "completion"
+    field, row = Field(source, name), with_prompt(row, name)
     given = read_prompt(row.get("prompt"), Field(source, "prompt"))
-    response = read_response(row.get("response"), field)
+    response = read_response(row.get(name), field)
     return prompt_of(given, response, field), response.text
 
 
 def parse_group(row: Mapping[str, Any], source: str) -> CandidateGroup:
     """Returns a row's candidate group. Arguments and errors are those of `parse_pair`."""
+    row = as_group(row)
     name = "candidates" if "candidates" in row else "responses"
     if name not in row or row.get("prompt") is None:
         raise _other_fields(row, source, _GROUP_FORMS)
@@ -200,6 +205,17 @@ def _number(value: Any, field: Field, *, low: float = -math.inf, high: float = m
 
 def _others(row: Mapping[str, Any], *known: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in known}
+
+
+def _no_pair(row: Mapping[str, Any], source: str) -> DataError:
+    if row.keys() & {"responses", "candidates", "answers", "completions"}:
+        detail = (
+            "has a list of responses; a pair has the preferred one and another. Rows like this are candidate groups."
+        )
+        return DataError.of_row(source, "with a list of responses", detail)
+    if row.keys() & {"response", "completion"} and not row.keys() & {"chosen", "rejected"}:
+        return DataError.of_row(source, "with one response", "has one response and no other to compare it with.")
+    return _other_fields(row, source, _PAIR_FORMS)
 
 
 def _other_fields(row: Mapping[str, Any], source: str, forms: str) -> DataError:

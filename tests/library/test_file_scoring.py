@@ -68,8 +68,40 @@ def test_unusable_rows_are_counted_by_reason_with_their_lines(checkpoint: Path, 
     summary = CliRunner().invoke(build_app(), arguments, catch_exceptions=False).output
     assert "8 with errors" in summary
     assert f"4 with a null response ({source}:7, {source}:8, {source}:9, ...)" in summary
-    for reason, line in (("empty text", 4), ("sequence too long", 5), ("with other fields", 6), ("not valid JSON", 11)):
+    for reason, line in (("empty text", 4), ("too long", 5), ("with other fields", 6), ("not valid JSON", 11)):
         assert f"1 {reason} ({source}:{line})" in summary
+
+
+def test_a_group_is_ranked_without_its_unusable_candidates(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hi?", "candidates": ["", "No.", "word " * 600, "Yes, hello."]},
+        {"prompt": "Hi?", "responses": ["", " "]},
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["score", str(source), "-o", str(output), "--model", str(checkpoint), "--dtype", "float32"]
+    summary = CliRunner().invoke(build_app(), arguments, catch_exceptions=False).output
+    group, hopeless = (json.loads(line) for line in output.read_text().splitlines())
+    model = RewardModel.from_pretrained(checkpoint, dtype="float32")
+    no, yes = model.score("Hi?", ["No.", "Yes, hello."])
+    assert group["rewards"] == [None, pytest.approx(no, abs=1e-5), None, pytest.approx(yes, abs=1e-5)]
+    assert group["best"] == (3 if yes > no else 1)
+    found = [(one["candidate"], one["error"]["code"], one["error"]["param"]) for one in group["errors"]]
+    assert found == [(0, "empty_text", "responses[0]"), (2, "sequence_too_long", "responses[2]")]
+    assert hopeless["error"]["code"] == "empty_text"
+    assert "2 candidates of scored groups with errors" in summary
+    assert f"1 too long ({source}:1 candidate 2)" in summary
+
+
+def test_a_limit_of_unusable_rows_ends_the_run_with_their_reasons(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(lines(ROWS))
+    with pytest.raises(DataError, match=r"in\.jsonl:4: .*More than max_bad_rows = 0 rows"):
+        score(checkpoint, source, output, "--max-bad-rows", "0")
+    assert len(output.read_text().splitlines()) == 3
+    with pytest.raises(DataError, match=r"in\.jsonl:6: .*1 empty text \(.*:4\); 1 too long \(.*:5\); 1 with other"):
+        score(checkpoint, source, output, "--max-bad-rows", "2")
+    assert len(score(checkpoint, source, output, "--max-bad-rows", "4")) == len(ROWS) + 1
 
 
 def test_a_stopped_run_continues_even_after_half_a_row(checkpoint: Path, tmp_path: Path) -> None:

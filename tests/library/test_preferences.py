@@ -188,7 +188,33 @@ values = st.recursive(
     max_leaves=12,
 )
 fields = st.sampled_from(
-    ["prompt", "chosen", "rejected", "margin", "strength", "responses", "rewards", "candidates", "response"]
+    [
+        "prompt",
+        "chosen",
+        "rejected",
+        "margin",
+        "strength",
+        "responses",
+        "rewards",
+        "candidates",
+        "response",
+        "response_0",
+        "response_1",
+        "better_response_id",
+        "winner",
+        "conversation_a",
+        "conversation_b",
+        "messages",
+        "rejected_response",
+        "instruction",
+        "input",
+        "history",
+        "system",
+        "completions",
+        "answers",
+        "score_0",
+        "score_1",
+    ]
 )
 
 

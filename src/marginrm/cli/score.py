@@ -31,12 +31,22 @@ def score(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Most tokens a sequence may have.")] = None,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens in one forward pass.")] = None,
+    max_bad_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Most rows of this run that cannot be scored; 0 stops at the first. Unset: any number, each with its "
+            "error in the output.",
+            show_default=False,
+        ),
+    ] = None,
     restart: Annotated[bool, typer.Option(help="Replace OUT instead of continuing it.")] = False,
 ) -> None:
     """Score a file of pairs, single responses or groups; a run that was stopped continues where it was."""
     from tqdm import tqdm
 
-    from marginrm.file_scoring import InputFile, Summary, check_revision, resume, score_rows
+    from marginrm.file_scoring import InputFile, check_revision, resume, score_rows
+    from marginrm.file_summary import Summary
 
     if output.suffix == ".gz":
         raise ConfigError(f"-o {output}: the output is written uncompressed, so that it can be continued.")
@@ -61,7 +71,7 @@ def score(
     check_revision(output, revision, loaded.info.revision)
     if restart:
         output.unlink(missing_ok=True)
-    summary = Summary(skipped=done)
+    summary = Summary(skipped=done, max_bad_rows=max_bad_rows)
     started = time.monotonic()
     with (
         output.open("a", encoding="utf-8") as file,

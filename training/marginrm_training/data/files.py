@@ -89,12 +89,17 @@ def _cell(name: str, value: str, source: str) -> Any:
             return float(value)
         except ValueError:
             raise DataError.of_row(source, "with an invalid number", f"field '{name}' must be a number.") from None
-    if value.startswith(("[{", "{")):  # messages, which a CSV file can only give as JSON
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    return _messages(value) if value.startswith("[{") else value
+
+
+def _messages(text: str) -> Any:
+    """Returns messages, which a CSV file can only give as JSON; another text as it is."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    keys = ({"role", "content"}, {"from", "value"})
+    return found if all(isinstance(one, dict) and any(one.keys() >= two for two in keys) for one in found) else text
 
 
 def _parquet_rows(file: Path, _: OnError | None) -> Iterator[Row]:
