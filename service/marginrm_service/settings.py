@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from marginrm.errors import ConfigError
+from marginrm.process_rewards import Aggregate, StepValue
 from marginrm.reading import Activation, Bos, Eos, ReadingOptions
 from marginrm.text import NAME_PATTERN, Dtype
 
@@ -169,6 +170,17 @@ class Settings(BaseSettings):
     head_activation: Activation | None = Field(
         default=None, description="Activation between the two layers of a head, if the checkpoint does not name it."
     )
+    steps: Annotated[str | None, Option(metavar="SEPARATOR|FORM")] = Field(
+        default=None,
+        description="Text that ends each step, for a process reward model, or the name of a known form: qwen2.5-math-prm, "
+        "math-shepherd, rlhflow-prm, skywork-o1-prm, trl-prm.",
+    )
+    step_value: StepValue | None = Field(
+        default=None, description="A step's reward: probability (a sigmoid) or raw; by default as the form says."
+    )
+    aggregate: Aggregate | None = Field(
+        default=None, description="How step rewards make a response's reward; by default as the form says."
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="Text to read, or JSON to process.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The lowest level to log."
@@ -193,6 +205,9 @@ class Settings(BaseSettings):
             eos=self.eos,
             frame=self.frame,
             head_activation=self.head_activation,
+            steps=self.steps,
+            step_value=self.step_value,
+            aggregate=self.aggregate,
             trust_remote_code=self.trust_remote_code,
         )
 

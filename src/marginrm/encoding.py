@@ -21,7 +21,8 @@ from marginrm.manifest import EncodingInfo, template_hash
 from marginrm.messages import check_messages
 from marginrm.rendering import Renderer, transcript
 from marginrm.special_tokens import EncodingPolicy, SpecialTokens
-from marginrm.text import AnyTruncation, Prompt, Truncation, check_choice, check_text
+from marginrm.step_encoding import StepEncoder
+from marginrm.text import AnyTruncation, Prompt, Response, Truncation, check_choice, check_response, check_text
 from marginrm.tokenizer_backend import backend_of
 
 if TYPE_CHECKING:
@@ -38,16 +39,23 @@ class EncodedResponse:
         ids: Token ids of the whole sequence, special tokens included.
         type_ids: Segment ids of the same length for encoders that use them, else None.
         truncated: Whether tokens were cut.
+        read_at: Indices of the tokens that step rewards are read at; None for the one that the model reads.
         array: The token ids as [tokens] int32, made once, for array code such as `packing`.
     """
 
     ids: tuple[int, ...]
     type_ids: tuple[int, ...] | None = None
     truncated: bool = False
+    read_at: tuple[int, ...] | None = None
     array: NDArray[np.int32] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "array", np.fromiter(self.ids, np.int32, len(self.ids)))
+
+    @property
+    def values(self) -> int:
+        """How many values the model gives for it."""
+        return 1 if self.read_at is None else len(self.read_at)
 
 
 EncodedGroup = Sequence[EncodedResponse]  # the responses to one prompt
@@ -94,13 +102,15 @@ class Encoder:
             ends_in_eos=self.special.ends_in_eos,
             strip_end=self.policy.eos == "on",
         )
+        steps = self.policy.steps
+        self._steps = StepEncoder(steps, tokenizer, self._backend, self._renderer, self.special) if steps else None
 
-    def encode(self, prompt: Prompt, response: str, truncation: Truncation = "error") -> EncodedResponse:
+    def encode(self, prompt: Prompt, response: Response, truncation: Truncation = "error") -> EncodedResponse:
         """Encodes one response to a prompt.
 
         Args:
             prompt: A string (one user message) or a list of `{"role", "content"}` messages ending before the response.
-            response: The assistant's answer.
+            response: The assistant's answer; a process reward model takes its steps as a list, too.
             truncation: `error` refuses what is too long; `prompt_left` cuts the prompt from its left, and never the
                 response nor the end marker.
 
@@ -116,7 +126,7 @@ class Encoder:
     def encode_group(
         self,
         prompt: Prompt,
-        responses: Sequence[str],
+        responses: Sequence[Response],
         truncation: AnyTruncation = "error",
         *,
         allow_empty: bool = False,
@@ -150,12 +160,15 @@ class Encoder:
         for index, response in enumerate(responses):
             try:
                 if not (allow_empty and isinstance(response, str) and not response.strip()):
-                    check_text(response, "response")
+                    check_response(response, "response", takes_steps=self.policy.steps is not None)
                 good.append(index)
             except EncodingError as error:
                 outcomes[index] = error
         try:
-            drafts = self._drafts(messages, [responses[index] for index in good])
+            texts = [responses[index] for index in good]
+            drafts = (
+                [self._step_draft(messages, text) for text in texts] if self._steps else self._drafts(messages, texts)
+            )
         except EncodingError as error:
             drafts = [error.about(error.param or "prompt") for _ in good]
         drafts = [shorten(draft, most_tokens) if isinstance(draft, Draft) else draft for draft in drafts]
@@ -237,7 +250,7 @@ class Encoder:
         """The chat template in use, its date fixed, or None."""
         return self._renderer.chat_template if self.architecture == "decoder" else None
 
-    def _drafts(self, messages: list[dict[str, Any]], responses: list[str]) -> list[Draft | EncodingError]:
+    def _drafts(self, messages: list[dict[str, Any]], responses: list[Any]) -> list[Draft | EncodingError]:
         if self.architecture == "encoder":
             prompt = transcript(messages)
             encodings = self._backend.encode_batch([(prompt, text) for text in responses], add_special_tokens=True)
@@ -269,7 +282,16 @@ class Encoder:
             )
         return drafts
 
+    def _step_draft(self, messages: list[dict[str, Any]], response: Response) -> Draft | EncodingError:
+        assert self._steps is not None
+        try:
+            return self._steps.draft(messages, response)
+        except EncodingError as error:
+            return error
+
     def _draft_of_text(self, text: str, *, ended: bool) -> Draft:
+        if self._steps is not None:
+            return self._steps.draft_of_text(text)
         if self.architecture == "encoder":
             encoding = self._backend.encode(text, add_special_tokens=True)
             return Draft(encoding.ids, encoding.type_ids, sequence_range(encoding, 0), keeps_prompt_end=False)
@@ -284,6 +306,11 @@ class Encoder:
         """
         if not ids or not all(type(one) is int and 0 <= one < self._vocabulary for one in ids):
             raise InvalidTextError(f"{{param}} must hold token ids from 0 to {self._vocabulary - 1:,}.", param="text")
+        if self._steps is not None:
+            raise InvalidTextError(
+                "{param} holds token ids, in which a process reward model cannot tell where steps end. Send text.",
+                param="text",
+            )
         if self.architecture == "encoder":
             return Draft(ids, [0] * len(ids), range(1, len(ids) - 1), keeps_prompt_end=False)
         ids, _ = self.special.put(ids, rendered_here=False)
@@ -296,4 +323,4 @@ class Encoder:
             return error
         keep_type_ids = draft.type_ids is not None and "token_type_ids" in self.tokenizer.model_input_names
         types = tuple(draft.type_ids) if draft.type_ids is not None and keep_type_ids else None
-        return EncodedResponse(tuple(draft.ids), types, truncated)
+        return EncodedResponse(tuple(draft.ids), types, truncated, draft.read_at)

@@ -21,6 +21,7 @@ from marginrm.errors import ConfigError, DataError, EncodingError, MarginRMError
 from marginrm.file_summary import Summary
 from marginrm.json_lines import read_parsed
 from marginrm.preferences import parse_group, parse_pair, parse_single
+from marginrm.process_rewards import steps_of
 from marginrm.published import is_pair
 from marginrm.text import Prompt, Truncation
 
@@ -215,9 +216,11 @@ def _result(
 ) -> dict[str, Any] | NonFiniteRewardError:
     if not all(math.isfinite(reward) for reward in rewards):
         return NonFiniteRewardError("The model gave NaN or infinity.")
+    steps = [steps_of(reward) for reward in rewards]
     parts = [
         {"reward": reward, "tokens": len(response.ids), "truncated": response.truncated}
-        for reward, response in zip(rewards, group.values(), strict=True)
+        | ({} if found is None else {"steps": list(found)})
+        for reward, response, found in zip(rewards, group.values(), steps, strict=True)
     ]
     if given.kind == "item":
         return parts[0]
@@ -230,6 +233,9 @@ def _result(
     known = dict(zip(positions, rewards, strict=True))
     result = {"rewards": [known.get(index) for index in range(len(given.responses))], **ranked}
     result["best"] = positions[ranked["best"]]
+    if any(steps):
+        found_steps = dict(zip(positions, steps, strict=True))
+        result["steps"] = [found_steps.get(index) for index in range(len(given.responses))]
     errors = [{"candidate": index, "error": _error_body(error)} for index, error in given.faults.items()]
     return result | ({"errors": errors} if errors else {})
 

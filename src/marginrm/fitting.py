@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from tokenizers import Encoding
 
-from marginrm.errors import SequenceTooLongError
+from marginrm.errors import InvalidTextError, SequenceTooLongError
 from marginrm.text import AnyTruncation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Draft:
     """A sequence before the length check.
 
@@ -22,6 +23,8 @@ class Draft:
         response: The indices of tokens that belong to the response, its end marker excluded.
         keeps_prompt_end: A prompt that `longest_first` cuts loses its beginning, in place of its end.
         shortened: Whether tokens of the response were cut already.
+        read_at: The indices of the tokens that step rewards are read at, all of them behind the prompt; None for one
+            reward per response. Such a response is never cut.
     """
 
     ids: list[int]
@@ -30,6 +33,7 @@ class Draft:
     response: range = range(0)
     keeps_prompt_end: bool = True
     shortened: bool = False
+    read_at: tuple[int, ...] | None = None
 
 
 def shorten(draft: Draft, most_tokens: int | None) -> Draft:
@@ -86,6 +90,8 @@ def fit(draft: Draft, limit: int, truncation: AnyTruncation, least: int = 0) -> 
     _remove(draft, range(draft.response.stop - response, draft.response.stop))
     first = draft.prompt.start if draft.keeps_prompt_end or truncation == "prompt_left" else draft.prompt.stop - prompt
     _remove(draft, range(first, first + prompt))
+    if draft.read_at is not None:
+        draft.read_at = tuple(at - prompt for at in draft.read_at)
     return True
 
 
@@ -93,6 +99,22 @@ def token_range(encoding: Encoding, start: int, end: int) -> range:
     """Returns the tokens that lie within a range of characters, special tokens without characters excluded."""
     inside = [index for index, (begin, stop) in enumerate(encoding.offsets) if start <= begin < stop <= end]
     return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
+def tokens_at(encoding: Encoding, characters: Sequence[int]) -> tuple[int, ...]:
+    """Returns the index of the last token that holds each character.
+
+    Raises:
+        InvalidTextError: The tokenizer drops one.
+    """
+    offsets = np.array(encoding.offsets)
+    found = []
+    for at in characters:
+        holding = np.flatnonzero((offsets[:, 0] <= at) & (at < offsets[:, 1]))
+        if not len(holding):
+            raise InvalidTextError("The tokenizer drops the separator after a step.", param="response")
+        found.append(int(holding[-1]))
+    return tuple(found)
 
 
 def sequence_range(encoding: Encoding, sequence: int) -> range:

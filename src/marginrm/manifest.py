@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marginrm.errors import ManifestError
+from marginrm.process_rewards import Aggregate, StepValue
 
 MANIFEST_NAME = "reward_manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -79,6 +80,9 @@ class HeadInfo(_Strict):
     head_activation: Literal["relu", "gelu", "silu", "tanh"] | None = Field(
         default=None, description="The activation between the layers of a head with two."
     )
+    steps: str | None = Field(default=None, description="A process reward model's form, or its separator of steps.")
+    step_value: StepValue | None = Field(default=None, description="What a step's reward is.")
+    aggregate: Aggregate | None = Field(default=None, description="How step rewards make a response's reward.")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> HeadInfo | None:

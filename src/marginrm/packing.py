@@ -88,6 +88,26 @@ class PackingPlan:
         """Row index of each response's last token."""
         return [self.runs[leaf].stop - 1 for leaf in self.leaves]
 
+    def read_at(self, positions: Sequence[Sequence[int] | None]) -> tuple[list[int], list[int]]:
+        """Returns the row indices that values are read at, and those of the first tokens of their sequences.
+
+        Args:
+            positions: For each response the indices of tokens in its sequence; None for its last token.
+
+        Returns:
+            Two lists with an entry for each value, in the order of the responses and of their positions.
+        """
+        read: list[int] = []
+        first: list[int] = []
+        for leaf, start, wanted in zip(self.leaves, self.first, positions, strict=True):
+            path = [*self.ancestors(leaf), leaf]
+            last = self.runs[leaf].offset + self.runs[leaf].length - 1
+            for position in (last,) if wanted is None else wanted:
+                run = next(self.runs[one] for one in reversed(path) if self.runs[one].offset <= position)
+                read.append(run.start + position - run.offset)
+                first.append(start)
+        return read, first
+
     def ancestors(self, run: int) -> list[int]:
         """Returns the runs that a run continues, first to last."""
         found: list[int] = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from marginrm.errors import ConfigError
+from marginrm.process_rewards import Aggregate, StepReading, StepValue
 from marginrm.text import check_choice
 
 Bos = Literal["auto", "on", "off", "double"]
@@ -34,6 +35,11 @@ class ReadingOptions:
         frame: The text around query and document of a reranker: the name of a known frame, or a Jinja template file
             with `query`, `document`, `instruction` and `messages`.
         head_activation: The activation between the two layers of a head, where the checkpoint does not say it.
+        steps: What ends the steps that a process reward model reads: the name of a known form
+            (`process_rewards.FORMS`), or the separator itself, in which a backslash and an n are a line
+            break.
+        step_value: What a step's reward is, as in `StepReading`; by default as the form or the head says.
+        aggregate: How step rewards make the response's reward; by default as the form says, `min` otherwise.
         trust_remote_code: Whether code that comes with the checkpoint may run.
 
     Raises:
@@ -46,6 +52,9 @@ class ReadingOptions:
     reward_tokens: tuple[str, ...] | None = None
     frame: str | None = None
     head_activation: Activation | None = None
+    steps: str | None = None
+    step_value: StepValue | None = None
+    aggregate: Aggregate | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +62,12 @@ class ReadingOptions:
         check_choice(self.eos, "eos", Eos)
         if self.head_activation is not None:
             check_choice(self.head_activation, "head_activation", Activation)
+        if self.step_value is not None:
+            check_choice(self.step_value, "step_value", StepValue)
+        if self.aggregate is not None:
+            check_choice(self.aggregate, "aggregate", Aggregate)
+        if self.steps == "":
+            raise ConfigError("steps is empty. Give the text that ends each step, or the name of a known form.")
         if self.label_weights is not None and not all(map(math.isfinite, self.label_weights)):
             raise ConfigError(f"label_weights = {list(self.label_weights)}: each must be a finite number.")
         if self.reward_tokens is not None and len(self.reward_tokens) not in (1, 2):
@@ -104,6 +119,7 @@ class CheckpointReading:
         max_length: The most tokens that a sequence may have.
         dtype: The backbone's dtype; the head is float32.
         quantisation: The method of quantised weights, or None.
+        steps: How the steps of a response are read; None unless it is a process reward model.
         options: The `ReadingOptions` that it was read with, by name; defaults are left out.
         notes: Decisions that a user should know of, one sentence each.
     """
@@ -122,6 +138,7 @@ class CheckpointReading:
     max_length: int
     dtype: str
     quantisation: str | None = None
+    steps: StepReading | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

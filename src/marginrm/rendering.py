@@ -155,21 +155,30 @@ class Renderer:
             **options: Variables of the template, such as `add_generation_prompt`.
         """
         try:
-            return self._template([_LONE_TURN], **options).partition(_USER)[2]
+            return self.conversation([_LONE_TURN], **options).partition(_USER)[2]
         except InvalidTextError:
             return ""
 
     def _render(self, messages: list[dict[str, Any]], response: str) -> str:
         if self._frame is None:
-            text = self._template([*messages, {"role": "assistant", "content": response}])
+            text = self.conversation([*messages, {"role": "assistant", "content": response}])
         elif self._frame.template is None:
             query = {"role": "query", "content": messages[-1]["content"]}
-            text = self._template([query, {"role": "document", "content": response}])
+            text = self.conversation([query, {"role": "document", "content": response}])
         else:
             text = self._frame.render(messages, response)
         return text.rstrip("\n") if self._strip_end else text
 
-    def _template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def conversation(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Renders messages with the chat template.
+
+        Args:
+            messages: They may end with any role.
+            **options: Variables of the template, such as `add_generation_prompt`.
+
+        Raises:
+            InvalidTextError: The template refuses them.
+        """
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, chat_template=self.chat_template, date_string=FIXED_DATE, **options

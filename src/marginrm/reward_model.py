@@ -16,11 +16,12 @@ from marginrm.errors import ConfigError, EmptyTextError, EncodingError, GoldenMi
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.loading import find_checkpoint, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
+from marginrm.process_rewards import StepReading
 from marginrm.ranking import Comparison, Ranking
 from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.schemas import ModelInfo
 from marginrm.steps import ForwardPath, GroupSlice, StepResult, plan_steps
-from marginrm.text import Dtype, Prompt, Truncation
+from marginrm.text import Dtype, Prompt, Response, Truncation
 from marginrm.tuning.token_budget import default_token_budget, measure_token_budget
 
 # Row lengths on CPUs: oneDNN makes kernels for each length that it meets and keeps them, megabytes each, and making
@@ -154,6 +155,11 @@ class RewardModel:
         return self.info.temperature
 
     @property
+    def steps(self) -> StepReading | None:
+        """How the steps of a response are read; None unless this is a process reward model."""
+        return self.encoder.policy.steps
+
+    @property
     def forward_path(self) -> ForwardPath:
         """`packed`, `padded` or `one_at_a_time`."""
         return self.module.forward_path
@@ -168,8 +174,11 @@ class RewardModel:
         """Whether what the members of a group share is computed once."""
         return self.forward_path == "packed" and self.module.architecture == "decoder"
 
-    def score(self, prompt: Prompt, responses: Sequence[str], truncation: Truncation = "error") -> list[float]:
+    def score(self, prompt: Prompt, responses: Sequence[Response], truncation: Truncation = "error") -> list[float]:
         """Returns one reward per response, in order.
+
+        A process reward model takes a response as text or as a list of steps (`StepReading.split`), and its rewards are
+        `StepReward`: floats with the attribute `steps`.
 
         Raises:
             EncodingError: There is no response, or a response (named by its index) or the prompt is unusable.
@@ -188,13 +197,13 @@ class RewardModel:
                 raise NonFiniteRewardError(f"The model gave {reward} for responses[{index}].")
         return rewards
 
-    def compare(self, prompt: Prompt, chosen: str, rejected: str, tie_below: float = 0.5) -> Comparison:
+    def compare(self, prompt: Prompt, chosen: Response, rejected: Response, tie_below: float = 0.5) -> Comparison:
         """Returns margin, confidence and verdict for two responses to a prompt. Raises as `score` does."""
         first, second = self.score(prompt, [chosen, rejected])
         return ranking.compare(first, second, self.temperature, tie_below)
 
     def best_of_n(
-        self, prompt: Prompt, candidates: Sequence[str], top_k: int | None = None, tie_below: float = 0.5
+        self, prompt: Prompt, candidates: Sequence[Response], top_k: int | None = None, tie_below: float = 0.5
     ) -> Ranking:
         """Ranks candidates, best first. Raises as `score` does."""
         return ranking.rank(self.score(prompt, candidates), self.temperature, tie_below, top_k)
@@ -254,8 +263,14 @@ class RewardModel:
         """Runs one forward pass over groups of any size; returns rewards in order, and tokens computed per group."""
         batch = self.module.collate(groups, multiple=self.row_multiple)
         with torch.inference_mode(), evaluating(self.module):
-            rewards: list[float] = self.module(batch.to(self.module.device)).tolist()
-        return rewards, batch.costs
+            values: list[float] = self.module(batch.to(self.module.device)).tolist()
+        responses = [response for group in groups for response in group]
+        if all(response.read_at is None for response in responses):
+            return values, batch.costs
+        steps = self.steps
+        assert steps is not None  # its encoder says where steps are read
+        rest = iter(values)
+        return [steps.reward(list(itertools.islice(rest, one.values))) for one in responses], batch.costs
 
     def verify_golden(self) -> float | None:
         """Scores the manifest's golden samples again.

@@ -24,6 +24,9 @@ from marginrm import schema_examples as examples
 from marginrm.text import Truncation
 
 WireText = Annotated[Any, WithJsonSchema({"type": "string"})]
+WireResponse = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
+]
 WirePrompt = Annotated[
     Any,
     WithJsonSchema(
@@ -68,6 +71,8 @@ def _well_formed(text: str) -> str:
 Id = Annotated[str, AfterValidator(_well_formed)]
 
 _PROMPT = "One user message as a string, or a list of messages that ends before the response."
+_RESPONSE = "A text, or a list of the steps that a process reward model reads."
+_STEPS = "A process reward model's reward at each step, in order; absent for other models."
 _ID = "Chosen by the client; repeated in the reply."
 _INDEX = "Position in the request's list, from 0."
 _MODEL = "Name of a served model, as `/v1/models` lists them."
@@ -91,8 +96,8 @@ class PairIn(_Request):
 
     id: Id | None = Field(default=None, description=_ID)
     prompt: WirePrompt = Field(description=_PROMPT)
-    chosen: WireText = Field(description="The response that is labelled as better.")
-    rejected: WireText = Field(description="The response that is labelled as worse.")
+    chosen: WireResponse = Field(description=f"The response that is labelled as better. {_RESPONSE}")
+    rejected: WireResponse = Field(description="The response that is labelled as worse.")
 
 
 class ItemIn(_Request):
@@ -100,7 +105,7 @@ class ItemIn(_Request):
 
     id: Id | None = Field(default=None, description=_ID)
     prompt: WirePrompt = Field(description=_PROMPT)
-    response: WireText = Field(description="The response to score.")
+    response: WireResponse = Field(description=f"The response to score. {_RESPONSE}")
 
 
 class ScoreRequest(_Request):
@@ -129,7 +134,7 @@ class PromptIn(_Request):
 
     id: Id | None = Field(default=None, description=_ID)
     prompt: WirePrompt = Field(description=_PROMPT)
-    candidates: list[WireText] = Field(min_length=1, description="Responses to rank.")
+    candidates: list[WireResponse] = Field(min_length=1, description=f"Responses to rank. {_RESPONSE}")
 
 
 class BestOfNRequest(_Request):
@@ -205,6 +210,11 @@ class ResponseOut(_Reply):
     )
     tokens: int = Field(description="Length of the encoded sequence, prompt included.")
     truncated: bool = Field(description="True if the prompt was cut.")
+    steps: list[float] | None = Field(default=None, description=_STEPS)
+
+    @model_serializer(mode="wrap")
+    def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "steps" or value is not None}
 
 
 class PairOut(_Reply):
@@ -244,12 +254,15 @@ class RankedOut(_Reply):
     rank: int = Field(ge=1, description="1 for the best; equal rewards keep the lower index first.")
     reward: float
     p_best: float = Field(ge=0, le=1, description="Luce choice probability exp(r / T) / sum, over all candidates.")
-    text: str | None = Field(default=None, description="The candidate's text, if the request set `return_text`.")
+    steps: list[float] | None = Field(default=None, description=_STEPS)
+    text: str | list[str] | None = Field(
+        default=None, description="The candidate's text, if the request set `return_text`."
+    )
     truncated: bool = Field(default=False, description="True if its prompt was cut; absent otherwise.")
 
     @model_serializer(mode="wrap")
     def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("text", "truncated")
+        optional = ("steps", "text", "truncated")
         return {key: value for key, value in handler(self).items() if key not in optional or value}
 
 

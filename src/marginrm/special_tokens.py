@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from marginrm.errors import ConfigError
 from marginrm.frames import Frame
+from marginrm.process_rewards import StepReading
 from marginrm.reading import Eos
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class EncodingPolicy:
             that it reads the reward before them. They are left out: later tokens do not change earlier ones.
         appended: The token whose position is read, put after the text, or None.
         frame: A reranker's text, in place of a conversation.
+        steps: How a process reward model's steps are read; None for one reward per response.
     """
 
     bos: BosPolicy = "single"
@@ -37,6 +39,7 @@ class EncodingPolicy:
     unread: frozenset[int] = frozenset()
     appended: int | None = None
     frame: Frame | None = None
+    steps: StepReading | None = None
 
 
 class SpecialTokens:

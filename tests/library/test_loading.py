@@ -14,6 +14,7 @@ import torch
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
 from marginrm.loading import find_checkpoint
 from marginrm.manifest import HeadInfo, Manifest
+from marginrm.process_rewards import FORMS
 from marginrm.reading import ReadingOptions
 from marginrm.reward_model import RewardModel
 from support import zoo
@@ -54,7 +55,10 @@ def test_a_sequence_to_sequence_model_is_refused_as_a_language_model(tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("DebertaV2PairRM", "reads two responses"), ("Qwen2ForProcessRewardModel", "a process reward model")],
+    [
+        ("DebertaV2PairRM", "reads two responses"),
+        ("LlamaForProcessRewardModel", "a process reward model.*--steps SEPARATOR"),
+    ],
 )
 def test_other_kinds_of_reward_model_are_refused_by_name(tmp_path: Path, name: str, reason: str) -> None:
     zoo.change_config(classifier(tmp_path), architectures=[name])
@@ -65,7 +69,10 @@ def test_other_kinds_of_reward_model_are_refused_by_name(tmp_path: Path, name: s
 def test_a_token_classifier_of_two_classes_is_a_process_reward_model(tmp_path: Path) -> None:
     tok = tokenizer()
     write(tmp_path, model_of(TOKENS, config_of("Qwen2", tok, num_labels=2)), tok)
-    with pytest.raises(HeadError, match="process reward model: it gives values per step"):
+    reading = load(tmp_path).reading
+    assert reading.steps == FORMS["trl-prm"]
+    write(tmp_path, model_of(TOKENS, config_of("Qwen2", tok, num_labels=3)), tok)
+    with pytest.raises(HeadError, match=r"3 classes for each token.*--steps SEPARATOR"):
         load(tmp_path)
 
 

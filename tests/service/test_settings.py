@@ -47,6 +47,9 @@ VALUES = {
     "reward_tokens": "yes,no",
     "frame": "bge-gemma",
     "head_activation": "tanh",
+    "steps": "<extra_0>",
+    "step_value": "raw",
+    "aggregate": "mean",
     "log_format": "json",
     "log_level": "debug",
 }
@@ -90,6 +93,9 @@ def test_options_and_environment_variables_give_the_same_settings(monkeypatch):
         reward_tokens=("yes", "no"),
         frame="bge-gemma",
         head_activation="tanh",
+        steps="<extra_0>",
+        step_value="raw",
+        aggregate="mean",
         trust_remote_code=True,
     )
     defaults = Settings.model_construct()

@@ -66,13 +66,17 @@ def best_of_n_reply(request: BestOfNRequest, result: ScoringResult) -> BestOfNRe
 
 
 def _response(scored: ScoredResponse) -> ResponseOut:
-    return ResponseOut(reward=scored.reward, tokens=scored.tokens, truncated=scored.truncated)
+    return ResponseOut(reward=scored.reward, tokens=scored.tokens, truncated=scored.truncated, steps=_steps(scored))
+
+
+def _steps(scored: ScoredResponse) -> list[float] | None:
+    return None if scored.steps is None else list(scored.steps)
 
 
 def _item(index: int, item: ItemIn, result: Result) -> ItemOut | ItemError:
     if isinstance(result, MarginRMError):
         return ItemError(id=item.id, index=index, error=error_body(result))
-    return ItemOut(id=item.id, index=index, reward=result.reward, tokens=result.tokens, truncated=result.truncated)
+    return ItemOut(id=item.id, index=index, **_response(result).model_dump())
 
 
 def _pair(
@@ -127,6 +131,7 @@ def prompt_reply(
                 p_best=entry.p_best,
                 text=prompt.candidates[positions[entry.candidate]] if request.return_text else None,
                 truncated=scored[entry.candidate].truncated,
+                steps=_steps(scored[entry.candidate]),
             )
             for entry in ranked.ranking
         ],

@@ -55,11 +55,15 @@ class ScoringRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse:
-    """A reward, the tokens of its sequence, and whether it was cut to fit."""
+    """A reward, the tokens of its sequence, and whether it was cut to fit.
+
+    `steps` holds the rewards of its steps; None unless the model is a process reward model.
+    """
 
     reward: float
     tokens: int
     truncated: bool
+    steps: tuple[float, ...] | None = None
 
 
 Result = ScoredResponse | MarginRMError

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 from marginrm.encoding import EncodedGroup, EncodedResponse
+from marginrm.process_rewards import steps_of
 
 Position = tuple[int, int]  # index of a group, and of the member in it
 PositionsByKey = Mapping[bytes, Sequence[Position]]
@@ -15,16 +16,20 @@ PositionsByKey = Mapping[bytes, Sequence[Position]]
 # Resident memory of an entry: 285 to 344 bytes were measured (CPython 3.11, 174,800 to 262,144 entries after many
 # evictions). The key takes 64 of them, the reward 32, its node 48; the rest is the table, which is partly empty.
 ENTRY_BYTES = 350
+STEP_BYTES = 32  # of each step reward: the number and its place in a tuple
 
 
 def key_of(response: EncodedResponse) -> bytes:
     """Returns a 16-byte digest of all that a model reads of a response.
 
-    Either all sequences of a model have segment ids or none has, so segment ids are never taken for more token ids.
+    Either all sequences of a model have segment ids or none has, so segment ids are never taken for more token ids. The
+    same holds for the tokens that steps are read at, which come after -1, for no token has that id.
     """
     digest = blake2b(response.array.data, digest_size=16)
     if response.type_ids is not None:
         digest.update(array("i", response.type_ids))
+    if response.read_at is not None:
+        digest.update(array("i", (-1, *response.read_at)))
     return digest.digest()
 
 
@@ -45,7 +50,8 @@ class RewardCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_entries = max_bytes // ENTRY_BYTES
+        self._max_bytes = max_bytes
+        self._bytes = 0
         self._rewards: OrderedDict[bytes, float] = OrderedDict()
 
     def __len__(self) -> int:
@@ -54,7 +60,7 @@ class RewardCache:
     @property
     def size(self) -> int:
         """Memory of the entries, in bytes."""
-        return len(self._rewards) * ENTRY_BYTES
+        return self._bytes
 
     def get(self, key: bytes) -> float | None:
         """Returns the reward under a key, or None."""
@@ -65,7 +71,14 @@ class RewardCache:
 
     def put(self, key: bytes, reward: float) -> None:
         """Stores a finite reward. A reward that is stored already keeps its first value."""
-        self._rewards.setdefault(key, reward)
+        if key not in self._rewards:
+            self._rewards[key] = reward
+            self._bytes += _bytes_of(reward)
         self._rewards.move_to_end(key)
-        if len(self._rewards) > self._max_entries:
-            self._rewards.popitem(last=False)
+        while self._bytes > self._max_bytes:
+            _, oldest = self._rewards.popitem(last=False)
+            self._bytes -= _bytes_of(oldest)
+
+
+def _bytes_of(reward: float) -> int:
+    return ENTRY_BYTES + STEP_BYTES * len(steps_of(reward) or ())

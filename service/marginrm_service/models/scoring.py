@@ -12,6 +12,7 @@ from time import perf_counter
 
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import MarginRMError
+from marginrm.process_rewards import steps_of
 from marginrm.schemas import Usage
 from marginrm_service.engine.job import Job, Outcome
 from marginrm_service.engine.request import (
@@ -126,7 +127,7 @@ def _results(outcomes: Sequence[Encoded], rewards: Iterator[Outcome | None]) -> 
         if isinstance(reward, MarginRMError):
             results.append(reward)
         else:
-            results.append(ScoredResponse(reward, len(one.ids), one.truncated))
+            results.append(ScoredResponse(float(reward), len(one.ids), one.truncated, steps_of(reward)))
     return results
 
 

@@ -65,13 +65,16 @@ async def encode(
 
 
 def text_length(value: Any) -> int:
-    """Returns the characters of a text, of a list of messages or, about, of token ids; 0 for any other value."""
+    """Returns the characters of a text, of steps, of messages or, about, of token ids; 0 for any other value."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, list) and value and isinstance(value[0], int):
         return len(value) * _CHARACTERS_PER_ID
     if isinstance(value, list):
-        return sum(len(m["content"]) for m in value if isinstance(m, dict) and isinstance(m.get("content"), str))
+        steps = sum(len(step) for step in value if isinstance(step, str))
+        return steps + sum(
+            len(m["content"]) for m in value if isinstance(m, dict) and isinstance(m.get("content"), str)
+        )
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from marginrm.process_rewards import Aggregate, StepValue
 from marginrm.reading import Activation, Bos, Eos, ReadingOptions
 
 _PANEL = "How the checkpoint is read"
@@ -54,6 +55,24 @@ def _options(
             help="Activation between the layers of a head with two.", show_default=False, rich_help_panel=_PANEL
         ),
     ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEPARATOR|FORM",
+            help="Text that ends each step, for a process reward model, or a form: qwen2.5-math-prm, math-shepherd, "
+            "rlhflow-prm, skywork-o1-prm, trl-prm.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    step_value: Annotated[
+        StepValue | None,
+        typer.Option(help="A step's reward: sigmoid, or as it is.", show_default=False, rich_help_panel=_PANEL),
+    ] = None,
+    aggregate: Annotated[
+        Aggregate | None,
+        typer.Option(help="How steps make a response's reward.", show_default=False, rich_help_panel=_PANEL),
+    ] = None,
 ) -> ReadingOptions:
     return ReadingOptions.parse(
         label_weights=label_weights,
@@ -63,6 +82,9 @@ def _options(
         eos=eos,
         frame=frame,
         head_activation=head_activation,
+        steps=steps,
+        step_value=step_value,
+        aggregate=aggregate,
     )
 
 

@@ -21,8 +21,9 @@ from marginrm.client.errors import (
     response_error,
 )
 from marginrm.errors import EncodingError, MarginRMError, NonFiniteRewardError
+from marginrm.process_rewards import StepReward
 from marginrm.ranking import Comparison, RankedCandidate, Ranking
-from marginrm.schemas import ErrorBody, ErrorReply, ItemError, PairOut, PromptOut
+from marginrm.schemas import ErrorBody, ErrorReply, ItemError, PairOut, PromptOut, RankedOut, ResponseOut
 
 # Errors of a single item. A request with only that item gets the error as its HTTP status.
 _ITEM_ERRORS: tuple[type[MarginRMError], ...] = (*EncodingError.__subclasses__(), NonFiniteRewardError)
@@ -109,9 +110,14 @@ def comparison(outcome: PairOut | ItemError, index: int) -> Comparison | ItemSco
         margin=outcome.margin,
         confidence=outcome.confidence,
         verdict=outcome.verdict,
-        chosen=outcome.chosen.reward,
-        rejected=outcome.rejected.reward,
+        chosen=_reward(outcome.chosen),
+        rejected=_reward(outcome.rejected),
     )
+
+
+def _reward(outcome: ResponseOut | RankedOut) -> float:
+    """Returns a reward; a process reward model's with the rewards of its steps."""
+    return outcome.reward if outcome.steps is None else StepReward(outcome.reward, outcome.steps)
 
 
 def ranking(outcome: PromptOut | ItemError, index: int, first: int = 0) -> Ranking | ItemScoreError:
@@ -127,7 +133,7 @@ def ranking(outcome: PromptOut | ItemError, index: int, first: int = 0) -> Ranki
         margin=outcome.margin,
         confidence=outcome.confidence,
         tie=outcome.tie,
-        ranking=tuple(RankedCandidate(r.candidate, r.rank, r.reward, r.p_best) for r in outcome.ranking),
+        ranking=tuple(RankedCandidate(r.candidate, r.rank, _reward(r), r.p_best) for r in outcome.ranking),
         mean=outcome.mean,
         std=outcome.std,
     )

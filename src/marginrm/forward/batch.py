@@ -24,8 +24,9 @@ class PackedBatch:
         ids: Token ids, [1, tokens].
         position_ids: Positions within the sequence each token came from, [1, tokens].
         type_ids: Segment ids for encoders that use them, [1, tokens], or None.
-        first: Row index of each response's first token, [responses]; responses with a shared prefix have it in common.
-        last: Row index of each response's last token, [responses].
+        first: Row index of each response's first token, [values]; responses with a shared prefix have it in common.
+        last: Row index of the token that each value is read at in a decoder, [values]: the response's last one, or those
+            of its steps. There are as many values as responses, unless `EncodedResponse.read_at` says otherwise.
         owner: The response that each token belongs to, [tokens], one more than the last for a filler; None for decoders,
             where a token may belong to many.
         start: First row index that attends to each token, [tokens].
@@ -52,7 +53,7 @@ class PackedBatch:
 
     @property
     def rewards(self) -> int:
-        """Number of responses."""
+        """Number of values: one per response, or one per step."""
         return self.last.shape[0]
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -82,6 +83,8 @@ class PaddedBatch:
         type_ids: Segment ids, [responses, longest], or None.
         lengths: Number of real tokens, [responses].
         costs: Tokens that are computed for each group, padding included.
+        read_at: Indices in the flattened ids of the tokens that steps are read at, [values]; None if each response has
+            one value, at its last token.
     """
 
     ids: Tensor
@@ -89,6 +92,7 @@ class PaddedBatch:
     type_ids: Tensor | None
     lengths: Tensor
     costs: tuple[int, ...]
+    read_at: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -108,6 +112,7 @@ class PaddedBatch:
             mask=self.mask.to(device),
             type_ids=None if self.type_ids is None else self.type_ids.to(device),
             lengths=self.lengths.to(device),
+            read_at=None if self.read_at is None else self.read_at.to(device),
         )
 
 
@@ -117,7 +122,7 @@ class SplitBatch:
 
     Attributes:
         parts: The batches.
-        order: Index of each response's reward among those of all parts, [responses].
+        order: Index of each value among those of all parts, [values]: one per response, or one per step.
         costs: Tokens that are computed for each group.
     """
 
@@ -157,12 +162,14 @@ def split(
     """
     parts = [collate([groups[part.group][part.start : part.stop] for part in step]) for step in steps]
     starts = np.cumsum([0, *(len(group) for group in groups)])
+    values = np.cumsum([0, *(response.values for group in groups for response in group)])
     costs = [0] * len(groups)
     places: list[int] = []
     for step, batch in zip(steps, parts, strict=True):
         for part, cost in zip(step, batch.costs, strict=True):
             costs[part.group] += cost
-            places += range(starts[part.group] + part.start, starts[part.group] + part.stop)
+            first = starts[part.group]
+            places += range(values[first + part.start], values[first + part.stop])
     return SplitBatch(tuple(parts), torch.tensor(places).argsort(), tuple(costs))
 
 
@@ -191,12 +198,15 @@ def pack(
         kinds = [kind for response in responses for kind in response.type_ids or ()]
         type_ids[0, : len(kinds)] = kinds
     start, end = plan.seen_by()
+    last, first = plan.last, plan.first
+    if any(response.read_at is not None for response in responses):
+        last, first = plan.read_at([response.read_at for response in responses])
     return PackedBatch(
         ids=_tensor(plan.ids)[None],
         position_ids=_tensor(plan.position_ids)[None],
         type_ids=None if type_ids is None else _tensor(type_ids),
-        first=torch.tensor(plan.first),
-        last=torch.tensor(plan.last),
+        first=torch.tensor(first),
+        last=torch.tensor(last),
         owner=None if owner is None else _tensor(owner),
         start=_tensor(start),
         end=_tensor(end),
@@ -217,12 +227,17 @@ def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int | None) -> PaddedBa
         if type_ids is not None and response.type_ids is not None:
             type_ids[row, : len(response.ids)] = response.type_ids
     counts = torch.tensor(lengths)
+    read_at = None
+    if any(response.read_at is not None for response in responses):
+        wanted = [(len(one.ids) - 1,) if one.read_at is None else one.read_at for one in responses]
+        read_at = torch.tensor([row * longest + at for row, positions in enumerate(wanted) for at in positions])
     return PaddedBatch(
         ids=_tensor(ids),
         mask=(torch.arange(longest)[None, :] < counts[:, None]).long(),
         type_ids=None if type_ids is None else _tensor(type_ids),
         lengths=counts,
         costs=tuple(longest * len(group) for group in groups),
+        read_at=read_at,
     )
 
 

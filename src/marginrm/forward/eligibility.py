@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from marginrm.attention.interface import ATTENTION_NAME
 from marginrm.attention.layout import AttentionLayout, AttentionOptions
-from marginrm.encoding import Architecture, EncodedGroup
+from marginrm.encoding import Architecture, EncodedGroup, EncodedResponse
 from marginrm.errors import HeadError, ModelError
 from marginrm.forward.batch import Batch, PackedBatch, PaddedBatch, SplitBatch, pad
 from marginrm.forward.module import RewardModule, evaluating
@@ -175,7 +175,7 @@ def _set_attention(base: PreTrainedModel, name: str) -> bool:
 
 @torch.no_grad()
 def _truth(classifier: PreTrainedModel, base: PreTrainedModel, groups: Sequence[EncodedGroup]) -> Tensor:
-    """Returns the rewards of the classifier's own forward, one conversation at a time, [responses].
+    """Returns the values of the classifier's own forward, one conversation at a time, [values].
 
     Raises:
         HeadError: The classifier does not give exactly one value per sequence.
@@ -183,16 +183,22 @@ def _truth(classifier: PreTrainedModel, base: PreTrainedModel, groups: Sequence[
     """
     _set_attention(base, "eager")
     pad_token = pad_token_of(base)
-    ends_in_padding = any(response.ids[-1] == pad_token for group in groups for response in group)
+    ends_in_padding = any(
+        sequence.ids[-1] == pad_token
+        for group in groups
+        for response in group
+        for sequence in _ended_where_read(response)
+    )
     device = next(base.parameters()).device
     hidden = ends_in_padding and not is_own_code(base)
     try:
         with evaluating(classifier), without_padding_token(base) if hidden else nullcontext():
             return torch.cat(
                 [
-                    own_rewards(classifier, pad([[response]], pad_token_id=None).to(device))
+                    own_rewards(classifier, pad([[sequence]], pad_token_id=None).to(device))
                     for group in groups
                     for response in group
+                    for sequence in _ended_where_read(response)
                 ]
             )
     except HeadError:
@@ -219,6 +225,13 @@ def _differs(module: RewardModule, groups: Sequence[EncodedGroup], truth: Tensor
     if not worst <= min(tolerance(module), _AGREEMENT if module.dtype == torch.float32 else math.inf):
         return f"rewards differ by {worst:.2g} from the model's own in a probe"
     return _silent_window(module, recorder) if module.forward_path == "packed" else None
+
+
+def _ended_where_read(response: EncodedResponse) -> list[EncodedResponse]:
+    """Returns the sequences whose last tokens are those that values are read at; in a decoder, later ones change nothing."""
+    if response.read_at is None:
+        return [response]
+    return [EncodedResponse(response.ids[: at + 1]) for at in response.read_at]
 
 
 class _WindowRecorder:

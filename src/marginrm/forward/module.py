@@ -16,6 +16,7 @@ from marginrm.attention.flex import interval_layout
 from marginrm.attention.gathered import SPLIT_FROM, gathered_layout
 from marginrm.attention.layout import LayoutFn
 from marginrm.encoding import Architecture, EncodedGroup
+from marginrm.errors import ModelError
 from marginrm.forward.batch import Batch, PackedBatch, PaddedBatch, SplitBatch, pack, pad, split
 from marginrm.forward.execution import Execution
 from marginrm.forward.own_forward import own_rewards, pad_token_of
@@ -134,7 +135,8 @@ class RewardModule(nn.Module):
             batch: Made by `collate`, on the module's device.
 
         Returns:
-            Float32 rewards, [responses], in the order of the groups and of the responses in them; differentiable.
+            Float32 rewards, [responses], in the order of the groups and of the responses in them; differentiable. For
+            responses with steps, the value at each step, [values].
         """
         if isinstance(batch, SplitBatch):
             return torch.cat([self(part) for part in batch.parts]).index_select(0, batch.order)
@@ -173,12 +175,16 @@ class RewardModule(nn.Module):
 
     def _forward_padded(self, batch: PaddedBatch) -> Tensor:
         if self.pooling is None:
+            if batch.read_at is not None:
+                raise ModelError("The model's own forward gives one value per sequence, and none per step.")
             return own_rewards(self.classifier, batch)
         inputs: dict[str, Any] = {} if batch.type_ids is None else {"token_type_ids": batch.type_ids}
         if self.architecture == "decoder":
             inputs["use_cache"] = False
         hidden = self.backbone(input_ids=batch.ids, attention_mask=batch.mask, **inputs).last_hidden_state
         responses, longest = batch.ids.shape
+        if batch.read_at is not None:
+            return self._rewards(hidden.flatten(0, 1), ResponseBounds(batch.read_at, batch.read_at, None))
         first = torch.arange(responses, device=hidden.device) * longest
         owner = torch.where(batch.mask.bool(), torch.arange(responses, device=hidden.device)[:, None], responses)
         return self._rewards(hidden.flatten(0, 1), ResponseBounds(first, first + batch.lengths - 1, owner.flatten()))

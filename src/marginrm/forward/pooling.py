@@ -19,7 +19,7 @@ class ResponseBounds(NamedTuple):
 
     Attributes:
         first: Index of each response's first token, [responses].
-        last: Index of each response's last token, [responses].
+        last: Index of each response's last token, [responses]. For responses with steps, both have an entry per step.
         owner: The response that each token belongs to, [tokens]; None unless all tokens are pooled.
     """
 

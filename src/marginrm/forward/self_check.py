@@ -36,6 +36,15 @@ def conversations(encoder: Encoder) -> list[list[EncodedResponse]]:
     return [group for group in groups if group]
 
 
+def step_conversations(encoder: Encoder) -> list[list[EncodedResponse]]:
+    """Returns a conversation of several steps for a process reward model, and none for other models."""
+    if encoder.policy.steps is None:
+        return []
+    responses = (["2 + 3 is 5.", "5 + 4 is 9."], ["2 + 3 is 5.", "So it is 6."])
+    encoded = encoder.encode_group("What is 2 + 3 + 4?", responses, "prompt_left")
+    return [[one for one in encoded if isinstance(one, EncodedResponse)]]
+
+
 def probe_groups(
     vocabulary: int, longest: int, *, pad: int | None = None, end: int | None = None
 ) -> list[list[EncodedResponse]]:

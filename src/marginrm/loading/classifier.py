@@ -78,16 +78,22 @@ class Plan:
     head: FoundHead | None = None
 
 
-def plan_by_weights(source: Source) -> Plan:
+def plan_by_weights(source: Source, options: ReadingOptions | None = None) -> Plan:
     """Finds the head of a checkpoint among its weights.
+
+    Args:
+        source: The checkpoint.
+        options: What the user says about it.
 
     Raises:
         HeadError: It has none that gives one reward, or weights that have no place.
     """
     files, config = source.files, source.config
     weights = map_weights(files, config)
+    weighed = options is not None and options.label_weights is not None
     if _is_standard(files, weights, config):
-        refuse_token_classes(files, _rows(files, weights))
+        if not weighed:
+            refuse_token_classes(files, _rows(files, weights))
         return Plan(weights=weights)
     text = config.get_text_config()
     found = find_head(
@@ -101,7 +107,8 @@ def plan_by_weights(source: Source) -> Plan:
         if files.class_name.endswith("ForSequenceClassification"):
             check_missing(files, (weights.classifier_head or frozenset()) - files.tensors.keys())
         raise no_head(files)
-    refuse_token_classes(files, found.rows)
+    if not weighed:
+        refuse_token_classes(files, found.rows)
     return Plan(weights=weights, head=found)
 
 

@@ -23,6 +23,8 @@ _READABLE = frozenset(
         "INFORMForSequenceClassification",  # infly/INF-ORM-Llama3.1-70B
         "InternLM2ForRewardModel",  # internlm/internlm2-7b-reward; reads the reward token that is put at the end
         "LlamaRewardModel",  # openbmb/UltraRM-13b, Eurus-RM-7b
+        "Qwen2ForPrmModel",  # Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B
+        "Qwen2ForProcessRewardModel",  # Qwen/Qwen2.5-Math-PRM-7B; reads the token after each step
         "Qwen2ForRewardModel",  # Qwen/Qwen2.5-Math-RM-72B, WorldPM-72B
     }
 )

@@ -43,6 +43,7 @@ def reading_of(
         max_length=encoder.max_length,
         dtype=str(module.dtype).removeprefix("torch."),
         quantisation=quantisation_of(source.config),
+        steps=encoder.policy.steps,
         options=_given(options),
         notes=(*loaded.notes, *_notes(source, encoder)),
     )
@@ -59,6 +60,8 @@ def _reward(source: Source, loaded: LoadedClassifier, encoder: Encoder) -> str:
         return "as its own forward pass gives it"
     if not loaded.causal:
         return "as transformers' classifier for this encoder pools it"
+    if encoder.policy.steps is not None:
+        return encoder.policy.steps.describe()
     place = "at the last token"
     if encoder.policy.unread:
         named = encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.policy.unread))
@@ -72,6 +75,11 @@ def _reward(source: Source, loaded: LoadedClassifier, encoder: Encoder) -> str:
 def _template(encoder: Encoder) -> str:
     if encoder.architecture == "encoder":
         return "none: prompt and response are a text pair"
+    steps = encoder.policy.steps
+    if steps is not None and steps.layout == "turns":
+        return "the tokenizer's chat template: each step is a user turn, the first one behind the prompt"
+    if steps is not None and steps.frame is not None:
+        return f"the text {steps.frame!r}; the query is the prompt's last message"
     if encoder.policy.frame is not None:
         return f"the frame {encoder.policy.frame.name}; the query is the prompt's last message"
     return "the tokenizer's chat template" if encoder.chat_template else "none: prompt and response are one text"

@@ -13,11 +13,17 @@ _PAIRWISE = re.compile(r"Pair(RM|wise|Ranker|Ranking|Preference)", re.IGNORECASE
 _PROCESS = re.compile(r"ProcessReward|ForPRM|PRM(Model)?$")
 
 
-def refuse_by_kind(files: CheckpointFiles, config: PreTrainedConfig) -> None:
+def refuse_by_kind(files: CheckpointFiles, config: PreTrainedConfig, *, reads_steps: bool) -> None:
     """Refuses what cannot give one reward to one response, whatever its weights are called.
 
+    Args:
+        files: The checkpoint.
+        config: Its configuration.
+        reads_steps: Whether it is known how its steps are read.
+
     Raises:
-        HeadError: The checkpoint is a pairwise ranker, a process reward model or a sequence-to-sequence language model.
+        HeadError: The checkpoint is a pairwise ranker, a process reward model of an unknown form or a
+            sequence-to-sequence language model.
     """
     name = files.class_name
     if _PAIRWISE.search(name):
@@ -25,10 +31,11 @@ def refuse_by_kind(files: CheckpointFiles, config: PreTrainedConfig) -> None:
             f"{files.name} holds a {name}, a pairwise ranker: it reads two responses in one sequence and says which is "
             "better, so no response has a reward of its own. Use a model that scores one response at a time."
         )
-    if _PROCESS.search(name):
+    if _PROCESS.search(name) and not reads_steps:
         raise HeadError(
-            f"{files.name} holds a {name}, a process reward model: it gives values at the end of each step, not one "
-            "reward for a response. marginrm does not read rewards per step yet."
+            f"{files.name} holds a {name}, a process reward model, and nothing in it says what ends a step. Say it: "
+            "--steps SEPARATOR, or --steps with a known form (Python: ReadingOptions(steps=...)); the code that trained "
+            "it has it."
         )
     if config.is_encoder_decoder and name.endswith("ConditionalGeneration"):
         raise HeadError(
@@ -54,13 +61,14 @@ def no_head(files: CheckpointFiles) -> HeadError:
 
 
 def refuse_token_classes(files: CheckpointFiles, rows: int) -> None:
-    """Refuses a token classifier with several classes: TRL's form of a process reward model.
+    """Refuses a token classifier with more classes than two, unless their weights are given.
 
     Raises:
         HeadError: It is one.
     """
-    if files.class_name.endswith("ForTokenClassification") and rows > 1:
+    if files.class_name.endswith("ForTokenClassification") and rows > 2:
         raise HeadError(
-            f"{files.name} holds a {files.class_name} with {rows} classes for each token, as TRL trains a process reward "
-            "model: it gives values per step, not one reward for a response. marginrm does not read rewards per step yet."
+            f"{files.name} holds a {files.class_name} with {rows} classes for each token. A process reward model, as TRL "
+            "trains them, has two; if this is one, say what ends its steps and how its classes make a value: --steps "
+            f"SEPARATOR --label-weights with {rows} numbers."
         )

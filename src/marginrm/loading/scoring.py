@@ -14,7 +14,7 @@ from marginrm.encoding import Architecture, Encoder
 from marginrm.errors import ConfigError
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
-from marginrm.forward.self_check import conversations
+from marginrm.forward.self_check import conversations, step_conversations
 from marginrm.frames import frame_of
 from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
 from marginrm.loading.backbone import has_backbone
@@ -31,12 +31,14 @@ from marginrm.loading.config import load_config
 from marginrm.loading.device import resolve_device, resolve_dtype
 from marginrm.loading.files import CheckpointFiles, find_checkpoint
 from marginrm.loading.own_code import check_trusted, own_code_of
+from marginrm.loading.process_reward import check_steps, with_steps
 from marginrm.loading.record import reading_of
 from marginrm.loading.refusals import refuse_by_kind
 from marginrm.loading.token_logits import TokenReward, frame_reads_tokens, reads_tokens, token_reward_of
 from marginrm.loading.tokenizer import length_limit, load_tokenizer
 from marginrm.loading.weights import Target
 from marginrm.manifest import Manifest
+from marginrm.process_rewards import StepReading
 from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.special_tokens import EncodingPolicy
 from marginrm.text import Dtype
@@ -88,45 +90,64 @@ def load_for_scoring(
         ConfigError: An option is not a valid one for it.
     """
     files = path if isinstance(path, CheckpointFiles) else find_checkpoint(path, revision)
-    options = _with_manifest(reading or ReadingOptions(), manifest)
-    source, plan, tokenizer = _read(files, options)
+    given = _with_manifest(reading or ReadingOptions(), manifest)
+    source, plan, tokenizer, options, steps = _read(files, given)
     on = resolve_device(device)
     # transformers' own class is preferred to a copy of it that an older checkpoint brings along.
     own_code = options.trust_remote_code and (plan.own is not None or not has_backbone(source.config))
     target = Target(resolve_dtype(dtype, on), on, trust_remote_code=own_code)
     loaded = load_classifier(source, plan, target, options, has_template=bool(tokenizer.chat_template))
     check_of_use(options, loaded)
+    check_steps(files, steps, causal=loaded.causal, has_template=bool(tokenizer.chat_template))
     limit = length_limit(source.config, tokenizer, max_length, loaded.classifier)
     policy = _policy(source, loaded, options, plan.tokens, manifest)
+    if steps:
+        policy = replace(policy, unread=frozenset(), steps=steps)
     architecture: Architecture = "decoder" if loaded.causal else "encoder"
     encoder = Encoder(tokenizer, max_length=limit, architecture=architecture, policy=policy)
     module = build_module(
-        loaded.classifier, max_length=limit, architecture=architecture, probe=conversations(encoder)
+        loaded.classifier,
+        max_length=limit,
+        architecture=architecture,
+        probe=[*conversations(encoder), *step_conversations(encoder)],
     ).eval()
     if purpose:
         tune(module, purpose)
-    record = reading_of(files, source, loaded, encoder, module, options)
+    record = reading_of(files, source, loaded, encoder, module, given)
     for note in record.notes:
         _log.warning("%s: %s", files.name, note)
     return Loaded(module, encoder, record)
 
 
-def _read(files: CheckpointFiles, options: ReadingOptions) -> tuple[Source, Plan, PreTrainedTokenizerBase]:
+class _Read(NamedTuple):
+    """What is known of a checkpoint before any weight is read; the options are the user's and those of its form."""
+
+    source: Source
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    options: ReadingOptions
+    steps: StepReading | None
+
+
+def _read(files: CheckpointFiles, given: ReadingOptions) -> _Read:
     """Reads configuration and tokenizer, and finds the head, before any weight is read."""
     base = base_of(files) if files.is_adapter else files
-    check_trusted(base, trusted=options.trust_remote_code)
-    config = load_config(base, trust_remote_code=options.trust_remote_code)
-    refuse_by_kind(base, config)
+    check_trusted(base, trusted=given.trust_remote_code)
+    config = load_config(base, trust_remote_code=given.trust_remote_code)
     source = Source(on_base(files, base), config, adapter=files) if files.is_adapter else Source(files, config)
+    steps, options = with_steps(source.files, given)
+    refuse_by_kind(base, config, reads_steps=steps is not None)
     folder = tokenizer_folder(files, base)
-    if options.trust_remote_code and (own := own_code_of(base)):
+    if options.trust_remote_code and steps is None and (own := own_code_of(base)):
         plan = Plan(own=own)
     elif reads_tokens(source.files, options) or (frame_reads_tokens(options) and not has_head(source)):
         tokenizer = load_tokenizer(folder, files.name, trust_remote_code=options.trust_remote_code)
-        return source, Plan(tokens=token_reward_of(source.files, tokenizer, options)), tokenizer
+        tokens = token_reward_of(source.files, tokenizer, options)
+        return _Read(source, Plan(tokens=tokens), tokenizer, options, steps)
     else:
-        plan = plan_by_weights(source)
-    return source, plan, load_tokenizer(folder, files.name, trust_remote_code=options.trust_remote_code)
+        plan = plan_by_weights(source, options)
+    tokenizer = load_tokenizer(folder, files.name, trust_remote_code=options.trust_remote_code)
+    return _Read(source, plan, tokenizer, options, steps)
 
 
 def _with_manifest(options: ReadingOptions, manifest: Manifest | None) -> ReadingOptions:
@@ -142,6 +163,9 @@ def _with_manifest(options: ReadingOptions, manifest: Manifest | None) -> Readin
         "label_weights": tuple(head.label_weights) if head and head.label_weights else None,
         "reward_tokens": tuple(head.reward_tokens) if head and head.reward_tokens else None,
         "head_activation": head.head_activation if head else None,
+        "steps": head.steps if head else None,
+        "step_value": head.step_value if head else None,
+        "aggregate": head.aggregate if head else None,
         "frame": encoding.frame,
         "bos": encoding.bos if encoding.bos != "single" else "auto",
         "eos": encoding.eos,
