@@ -6,10 +6,10 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from marginrm.errors import EncodingError, MarginRMError
 from marginrm.messages import normalised, plain_text
@@ -28,6 +28,28 @@ class ContractRequest(BaseModel):
     """
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+# Templated text or texts, or their token ids. Each value is checked where it is encoded, to name the one that is wrong.
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+WireTexts = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                _IDS,
+                {"type": "array", "items": _IDS},
+            ]
+        }
+    ),
+]
+
+
+def either(*fields: str) -> ConfigDict:
+    """Returns the configuration of a request that has one of two fields, so that its JSON schema says so."""
+    return ConfigDict(json_schema_extra={"oneOf": [{"required": [field]} for field in fields]})
 
 
 class ContractReply(BaseModel):

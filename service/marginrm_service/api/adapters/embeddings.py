@@ -8,11 +8,11 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
-from marginrm.schemas import WireText
 from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
     TokenUsage,
+    WireTexts,
     reply,
     score,
     templated,
@@ -28,7 +28,7 @@ class EmbeddingsRequest(ContractRequest):
     """Templated text or texts."""
 
     model: str | None = None
-    input: WireText | list[WireText]
+    input: WireTexts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Literal[1] | None = None
 

@@ -15,6 +15,7 @@ from marginrm_service.api.adapters.common import (
     ContractReply,
     ContractRequest,
     Rewarded,
+    either,
     new_id,
     reply,
     score,
@@ -27,6 +28,8 @@ from marginrm_service.state import Service
 
 class ClassifyRequest(ContractRequest):
     """Templated texts, or their token ids."""
+
+    model_config = either("text", "input_ids")
 
     model: str | None = None
     text: WireText | list[WireText] | None = Field(

@@ -19,8 +19,10 @@ from marginrm_service.api.adapters.common import (
     ContractRequest,
     Listed,
     Rewarded,
+    WireTexts,
     as_list,
     conversation,
+    either,
     new_id,
     paired,
     reply,
@@ -69,9 +71,9 @@ class _PoolingOptions(ContractRequest):
 class PoolingRequest(_PoolingOptions):
     """Templated texts, or one conversation that ends with the response."""
 
-    input: WireText | list[WireText] | None = Field(
-        default=None, description="A text, texts, or the token ids of one or of several."
-    )
+    model_config = either("input", "messages")
+
+    input: WireTexts = Field(default=None, description="A text, texts, or the token ids of one or of several.")
     messages: list[Any] | None = Field(default=None, min_length=1)
     task: Literal["classify"] | None = Field(default=None, description="One reward for each text; leave it out.")
 
