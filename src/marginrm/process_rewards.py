@@ -21,7 +21,7 @@ StepValue = Literal["probability", "raw"]
 Aggregate = Literal["min", "product", "last", "mean"]
 Layout = Literal["joined", "pieces", "turns"]
 
-_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+_BLANK_LINES = re.compile(r"(?<=\S)[^\S\n]*\n[^\S\n]*\n\s*(?=\S)")
 VERDICT = "+"  # the assistant's turn after each step, where steps are turns
 
 
@@ -59,8 +59,8 @@ class StepReading:
     def split(self, response: Response) -> list[str]:
         """Cuts a response into steps.
 
-        A list is taken as it is. A text that holds the separator is cut there; any other text is cut at blank lines.
-        Steps of white space only are left out.
+        A list is taken as it is. A text that holds the separator is cut there; any other text is cut at the blank lines
+        inside it, and one without is a single step. Steps of white space only are left out.
 
         Args:
             response: A checked text, or a list of checked texts.
@@ -71,7 +71,7 @@ class StepReading:
         if not isinstance(response, str):
             return list(response)
         if self.marker not in response:
-            parts = _BLANK_LINES.split(response.strip("\n"))
+            parts = _BLANK_LINES.split(response)
         elif self.marker == self.separator:
             parts = response.split(self.separator)
         else:

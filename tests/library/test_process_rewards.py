@@ -191,7 +191,8 @@ def test_a_step_reward_is_a_number_with_steps() -> None:
         (["a\nb", "c"], ["a\nb", "c"]),
         ("a ки\nb ки\n", ["a", "b"]),
         ("a киb ки", ["a", "b"]),
-        ("a\n \nb\n\n\nc\nd\n", ["a", "b", "c\nd"]),
+        ("a\n \nb\n\n\nc\nd", ["a", "b", "c\nd"]),
+        ("\n\n a \n\n", ["\n\n a \n\n"]),
         ("a", ["a"]),
     ],
 )
