@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -203,3 +204,24 @@ def test_how_a_response_is_cut(response: str | list[str], expected: list[str]) -
 def test_a_line_break_as_separator_keeps_the_steps_as_they_are() -> None:
     reading = StepReading(form="custom", separator="\n", value="raw", aggregate="min")
     assert reading.split(" a\n\n b \n") == [" a", " b "]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inspect_verifies_steps_against_a_plain_loop(tmp_path: Path, form: str) -> None:
+    make, options = FORMS[form]
+    make(tmp_path / "prm")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What is {number} + 1?", "chosen": f"Add 1.\n\nSo {number + 1}.", "rejected": "I do not know."}
+        for number in range(4)
+    ]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    app = typer.Typer()
+    app.command()(inspect)
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    result = CliRunner().invoke(app, [str(tmp_path / "prm"), "--json", "--verify", str(pairs), *arguments])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["verified"]["responses"] == 8
+    assert found["verified"]["agrees"]
+    assert found["steps"]["form"] == form

@@ -22,6 +22,8 @@ from marginrm.loading.config import load_config
 from marginrm.loading.files import CheckpointFiles, find_checkpoint
 from marginrm.loading.heads import normalisation
 from marginrm.loading.own_code import own_code_of
+from marginrm.loading.plain_steps import plain_steps
+from marginrm.loading.process_reward import with_steps
 from marginrm.loading.token_logits import token_reward_of
 from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.rendering import FIXED_DATE, dateless, own_template, transcript
@@ -44,8 +46,8 @@ def plain_reward(path: str | Path, reading: CheckpointReading) -> PlainReward:
         reading: How marginrm reads it: says which of transformers' classes documents its use, and the options.
     """
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in reading.options.items()}
-    options = ReadingOptions(**given)
     files = find_checkpoint(path)
+    steps, options = with_steps(on_base(files, base_of(files)) if files.is_adapter else files, ReadingOptions(**given))
     folder = tokenizer_folder(files, base_of(files) if files.is_adapter else files)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     score = {
@@ -57,6 +59,10 @@ def plain_reward(path: str | Path, reading: CheckpointReading) -> PlainReward:
 
     def reward(prompt: Any, response: str) -> float:
         with torch.inference_mode():
+            if steps is not None:
+                return steps.reward(
+                    [float(score(_tensors(ids))) for ids in plain_steps(tokenizer, steps, prompt, response)]
+                )
             return float(score(_inputs(tokenizer, reading, options, files, prompt, response)))
 
     return reward
@@ -78,6 +84,10 @@ def _inputs(
     appended = files.config.get("reward_token_id")
     if appended is not None and ids[-1] != appended:
         ids = [*ids, appended]
+    return _tensors(ids)
+
+
+def _tensors(ids: list[int]) -> dict[str, Tensor]:
     given = torch.tensor([ids])
     return {"input_ids": given, "attention_mask": torch.ones_like(given)}
 
