@@ -14,6 +14,7 @@ import pytest
 from marginrm.reward_model import RewardModel
 from marginrm_service.api.adapters import common
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
+from support.process_rewards import qwen_math
 from support.server import serving
 from support.service import FakeRewardModel, Gate, reward_of
 
@@ -164,6 +165,30 @@ def test_vllm_and_openai_inputs_may_be_token_ids(client, model):
             assert data[read] == expected
 
 
+def test_vllm_token_classify_gives_the_steps_of_a_process_reward_model(tmp_path, client):
+    # vllm/entrypoints/pooling; Qwen2.5-Math-PRM's pooler: softmax over two classes at each <extra_0>
+    documented = qwen_math(tmp_path)
+    steps = ["There are 3 eggs.", "There are 4 more.", "So there are 8."]
+    model = RewardModel.from_pretrained(tmp_path, dtype="float32")
+    whole = [
+        {"role": "user", "content": "How many eggs?"},
+        {"role": "assistant", "content": "<extra_0>".join([*steps, ""])},
+    ]
+    text = model.encoder.tokenizer.apply_chat_template(whole, tokenize=False)
+    expected = [
+        [pytest.approx(1 - p, abs=1e-4), pytest.approx(p, abs=1e-4)] for p in documented("How many eggs?", steps)
+    ]
+    with serving(model) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+        for given in ({"input": text}, {"messages": whole}):
+            (data,) = http.post("/pooling", json={**given, "task": "token_classify"}).json()["data"]
+            assert data["data"] == expected
+        assert http.post("/classify", json={"input": text, "task": "token_classify"}).status_code == 422
+        raw = {"input": text, "task": "token_classify", "use_activation": False}
+        assert http.post("/pooling", json=raw).status_code == 422
+    refused = client.post("/pooling", json={"input": "Hi", "task": "token_classify"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "task")
+
+
 def test_a_reward_as_chat_completion(client, model):
     # modelscope/ms-swift swift/infer_engine/infer_client.py, InferClient.infer_async: aiohttp's json=
     body, response = sent(client, "/v1/chat/completions", "ms_swift_chat.json")
@@ -263,7 +288,7 @@ def test_an_unusable_text_refuses_the_request_and_names_the_field(client, path, 
         ("/classify", {"input": "a", "messages": [{"role": "assistant", "content": "a"}]}),
         ("/classify", {"input": "a", "truncate_prompt_tokens": 7}),
         ("/classify", {"text": "a", "input_ids": [1]}),
-        ("/pooling", {"input": "a", "task": "token_classify"}),
+        ("/pooling", {"input": "a", "task": "token_embed"}),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}], "stream": True}),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}], "n": 2}),
         ("/classify", {"input": "a", "chat_template": "{{ messages }}"}),

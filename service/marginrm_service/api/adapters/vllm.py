@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
 
+from marginrm.errors import InvalidTextError
 from marginrm.ranking import sigmoid
 from marginrm.schemas import WirePrompt, WireText
 from marginrm.text import Truncation
@@ -31,6 +32,8 @@ from marginrm_service.api.adapters.common import (
     texts_of,
 )
 from marginrm_service.api.errors import ERROR_REPLIES
+from marginrm_service.engine.request import ScoredResponse
+from marginrm_service.settings import DEFAULT_MODEL
 from marginrm_service.state import Service, ServiceOf
 
 router = APIRouter()
@@ -75,7 +78,9 @@ class PoolingRequest(_PoolingOptions):
 
     input: WireTexts = Field(default=None, description="A text, texts, or the token ids of one or of several.")
     messages: list[Any] | None = Field(default=None, min_length=1)
-    task: Literal["classify"] | None = Field(default=None, description="One reward for each text; leave it out.")
+    task: Literal["classify", "token_classify"] | None = Field(
+        default=None, description="token_classify, on /pooling: a process reward model's steps. Else leave it out."
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -101,11 +106,11 @@ class ClassifyResponse(Listed):
 
 
 class PoolingData(ContractReply):
-    """One text's value."""
+    """One text's value; for the steps of a process reward model, a list for each, the probabilities of a bad and of a good step."""
 
     index: int
     object: str = "pooling"
-    data: list[float]
+    data: list[float] | list[list[float]]
 
 
 class PoolingResponse(Listed):
@@ -178,6 +183,8 @@ async def classify(body: EitherRequest, request: Request, service: ServiceOf) ->
     """
     if isinstance(body, sglang.ClassifyRequest):
         return await sglang.classify(body, request, service)
+    if body.task == "token_classify":
+        raise InvalidTextError("{param} = token_classify is a task of /pooling.", param="task")
     rewarded = await _pool(body, request, service)
     return await reply(
         service,
@@ -192,7 +199,9 @@ async def classify(body: EitherRequest, request: Request, service: ServiceOf) ->
 
 @router.post("/pooling", response_model=PoolingResponse, responses=ERROR_REPLIES)
 async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores texts in the shape of vLLM's pooling route."""
+    """Scores texts in the shape of vLLM's pooling route; with `task` `token_classify` the steps of each."""
+    if body.task == "token_classify":
+        _check_steps(body, service)
     rewarded = await _pool(body, request, service)
     return await reply(
         service,
@@ -200,7 +209,7 @@ async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) ->
         lambda: PoolingResponse(
             model=rewarded.model,
             usage=rewarded.usage,
-            data=[PoolingData(index=i, data=[body.value(reward)]) for i, reward in enumerate(rewarded.rewards)],
+            data=[PoolingData(index=i, data=_pooled(body, one)) for i, one in enumerate(rewarded.scored)],
         ),
     )
 
@@ -229,6 +238,32 @@ async def score_pairs(body: PairScoreRequest, request: Request, service: Service
             data=[ScoreData(index=i, score=body.value(reward)) for i, reward in enumerate(rewarded.rewards)],
         ),
     )
+
+
+def _pooled(body: PoolingRequest, one: ScoredResponse) -> list[float] | list[list[float]]:
+    """Returns one text's data: its value, or for each of its steps the probabilities of a bad and of a good one.
+
+    vLLM answers so for Qwen2.5-Math-PRM, whose head has two classes.
+    """
+    if body.task == "token_classify" and one.steps is not None:
+        return [[1 - step, step] for step in one.steps]
+    return [body.value(one.reward)]
+
+
+def _check_steps(body: PoolingRequest, service: Service) -> None:
+    """Checks that the model gives its steps probabilities, if steps are asked for.
+
+    Raises:
+        InvalidTextError: It does not.
+    """
+    name = service.registry.known_or_only(body.model or DEFAULT_MODEL)
+    steps = service.registry.get(name).encoder.policy.steps
+    if steps is None or steps.value != "probability" or body.use_activation is False:
+        raise InvalidTextError(
+            "{param} = token_classify: this needs a process reward model whose steps are probabilities, and no "
+            "use_activation. Leave the task out.",
+            param="task",
+        )
 
 
 async def _pool(body: PoolingRequest, request: Request, service: Service) -> Rewarded:
