@@ -368,9 +368,11 @@ def test_label_noise_flips_exactly_the_share_and_keeps_strengths(tmp_path: Path)
         {"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}", "strength": 0.9, "true_margin": 2.0} for i in range(10)
     ]
     source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    odd = {"prompt": "p", "response": "a"}
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, odd]) + "{cut off\n")
     flip_labels(source, target, 0.3, seed=1)
-    after = [json.loads(line) for line in target.read_text().splitlines()]
+    *after, last = [json.loads(line) for line in target.read_text().splitlines()]
+    assert last == odd
     swapped = [row for row in after if row["chosen"].startswith("r")]
     assert len(swapped) == 3
     assert all(row["true_margin"] == -2.0 and row["rejected"].startswith("c") for row in swapped)

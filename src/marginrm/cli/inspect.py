@@ -74,14 +74,18 @@ def compare_with_plain(
         limit: The most responses to compare.
 
     Returns:
-        `responses` compared, `left_out` (texts that the encoder refuses), `largest_difference` relative to the larger of
-        1 and the reward, the rewards `there`, and whether they agree within `TOLERANCE`.
+        `responses` compared, `left_out` (texts that the encoder refuses), `malformed_rows` (their lines),
+        `largest_difference` relative to the larger of 1 and the reward, the rewards `there`, and whether they agree within
+        `TOLERANCE`.
     """
-    from marginrm.errors import EncodingError
+    from marginrm.errors import DataError, EncodingError
     from marginrm.loading.plain_usage import plain_reward
     from marginrm.preferences import read_pairs
 
-    texts = [(pair.prompt, text) for pair in read_pairs(pairs) for text in (pair.chosen, pair.rejected)]
+    odd: list[DataError] = []
+    texts = [(pair.prompt, text) for pair in read_pairs(pairs, odd.append) for text in (pair.chosen, pair.rejected)]
+    if odd and not texts:
+        raise odd[0]
     encoded = [(text, model.encoder.encode_group(text[0], [text[1]])[0]) for text in islice(texts, limit)]
     usable = [(text, one) for text, one in encoded if not isinstance(one, EncodingError)]
     ours = [rewards[0] for rewards in model.score_encoded([[one] for _, one in usable])]
@@ -92,6 +96,7 @@ def compare_with_plain(
     return {
         "responses": len(usable),
         "left_out": len(encoded) - len(usable),
+        "malformed_rows": [error.source for error in odd],
         "largest_difference": None if worst is None else differences[worst],
         "there": None if worst is None else {"index": worst, "marginrm": ours[worst], "transformers": theirs[worst]},
         "agrees": worst is not None and differences[worst] <= TOLERANCE,

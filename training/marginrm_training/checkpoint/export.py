@@ -85,6 +85,8 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
     manifest.save(directory)
+    if left_out := _left_out(splits):
+        (directory / "left_out.json").write_text(json.dumps(left_out, indent=1) + "\n", encoding="utf-8")
     log = "".join(json.dumps(entry) + "\n" for entry in record.history)
     (directory / "learning_curve.jsonl").write_text(log, encoding="utf-8")
     Report(
@@ -100,6 +102,12 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     ).write(directory / "report.html")
     RewardModel.from_pretrained(directory, dtype="float32").verify_golden()
     return manifest
+
+
+def _left_out(splits: Splits) -> dict[str, dict[str, list[str]]]:
+    """Returns the `path:line` of every row that was left out, by split and reason."""
+    parts = (splits.train, splits.calibration, splits.test)
+    return {split.name: split.excluded.sources for split in parts if split.excluded.total}
 
 
 def _curve(served: RewardModel, groups: Groups) -> list[BestOfNPoint]:
