@@ -114,7 +114,12 @@ def _padded_steps(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[lis
 
 
 def split_by_length(
-    step: Sequence[GroupSlice], lengths: Sequence[Sequence[int]], boundary: int | None, *, alone: bool = False
+    step: Sequence[GroupSlice],
+    lengths: Sequence[Sequence[int]],
+    boundary: int | None,
+    *,
+    every_length: bool = False,
+    alone: bool = False,
 ) -> Iterator[list[GroupSlice]]:
     """Splits a step so that a forward pass takes sequences of one kind.
 
@@ -122,6 +127,7 @@ def split_by_length(
         step: The slices of one step.
         lengths: For each group the tokens of its members.
         boundary: Sequences up to this length and longer ones are different kinds; None if all are alike.
+        every_length: Whether each length beyond the boundary is a kind of its own.
         alone: Whether each response gets a step of its own.
 
     Yields:
@@ -130,12 +136,18 @@ def split_by_length(
     if alone:
         yield from ([GroupSlice(part.group, at, at + 1)] for part in step for at in range(part.start, part.stop))
         return
-    kinds: dict[bool, list[GroupSlice]] = {False: [], True: []}
+
+    def kind(length: int) -> int:
+        if boundary is None or length <= boundary:
+            return 0
+        return length if every_length else 1
+
+    kinds: dict[int, list[GroupSlice]] = {}
     for part in step:
         start = part.start
+        of = lengths[part.group]
         for at in range(part.start, part.stop):
-            long = boundary is not None and lengths[part.group][at] > boundary
-            if at + 1 == part.stop or long != (boundary is not None and lengths[part.group][at + 1] > boundary):
-                kinds[long].append(GroupSlice(part.group, start, at + 1))
+            if at + 1 == part.stop or kind(of[at]) != kind(of[at + 1]):
+                kinds.setdefault(kind(of[at]), []).append(GroupSlice(part.group, start, at + 1))
                 start = at + 1
-    yield from (kind for kind in kinds.values() if kind)
+    yield from (kinds[one] for one in sorted(kinds))

@@ -170,6 +170,17 @@ def test_packed_rewards_are_those_of_each_sequence_alone(kind: str, purpose: Any
     assert len(set(expected.tolist())) == len(expected)
 
 
+def test_dynamic_ntk_beyond_its_context_takes_each_sequences_own_frequencies() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = t.LlamaConfig(**SIZES | KEY_HEADS | {"rope_parameters": rope, "max_position_embeddings": 100})
+    # A fresh model for each sequence: transformers keeps the frequencies of the longest one before.
+    expected = torch.cat([alone(built(config), [[one]]) for group in mixed_groups() for one in group])
+    module = build_module(built(config), max_length=400)
+    assert module.forward_path == "packed", module.forward_reason
+    for _ in range(2):
+        torch.testing.assert_close(rewards(module), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", PADDED)
 def test_padded_rewards_are_those_of_each_sequence_alone_and_the_reason_is_told(kind: str) -> None:
     config_class, fields = PADDED[kind]

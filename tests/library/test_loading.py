@@ -315,6 +315,82 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("weight", "shape", "message"),
+    [
+        ("score.weight", (1, 16), r"score\.weight \[1, 16\] in place of \[1, 32\]"),
+        ("model.embed_tokens.weight", (7, 32), r"embed_tokens\.weight \[7, 32\] in place of"),
+    ],
+)
+def test_weights_of_another_shape_are_named(tmp_path: Path, weight: str, shape: tuple[int, ...], message: str) -> None:
+    classifier(tmp_path)
+    zoo.change_weights(tmp_path, lambda old: old | {weight: torch.zeros(shape)})
+    with pytest.raises(HeadError, match=message):
+        load(tmp_path)
+
+
+def test_missing_layers_are_not_taken_for_a_missing_head(tmp_path: Path) -> None:
+    classifier(tmp_path)
+    zoo.change_weights(tmp_path, lambda old: {name: one for name, one in old.items() if ".layers.1." not in name})
+    with pytest.raises(HeadError, match=r"layers\.1\..*Does config\.json belong to these weights"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    (classifier(tmp_path) / "model.safetensors").unlink()
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        load(tmp_path)
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(tmp_path: Path) -> None:
+    (classifier(tmp_path) / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    with pytest.raises(ModelError, match=r"a whole model and an adapter.*delete the adapter's files"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    classifier(tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load(tmp_path)
+
+
+def test_several_chat_templates_without_a_default_are_named(tmp_path: Path) -> None:
+    classifier(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": BOS_TEMPLATE} for name in ("rag", "tool_use")]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"several chat templates \(rag, tool_use\), and none of them is called default"
+    ):
+        load(tmp_path)
+
+
+def test_a_configuration_without_a_model_type_is_named(tmp_path: Path) -> None:
+    zoo.change_config(classifier(tmp_path), model_type=...)
+    with pytest.raises(ModelError, match="has no model_type"):
+        load(tmp_path)
+
+
+def test_what_transformers_cannot_build_is_an_error_of_marginrm(tmp_path: Path) -> None:
+    zoo.change_config(classifier(tmp_path), pad_token_id=100_000)
+    with pytest.raises(ModelError, match="Cannot load the model of"):
+        load(tmp_path)
+
+
+def test_a_model_with_scaled_positions_takes_what_they_reach(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = load(classifier(tmp_path / "dynamic", max_position_embeddings=100, rope_parameters=rope))
+    assert model.encoder.max_length == 400
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    model = load(classifier(tmp_path / "yarn", max_position_embeddings=64, rope_parameters=yarn))
+    assert model.encoder.max_length == 256
+
+
 def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     (classifier(tmp_path) / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config.json is not valid JSON"):

@@ -332,6 +332,17 @@ def head_of_two_layers_whose_activation_is_said(folder: Path) -> Reward:
     return zoo.by_hidden(model, tok, lambda hidden: second @ torch.nn.functional.silu(first @ hidden))
 
 
+@kind(chats=False)
+def open_assistant(folder: Path) -> Reward:
+    tok = tokenizer(None)
+    config = config_of("GPTNeoX", tok, num_labels=..., num_key_value_heads=...)
+    model = write(folder, model_of("AutoModel", config), tok, pooling="last")
+    head = {"out_proj.weight": zoo.rows(), "out_proj.bias": torch.tensor([0.3])}
+    zoo.change_weights(folder, lambda old: {f"gpt_neox.{name}": one for name, one in old.items()} | head)
+    zoo.change_config(folder, architectures=["GPTNeoXRewardModel"], model_type="gpt_neox_reward_model")
+    return zoo.by_hidden(model, tok, lambda hidden: zoo.rows() @ hidden + 0.3, zoo.plain)
+
+
 @kind()
 def regression_head(folder: Path) -> Reward:
     model, tok = value_head(folder, "Llama")

@@ -32,7 +32,7 @@ from marginrm.forward.own_forward import (
     without_padding_token,
 )
 from marginrm.forward.pooling import Pooling, head_in_float32, poolings_of
-from marginrm.forward.rope import length_boundary, rope_obstacle
+from marginrm.forward.rope import forget_lengths, length_boundary
 from marginrm.forward.self_check import difference, probe_groups, tolerance
 from marginrm.steps import ForwardPath
 
@@ -71,13 +71,14 @@ def build_module(
     """
     unwrap = getattr(classifier, "get_base_model", None)
     base: PreTrainedModel = unwrap() if unwrap else classifier
+    forget_lengths(base)
     if on_meta(base):
         return _unprobed(classifier, base, max_length, architecture)
     groups = probe or _random_groups(base, max_length)
     truth = _truth(classifier, base, groups)
     tried: list[tuple[_Candidate, str]] = []
     for candidate in _candidates(base, architecture):
-        reason = _obstacle(candidate, base, max_length)
+        reason = _obstacle(candidate, base)
         if reason is None:
             undo = head_in_float32(base, candidate.pooling) if candidate.pooling else lambda: None
             module = _module(classifier, candidate, max_length, architecture, tried)
@@ -97,7 +98,7 @@ def _unprobed(
     if base.config.num_labels != 1:
         raise HeadError(f"The model's head gives {base.config.num_labels} values per sequence; a reward model gives 1.")
     for candidate in _candidates(base, architecture):
-        if _obstacle(candidate, base, max_length) is None:
+        if _obstacle(candidate, base) is None:
             if candidate.pooling:
                 head_in_float32(base, candidate.pooling)
             return _module(classifier, candidate, max_length, architecture, [])
@@ -145,15 +146,13 @@ def _module(
     )
 
 
-def _obstacle(candidate: _Candidate, base: PreTrainedModel, max_length: int) -> str | None:
+def _obstacle(candidate: _Candidate, base: PreTrainedModel) -> str | None:
     """Sets a candidate's attention; returns what rules the candidate out without a probe."""
     config = base.config.get_text_config()
     if candidate.path == "packed":
         unknown = set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYERS
         if unknown:
             return f"layers of type {', '.join(sorted(unknown))}"
-    if candidate.path != "one_at_a_time" and (obstacle := rope_obstacle(config, max_length)):
-        return obstacle
     if not _set_attention(base, candidate.attention) and candidate.path == "packed":
         return "its attention does not go through transformers' AttentionInterface"
     return None

@@ -21,6 +21,7 @@ from marginrm.forward.batch import Batch, PackedBatch, PaddedBatch, SplitBatch, 
 from marginrm.forward.execution import Execution
 from marginrm.forward.own_forward import own_rewards, pad_token_of
 from marginrm.forward.pooling import Pooling, ResponseBounds
+from marginrm.forward.rope import every_length_differs
 from marginrm.steps import ForwardPath, GroupSlice, split_by_length
 
 
@@ -118,8 +119,8 @@ class RewardModule(nn.Module):
             return collate(groups)
         whole = [GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]
         lengths = [[len(response.ids) for response in group] for group in groups]
-        alone = self.forward_path == "one_at_a_time"
-        steps = list(split_by_length(whole, lengths, self.length_boundary, alone=alone))
+        alone, differ = self.forward_path == "one_at_a_time", every_length_differs(self.base.config)
+        steps = list(split_by_length(whole, lengths, self.length_boundary, every_length=differ, alone=alone))
         return collate(groups) if len(steps) == 1 else split(steps, groups, collate)
 
     def _collate(self, groups: Sequence[EncodedGroup], *, multiple: int) -> PackedBatch | PaddedBatch:

@@ -98,7 +98,7 @@ def plan_by_weights(source: Source, options: ReadingOptions | None = None) -> Pl
     text = config.get_text_config()
     found = find_head(
         weights.left_over,
-        name=files.name,
+        name=f"{files.name} ({files.class_name})" if files.class_name else files.name,
         hidden={int(getattr(text, name, None) or 0) for name in ("hidden_size", "word_embed_proj_dim")} - {0},
         vocabulary=_vocabulary(config),
         prefix=files.config.get("value_head_prefix"),

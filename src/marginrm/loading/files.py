@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # The order in which transformers looks for weights.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LFS_POINTER = b"version https://git-lfs"
 _VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 # What is fetched from the Hub besides weights; what lies in sub-folders are other exports of the same model.
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
@@ -83,6 +85,7 @@ class CheckpointFiles:
         for kinds in (_WEIGHTS, _ADAPTER_WEIGHTS, _VALUE_HEADS):
             first = self._first(kinds)
             for path in self._shards(first) if first else ():
+                self._check_content(path)
                 with translated(self.name, f"weights ({path.name})"):
                     found |= {name: StoredTensor(path, name, shape) for name, shape in _shapes(path).items()}
         return found | dict(self.added)
@@ -123,6 +126,11 @@ class CheckpointFiles:
             return json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} is not valid JSON: {error}.") from error
+
+    def _check_content(self, path: Path) -> None:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise ModelError(f"{path} is a Git LFS pointer, not the weights. Fetch them: git lfs pull.")
 
     def _first(self, names: tuple[str, ...]) -> Path | None:
         return next((self.folder / name for name in names if self.has(name)), None)
@@ -194,6 +202,11 @@ def _pickled(path: Path) -> Mapping[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # files of before torch 1.6 cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ModelError(
+            f"{path} is not a valid file of weights, or holds other Python objects than tensors; those are not read, since "
+            "they may run code. Save the checkpoint as safetensors (save_pretrained)."
+        ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not hold a dictionary of weights.")
     return content

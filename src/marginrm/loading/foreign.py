@@ -27,6 +27,8 @@ def translated(name: object, part: str) -> Iterator[None]:
     except MarginRMError:
         raise
     except (
+        AssertionError,
+        IndexError,
         OSError,
         ValueError,
         KeyError,

@@ -215,7 +215,8 @@ def _not_one_head(checkpoint: str, candidates: Iterable[str], hidden: AbstractSe
     sizes = " or ".join(map(str, sorted(hidden)))
     return (
         f"{checkpoint} holds weights that have no place in a backbone with one reward head on hidden states of {sizes}: {shown}. "
-        "Loaded without them, its rewards would be wrong."
+        "Loaded without them, its rewards would be wrong. If a class of its own reads them, fetch its code too (auto_map in "
+        "config.json) and let it run: --trust-remote-code."
     )
 
 

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from marginrm.forward.rope import forget_lengths
 from marginrm.frames import frame_of
 from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
 from marginrm.loading.classifier import Source, plan_by_weights
@@ -194,10 +195,13 @@ def _load(
     auto: str, base: CheckpointFiles, files: CheckpointFiles, options: ReadingOptions, *, prefix: str = "", **more: Any
 ) -> Any:
     given: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", **more}
+    if base.config.get("model_type") not in transformers.CONFIG_MAPPING and not options.trust_remote_code:
+        given["config"] = load_config(base, trust_remote_code=False)
     if prefix not in ("", "model."):
         given["key_mapping"] = {f"^{prefix}": ""}
     own = options.trust_remote_code and own_code_of(base) is not None
     model = getattr(transformers, auto).from_pretrained(base.folder, trust_remote_code=own, **given).eval()
+    forget_lengths(model)  # else a response's reward would depend on those before it
     if not files.is_adapter:
         return model
     from peft import PeftModel

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from marginrm.encoding import Architecture, Encoder
-from marginrm.errors import ConfigError
+from marginrm.errors import ConfigError, ModelError
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
 from marginrm.forward.self_check import conversations, step_conversations
@@ -29,7 +29,8 @@ from marginrm.loading.classifier import (
 )
 from marginrm.loading.config import load_config
 from marginrm.loading.device import resolve_device, resolve_dtype
-from marginrm.loading.files import CheckpointFiles, find_checkpoint
+from marginrm.loading.files import ADAPTER_CONFIG, CheckpointFiles, find_checkpoint
+from marginrm.loading.foreign import translated
 from marginrm.loading.own_code import check_trusted, own_code_of
 from marginrm.loading.process_reward import check_steps, with_steps
 from marginrm.loading.record import reading_of
@@ -91,12 +92,14 @@ def load_for_scoring(
     """
     files = path if isinstance(path, CheckpointFiles) else find_checkpoint(path, revision)
     given = _with_manifest(reading or ReadingOptions(), manifest)
-    source, plan, tokenizer, options, steps = _read(files, given)
+    with translated(files.name, "model"):
+        source, plan, tokenizer, options, steps = _read(files, given)
     on = resolve_device(device)
     # transformers' own class is preferred to a copy of it that an older checkpoint brings along.
     own_code = options.trust_remote_code and (plan.own is not None or not has_backbone(source.config))
     target = Target(resolve_dtype(dtype, on), on, trust_remote_code=own_code)
-    loaded = load_classifier(source, plan, target, options, has_template=bool(tokenizer.chat_template))
+    with translated(files.name, "model"):
+        loaded = load_classifier(source, plan, target, options, has_template=bool(tokenizer.chat_template))
     check_of_use(options, loaded)
     check_steps(files, steps, causal=loaded.causal, has_template=bool(tokenizer.chat_template))
     limit = length_limit(source.config, tokenizer, max_length, loaded.classifier)
@@ -131,6 +134,11 @@ class _Read(NamedTuple):
 
 def _read(files: CheckpointFiles, given: ReadingOptions) -> _Read:
     """Reads configuration and tokenizer, and finds the head, before any weight is read."""
+    if files.adapter and not files.is_adapter:
+        raise ModelError(
+            f"{files.name} holds a whole model and an adapter ({ADAPTER_CONFIG}), so it is not clear whether the adapter is "
+            "merged into these weights. If it is, delete the adapter's files; else move them to a folder of their own."
+        )
     base = base_of(files) if files.is_adapter else files
     check_trusted(base, trusted=given.trust_remote_code)
     config = load_config(base, trust_remote_code=given.trust_remote_code)

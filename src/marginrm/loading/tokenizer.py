@@ -9,10 +9,18 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from marginrm.errors import ConfigError, ModelError
+from marginrm.forward.rope import scaled_context
 from marginrm.loading.foreign import translated
 
 _UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
 _USUAL_LENGTH = 4096
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tekken.json",
+    "vocab*",
+    "*.model",
+    "*.tiktoken",
+)  # files that tokenizers are read from
 
 
 def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -26,8 +34,10 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTr
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-            empty = not len(tokenizer)
+            empty = not len(tokenizer) or _lacks_files(tokenizer, folder)
     except ModelError as error:
+        if not any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES):
+            raise _no_tokenizer(name) from error
         if not _is_sentencepiece(folder):
             raise
         missing = _missing_packages()
@@ -38,7 +48,12 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTr
             f"the tokenizer again where it can be read (save_pretrained writes tokenizer.json). {error}"
         ) from error
     if empty:
-        raise ModelError(f"{name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json beside the weights.")
+        raise _no_tokenizer(name)
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise ModelError(
+            f"{name} has several chat templates ({', '.join(tokenizer.chat_template)}), and none of them is called default. "
+            "Give that name to the one that the rewards were trained with."
+        )
     return tokenizer
 
 
@@ -57,7 +72,7 @@ def length_limit(
         ConfigError: More was requested than the model has positions for.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    positions = positions if positions and positions > 0 else None
+    positions = max(positions, scaled_context(config) or 0) if positions and positions > 0 else None
     if positions and model is not None:
         positions -= _reserved_positions(model, positions)
     if requested is not None:
@@ -85,6 +100,16 @@ def _missing_packages() -> list[str]:
     """Returns the packages without which SentencePiece tokenizers cannot be read, as far as they are missing."""
     needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
     return [name for name, module in needed.items() if not _has(module)]
+
+
+def _no_tokenizer(name: str) -> ModelError:
+    return ModelError(f"{name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json beside the weights.")
+
+
+def _lacks_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Returns whether none of a tokenizer's files is there: transformers then makes one of a token or two."""
+    wanted = set(tokenizer.vocab_files_names.values())
+    return bool(wanted) and not any((folder / one).is_file() for one in {*wanted, "tokenizer.json", "tekken.json"})
 
 
 def _has(module: str) -> bool:

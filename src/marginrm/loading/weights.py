@@ -72,6 +72,7 @@ def load_model(
         ModelError: It cannot be read.
     """
     options: dict[str, Any] = {"dtype": target.dtype, "trust_remote_code": target.trust_remote_code}
+    options["ignore_mismatched_sizes"] = True  # they are an error below, which names them
     method = quantisation_of(config)
     if method:
         options["device_map"] = {"": target.device}
@@ -86,9 +87,11 @@ def load_model(
         reason = str(error).partition(f"{files.name}: ")[2]
         raise ModelError(f"{files.name} is quantised ({method}), and cannot be loaded here: {reason}") from error
     if info["mismatched_keys"]:
-        raise HeadError(
-            f"{files.name}: weights of another shape than config.json says: {sorted(info['mismatched_keys'])}"
+        shown = ", ".join(
+            f"{name} {list(stored)} in place of {list(wanted)}"
+            for name, stored, wanted in sorted(info["mismatched_keys"])[:4]
         )
+        raise HeadError(f"{files.name} holds weights of another shape than config.json says: {shown}.")
     _check_left_over(files, config, set(info["unexpected_keys"]) - set(known), strict=strict)
     missing = set(info["missing_keys"])
     if method is None:
@@ -112,10 +115,14 @@ def check_missing(files: CheckpointFiles, missing: Iterable[str]) -> None:
             f"{files.name} has no weights: neither model.safetensors nor pytorch_model.bin, whole or in parts."
         )
     if names:
-        raise HeadError(
-            f"{files.name} lacks weights: {', '.join(names[:5])}. Loaded so, they would be random. Was it saved "
-            "without its head (LoRA needs modules_to_save)?"
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        is_layer = any(re.search(r"\.\d+\.", name) for name in names)
+        cure = (
+            "Does config.json belong to these weights, and are they complete?"
+            if is_layer
+            else "Was it saved without its head (LoRA needs modules_to_save)?"
         )
+        raise HeadError(f"{files.name} lacks weights: {shown}. Loaded so, they would be random. {cure}")
 
 
 def _check_left_over(files: CheckpointFiles, config: PreTrainedConfig, unexpected: set[str], *, strict: bool) -> None:
