@@ -1,11 +1,13 @@
 r"""Conversations as published data writes them -> messages before the response, and the response.
 
 Read are texts, one message, lists of messages (`{"role", "content"}`, or ShareGPT's `{"from", "value"}`), contents in
-parts, and the `\n\nHuman:` and `\n\nAssistant:` texts of HH-RLHF (arXiv 2204.05862).
+parts, messages as JSON or Python texts (of files whose columns are texts), and the `\n\nHuman:` and `\n\nAssistant:` texts of HH-RLHF (arXiv 2204.05862).
 """
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +19,8 @@ from marginrm.messages import normalised
 from marginrm.text import Message, Prompt
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_KEYS = (("role", "content"), ("from", "value"))
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _ROLES = {  # of HH-RLHF, ShareGPT, OpenAssistant and others, in lower case
     "human": "user",
     "prompter": "user",
@@ -65,6 +69,7 @@ class Response:
 
 def read_prompt(value: Any, field: Field) -> Prompt | None:
     """Returns a prompt as it is, if it is a text, or as messages; None if there is none (null or an empty list)."""
+    value = _decoded(value, field)
     if value is None or value == []:
         return None
     return value if isinstance(value, str) else read_messages(_listed(value), field)
@@ -76,6 +81,7 @@ def read_response(value: Any, field: Field) -> Response:
     Raises:
         DataError: The value has another form, or its last turn is not an answer.
     """
+    value = _decoded(value, field)
     if isinstance(value, str):
         if not _HH_TURN.match(value):
             return Response(value)
@@ -155,7 +161,31 @@ def _hh_messages(text: str) -> list[Message]:
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, Mapping) else value
+    """Returns one message as a list, and lists of roles and of contents, as `datasets` gives them, as messages."""
+    if not isinstance(value, Mapping):
+        return value
+    columns = {key: items for key, items in value.items() if isinstance(items, list)}
+    lengths = {len(items) for items in columns.values()}
+    if len(lengths) != 1 or not any(columns.keys() >= set(names) for names in _KEYS):
+        return [value]
+    return [{key: items[index] for key, items in columns.items()} for index in range(lengths.pop())]
+
+
+def _decoded(value: Any, field: Field) -> Any:
+    """Returns messages that are written as a JSON or Python text; any other value as it is.
+
+    Raises:
+        DataError: They are written in another way, such as by numpy, which leaves out commas.
+    """
+    if not isinstance(value, str) or not _WRITTEN.match(value):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return found if isinstance(found, list) else value
+    raise field.error("with messages as a broken text", "holds messages as a text that is neither JSON nor Python.")
 
 
 def _message(value: Any, field: Field) -> Message:

@@ -179,6 +179,25 @@ PAIRS: dict[str, tuple[dict[str, Any], tuple[Any, str, str]]] = {
         {"system_prompt": "Be brief.", "prompt": TEXT, "chosen": "Red.", "rejected": "No."},
         WITH_SYSTEM,
     ),
+    "messages as JSON and as Python": (
+        {"prompt": json.dumps([USER]), "chosen": str([USER, ANSWER]), "rejected": json.dumps([WORSE])},
+        AS_MESSAGES,
+    ),
+    "lists of roles and of contents": (
+        {
+            "chosen": {"role": ["user", "assistant"], "content": [TEXT, "Red."]},
+            "rejected": {"from": ["human", "gpt"], "value": [TEXT, "No."]},
+        },
+        AS_MESSAGES,
+    ),
+    "sanderland/arena-expert-5k": (
+        {
+            "winner": "model_a",
+            "conversation_a": json.dumps([USER, ANSWER]),
+            "conversation_b": json.dumps([USER, WORSE]),
+        },
+        AS_MESSAGES,
+    ),
     "lists of one text": ({"prompt": TEXT, "chosen": ["Red."], "rejected": ["No."]}, READ),
     "TRL with tools": (
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE], "tools": [{"type": "function", "function": {}}]},
@@ -216,6 +235,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "conversation_b": [USER, WORSE, USER, WORSE],
         },
         "answers to different prompts",
+    ),
+    "messages as numpy prints them": (
+        {
+            "prompt": "p",
+            "chosen": "[{'role': 'assistant', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]",
+            "rejected": "b",
+        },
+        "with messages as a broken text",
+    ),
+    "a function call of old": (
+        {"prompt": [USER, {"role": "assistant", "content": None, "function_call": {}}], "chosen": "a", "rejected": "b"},
+        "with malformed messages",
     ),
     "KTO": ({"prompt": "p", "completion": "a", "label": True}, "with one response"),
     "HelpSteer2": ({"prompt": "p", "response": "a", "helpfulness": 3}, "with one response"),

@@ -205,9 +205,9 @@ def test_a_file_without_a_usable_row_is_an_error_with_the_first_rows_fault(tmp_p
 
 def test_messages_in_a_csv_file_are_read(tmp_path: Path) -> None:
     user, one, two = ({"role": role, "content": role} for role in ("user", "assistant", "assistant"))
-    rows = [{"prompt": json.dumps([user]), "chosen": json.dumps([one]), "rejected": "{not JSON}"}]
+    rows = [{"prompt": json.dumps([user]), "chosen": str([one]), "rejected": '{"not": "messages"}'}]
     pair = read(str(write_csv(tmp_path / "x.csv", rows)))[0]
-    assert (pair.prompt, pair.chosen, pair.rejected) == ([user], two["content"], "{not JSON}")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([user], two["content"], '{"not": "messages"}')
 
 
 def test_the_names_for_code_of_other_projects() -> None:
@@ -294,6 +294,14 @@ def test_trap_pairs_equal_after_encoding_are_excluded(tmp_path_factory: pytest.T
     _, encoder = load_for_training(tiny_checkpoint(tmp_path_factory.mktemp("bert"), "bert"), seed=0)
     split = encode_pairs("train", [PreferencePair("p", "Red", "red", source="f:1")], encoder, MarginMethod())
     assert split.excluded.sources == {"equal after encoding": ["f:1"]}
+
+
+def test_pairs_that_the_template_makes_equal_are_excluded_by_that_reason(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    _, encoder = load_for_training(tiny_checkpoint(tmp_path / "r1", "llama", chat_template=template), seed=0)
+    pair = PreferencePair("p", "<think>a</think>four", "<think>b</think>four", source="f:1")
+    split = encode_pairs("train", [pair], encoder, MarginMethod())
+    assert split.excluded.sources == {"removed by the chat template": ["f:1"]}
 
 
 def test_cut_prompts_are_counted_and_responses_are_kept(encoder: Any) -> None:

@@ -83,23 +83,13 @@ def _csv_error(error: csv.Error | DataError, source: str) -> DataError:
     return DataError.of_row(source, "not valid CSV", f"cannot be read as CSV: {error}.")
 
 
-def _cell(name: str, value: str, source: str) -> Any:
+def _cell(name: str, value: str, source: str) -> str | float:
     if name in _TEXT_NUMBERS:
         try:
             return float(value)
         except ValueError:
             raise DataError.of_row(source, "with an invalid number", f"field '{name}' must be a number.") from None
-    return _messages(value) if value.startswith("[{") else value
-
-
-def _messages(text: str) -> Any:
-    """Returns messages, which a CSV file can only give as JSON; another text as it is."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    keys = ({"role", "content"}, {"from", "value"})
-    return found if all(isinstance(one, dict) and any(one.keys() >= two for two in keys) for one in found) else text
+    return value
 
 
 def _parquet_rows(file: Path, _: OnError | None) -> Iterator[Row]:
