@@ -125,7 +125,7 @@ def classifier_around(backbone: PreTrainedModel, score: nn.Module) -> PreTrained
         self.post_init()
 
     name = f"{type(backbone).__name__.removesuffix('Model')}ForSequenceClassification"
-    attributes = {"__init__": make, "base_model_prefix": prefix, "__module__": __name__}
+    attributes = {"__init__": make, "base_model_prefix": prefix, "__module__": type(backbone).__module__}
     with torch.device("meta"):
         classifier = type(name, (GenericForSequenceClassification, family), attributes)(config)
     setattr(classifier, prefix, backbone)
