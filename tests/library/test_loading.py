@@ -305,6 +305,13 @@ def test_a_name_on_the_hub_is_read_from_its_cache(tmp_path: Path, monkeypatch: p
         load("somebody/other")
 
 
+def test_a_folder_without_tokenizer_files_says_so(tmp_path: Path) -> None:
+    (classifier(tmp_path) / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load(tmp_path)
+
+
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     tok = tokenizer()
     model_of(SEQUENCE, config_of("Qwen2", tok)).save_pretrained(tmp_path, max_shard_size="30KB")

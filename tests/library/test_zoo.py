@@ -123,6 +123,25 @@ def rope_that_depends_on_the_length(folder: Path) -> Reward:
     return classifier(folder, "Phi3", original_max_position_embeddings=64, rope_parameters=rope)
 
 
+@kind(path="one_at_a_time")
+def rope_that_scales_with_the_length(folder: Path) -> Reward:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
+    classifier(folder, "Llama", BOS_TEMPLATE, bos=True, max_position_embeddings=96, rope_parameters=rope)
+
+    def reward(prompt: zoo.Any, response: str) -> float:  # transformers' module remembers the longest text so far
+        return zoo.by_classifier(folder)(prompt, response)
+
+    return reward
+
+
+@kind()
+def mixture_of_experts_with_a_value_head(folder: Path) -> Reward:
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    model, tok = value_head(folder, "Qwen3Moe", **more)
+    zoo.change_weights(folder, lambda old: old | {"v_head.weight": zoo.rows()})
+    return zoo.by_hidden(model, tok, lambda hidden: zoo.rows() @ hidden)
+
+
 @kind(path="padded")
 def linear_attention(folder: Path) -> Reward:
     sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
