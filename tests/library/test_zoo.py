@@ -123,7 +123,7 @@ def rope_that_depends_on_the_length(folder: Path) -> Reward:
     return classifier(folder, "Phi3", original_max_position_embeddings=64, rope_parameters=rope)
 
 
-@kind(path="one_at_a_time")
+@kind()
 def rope_that_scales_with_the_length(folder: Path) -> Reward:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
     classifier(folder, "Llama", BOS_TEMPLATE, bos=True, max_position_embeddings=96, rope_parameters=rope)
