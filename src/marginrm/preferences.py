@@ -132,7 +132,7 @@ def parse_pair(row: Mapping[str, Any], source: str) -> PreferencePair:
 def parse_single(row: Mapping[str, Any], source: str) -> tuple[Prompt, str]:
     """Returns prompt and response of a row `{"prompt", "response" | "completion"}`. Arguments and errors as for `parse_pair`."""
     name = "response" if "response" in row else "completion"
-    field, row = Field(source, name), with_prompt(row, name)
+    field, row = Field(source, name), with_prompt(row, source, name)
     given = read_prompt(row.get("prompt"), Field(source, "prompt"))
     response = read_response(row.get(name), field)
     return prompt_of(given, response, field), response.text
@@ -140,7 +140,7 @@ def parse_single(row: Mapping[str, Any], source: str) -> tuple[Prompt, str]:
 
 def parse_group(row: Mapping[str, Any], source: str) -> CandidateGroup:
     """Returns a row's candidate group. Arguments and errors are those of `parse_pair`."""
-    row = as_group(row)
+    row = as_group(row, source)
     name = "candidates" if "candidates" in row else "responses"
     if name not in row or row.get("prompt") is None:
         raise _other_fields(row, source, _GROUP_FORMS)

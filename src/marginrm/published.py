@@ -72,29 +72,37 @@ def as_pair(row: Row, source: str) -> Row:
         used = (*names, "prompt") if dialogues else names
         row = {name: value for name, value in row.items() if name not in used}
         row |= {"chosen": responses[first], "rejected": responses[1 - first]}
-    return with_prompt(row, "chosen", "rejected")
+    return with_prompt(row, source, "chosen", "rejected")
 
 
-def as_group(row: Row) -> Row:
-    """Returns a row with `prompt` and `candidates` or `responses`, as far as it has them under any name."""
+def as_group(row: Row, source: str) -> Row:
+    """Returns a row with `prompt` and `candidates` or `responses`, as far as it has them. Arguments as for `as_pair`."""
     name = next((name for name in _GROUPS if isinstance(row.get(name), list)), None)
     if name is None or row.keys() & {"candidates", "responses"}:
-        return with_prompt(row)
+        return with_prompt(row, source)
     rest = {key: value for key, value in row.items() if key != name}
-    return with_prompt(rest | {"candidates": [_candidate(one) for one in row[name]]})
+    return with_prompt(rest | {"candidates": [_candidate(one) for one in row[name]]}, source)
 
 
-def with_prompt(row: Row, *responses: str) -> Row:
+def with_prompt(row: Row, source: str, *responses: str) -> Row:
     """Returns a row with its prompt under `prompt`, and with its system prompt before it.
 
     Args:
         row: The row.
+        source: `path:line`, for errors.
         responses: Names of the response fields; if one holds a whole dialogue, the prompt is there.
+
+    Raises:
+        DataError: The row has a question and a context, which only its author knows how to join.
     """
     given = row.get("prompt")
     name = "prompt" if given else next((name for name in _PROMPTS if row.get(name)), None)
     if name is None or (name != "prompt" and any(_is_dialogue(row.get(one)) for one in responses)):
         return row
+    if name in ("question", "instruction") and row.get("context"):
+        raise DataError.of_row(
+            source, "with a context beside the prompt", f"has the fields '{name}' and 'context'. Join them as 'prompt'."
+        )
     prompt = row[name]
     if isinstance(prompt, Mapping):  # OpenAI's {"messages"}, WebGPT's {"full_text"}
         prompt = prompt.get("messages", prompt.get("full_text", prompt))

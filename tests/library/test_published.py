@@ -248,6 +248,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": [USER, {"role": "assistant", "content": None, "function_call": {}}], "chosen": "a", "rejected": "b"},
         "with malformed messages",
     ),
+    "a context": (
+        {"question": "p", "context": "c", "chosen": "a", "rejected": "b"},
+        "with a context beside the prompt",
+    ),
     "KTO": ({"prompt": "p", "completion": "a", "label": True}, "with one response"),
     "HelpSteer2": ({"prompt": "p", "response": "a", "helpfulness": 3}, "with one response"),
     "Nectar": ({"prompt": "p", "answers": [{"answer": "a", "rank": 1}]}, "with a list of responses"),
