@@ -142,3 +142,39 @@ def test_the_model_page_says_how_steps_are_read(prm: tuple[AppServer, Documented
     reading = httpx.get(f"{server.url}/v1/models/default").json()["reading"]
     assert reading["steps"]["separator"] == "<extra_0>"
     assert reading["steps"]["aggregate"] == "product"
+
+
+def test_vllms_clients_read_the_steps_from_pooling(prm: tuple[AppServer, Documented]) -> None:
+    # BooMinSeong/prm-toolkit 6f43efd reward_qwen_prm_server.py: {"input": prompts}; reads data[i]["data"][step][class]
+    server, documented = prm
+    user = {"role": "user", "content": PROMPT}
+    texts = [
+        server.service.registry.get("default").encoder.tokenizer.apply_chat_template(
+            [user, {"role": "assistant", "content": "<extra_0>".join([*steps, ""])}], tokenize=False
+        )
+        for steps in (STEPS, OTHER)
+    ]
+    for more in ({}, {"task": "token_classify"}):
+        reply = post(server, "/pooling", {"input": texts, **more})
+        for entry, steps in zip(reply["data"], (STEPS, OTHER), strict=True):
+            assert [good for _, good in entry["data"]] == pytest.approx(documented(PROMPT, steps), abs=1e-4)
+            assert [bad + good for bad, good in entry["data"]] == pytest.approx([1.0] * 3)
+    turns = [user, {"role": "assistant", "content": "\n\n".join(STEPS)}]
+    (entry,) = post(server, "/pooling", {"messages": turns})["data"]
+    assert [good for _, good in entry["data"]] == pytest.approx(documented(PROMPT, STEPS), abs=1e-4)
+    (whole,) = post(server, "/classify", {"messages": turns})["data"]
+    expected = aggregated(documented(PROMPT, STEPS), "product")
+    assert whole["probs"] == pytest.approx([1 / (1 + math.exp(-expected))], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": "no separator"}, "input[0]"),
+        ({"input": [1, 2]}, "input[0]"),
+        ({"use_activation": False, "task": "token_classify"}, "task"),
+    ],
+)
+def test_pooling_says_what_it_cannot_do_for_steps(prm: tuple[AppServer, Documented], body: dict, param: str) -> None:
+    reply = post(prm[0], "/pooling", {"input": "a<extra_0>"} | body, 422)
+    assert reply["error"]["param"] == param

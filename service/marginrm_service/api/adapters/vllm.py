@@ -79,7 +79,8 @@ class PoolingRequest(_PoolingOptions):
     input: WireTexts = Field(default=None, description="A text, texts, or the token ids of one or of several.")
     messages: list[Any] | None = Field(default=None, min_length=1)
     task: Literal["classify", "token_classify"] | None = Field(
-        default=None, description="token_classify, on /pooling: a process reward model's steps. Else leave it out."
+        default=None,
+        description="On /pooling: token_classify for a process reward model's steps, its default; classify for one value.",
     )
 
     @model_validator(mode="after")
@@ -199,9 +200,8 @@ async def classify(body: EitherRequest, request: Request, service: ServiceOf) ->
 
 @router.post("/pooling", response_model=PoolingResponse, responses=ERROR_REPLIES)
 async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
-    """Scores texts in the shape of vLLM's pooling route; with `task` `token_classify` the steps of each."""
-    if body.task == "token_classify":
-        _check_steps(body, service)
+    """Scores texts in the shape of vLLM's pooling route; of a process reward model the steps of each, as vLLM does."""
+    by_step = body.task != "classify" and _gives_steps(body, service)
     rewarded = await _pool(body, request, service)
     return await reply(
         service,
@@ -209,7 +209,9 @@ async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) ->
         lambda: PoolingResponse(
             model=rewarded.model,
             usage=rewarded.usage,
-            data=[PoolingData(index=i, data=_pooled(body, one)) for i, one in enumerate(rewarded.scored)],
+            data=[
+                PoolingData(index=i, data=_pooled(body, one, by_step=by_step)) for i, one in enumerate(rewarded.scored)
+            ],
         ),
     )
 
@@ -240,30 +242,32 @@ async def score_pairs(body: PairScoreRequest, request: Request, service: Service
     )
 
 
-def _pooled(body: PoolingRequest, one: ScoredResponse) -> list[float] | list[list[float]]:
+def _pooled(body: PoolingRequest, one: ScoredResponse, *, by_step: bool) -> list[float] | list[list[float]]:
     """Returns one text's data: its value, or for each of its steps the probabilities of a bad and of a good one.
 
     vLLM answers so for Qwen2.5-Math-PRM, whose head has two classes.
     """
-    if body.task == "token_classify" and one.steps is not None:
+    if by_step and one.steps is not None:
         return [[1 - step, step] for step in one.steps]
     return [body.value(one.reward)]
 
 
-def _check_steps(body: PoolingRequest, service: Service) -> None:
-    """Checks that the model gives its steps probabilities, if steps are asked for.
+def _gives_steps(body: PoolingRequest, service: Service) -> bool:
+    """Returns whether the model that is asked gives probabilities of steps.
 
     Raises:
-        InvalidTextError: It does not.
+        InvalidTextError: It does not, and the request asks for them.
     """
     name = service.registry.known_or_only(body.model or DEFAULT_MODEL)
     steps = service.registry.get(name).encoder.policy.steps
-    if steps is None or steps.value != "probability" or body.use_activation is False:
+    found = steps is not None and steps.value == "probability" and body.use_activation is not False
+    if body.task == "token_classify" and not found:
         raise InvalidTextError(
             "{param} = token_classify: this needs a process reward model whose steps are probabilities, and no "
             "use_activation. Leave the task out.",
             param="task",
         )
+    return found
 
 
 async def _pool(body: PoolingRequest, request: Request, service: Service) -> Rewarded:
