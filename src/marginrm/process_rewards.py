@@ -117,6 +117,10 @@ class StepReward(float):
         made.steps = tuple(steps)
         return made
 
+    def __getnewargs__(self) -> tuple[float, tuple[float, ...]]:  # type: ignore[override]
+        """Returns what a copy is made of."""
+        return float(self), self.steps
+
 
 def steps_of(reward: float) -> tuple[float, ...] | None:
     """Returns the step rewards behind a reward; None for a model that gives one reward per response."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
 from typer.testing import CliRunner
 
 from marginrm.cli.inspect import inspect
 from marginrm.errors import ConfigError, EmptyTextError, HeadError, InvalidTextError
+from marginrm.file_scoring import InputFile, score_rows
+from marginrm.file_summary import Summary
 from marginrm.packing import plan_row
 from marginrm.process_rewards import FORMS as READINGS
 from marginrm.process_rewards import StepReading, StepReward, aggregated, steps_of
@@ -184,6 +190,8 @@ def test_a_step_reward_is_a_number_with_steps() -> None:
     assert reward == 0.5
     assert steps_of(reward) == (0.5, 0.7)
     assert steps_of(0.5) is None
+    for made in (copy.deepcopy(reward), pickle.loads(pickle.dumps(reward))):
+        assert (made, made.steps) == (0.5, (0.5, 0.7))
 
 
 @pytest.mark.parametrize(
@@ -225,3 +233,54 @@ def test_inspect_verifies_steps_against_a_plain_loop(tmp_path: Path, form: str) 
     assert found["verified"]["responses"] == 8
     assert found["verified"]["agrees"]
     assert found["steps"]["form"] == form
+
+
+def test_deterministic_steps_do_not_depend_on_what_is_beside_them(tmp_path: Path) -> None:
+    documented = qwen_math(tmp_path)
+    model = RewardModel.from_pretrained(tmp_path, dtype="float32", deterministic=True)
+    alone = model.score(PROMPT, [STEPS])[0]
+    among = model.score(PROMPT, [STEPS[:1], STEPS, ["No."], [*STEPS, "Yes."]])[1]
+    assert steps_of(alone) == steps_of(among)
+    assert steps_of(alone) == pytest.approx(documented(PROMPT, STEPS), abs=1e-4)
+
+
+def test_the_last_layer_runs_at_the_steps_alone(case: tuple[str, RewardModel, Documented]) -> None:
+    assert case[1].module.execution.last_layer == "reward_tokens"
+
+
+def test_a_file_is_scored_with_steps(tmp_path: Path) -> None:
+    documented = qwen_math(tmp_path / "prm")
+    model = RewardModel.from_pretrained(tmp_path / "prm", dtype="float32")
+    text = "<extra_0>".join(STEPS)
+    rows = [
+        {"prompt": PROMPT, "response": text},
+        {"prompt": PROMPT, "chosen": text, "rejected": "I do not know."},
+        {"prompt": PROMPT, "candidates": ["No.", text]},
+    ]
+    given = tmp_path / "rows.jsonl"
+    given.write_text("\n".join(map(json.dumps, rows)))
+    single, pair, group = score_rows(model, InputFile(given), "error", 0.5, Summary())
+    expected = pytest.approx(documented(PROMPT, STEPS), abs=1e-4)
+    assert single["steps"] == expected
+    assert pair["chosen"]["steps"] == expected
+    assert group["steps"][1] == expected
+    assert len(group["steps"][0]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's own use of transformers
+def test_an_adapter_of_a_token_classifier_is_a_process_reward_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trl(tmp_path / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    Qwen2ForCausalLM(Qwen2Config.from_pretrained(tmp_path / "whole")).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = Qwen2ForTokenClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    lora = peft.LoraConfig(task_type="TOKEN_CLS", r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    tuned = peft.get_peft_model(model, lora).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (reward,) = RewardModel.from_pretrained(tmp_path / "adapter", dtype="float32").score("What?", [["One.", "Two."]])
+    with torch.inference_mode():
+        for found, text in zip(reward.steps, ("What?\nOne.\n", "What?\nOne.\nTwo.\n"), strict=True):
+            logits = tuned(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+            assert found == pytest.approx(float(logits.softmax(-1)[1]), abs=1e-4)

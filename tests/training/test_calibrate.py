@@ -14,8 +14,10 @@ from marginrm import RewardModel
 from marginrm.cli.main import build_app
 from marginrm.errors import ManifestError, ModelError
 from marginrm.manifest import MANIFEST_NAME, Manifest
+from marginrm.reading import ReadingOptions
 from marginrm_training.checkpoint.recalibrate import BROKEN, recalibrate
 from support.models import tiny_checkpoint
+from support.process_rewards import FORMS
 from support.training import rows, write
 
 
@@ -90,3 +92,17 @@ def test_a_manifest_that_can_be_read_keeps_all_but_its_calibration(checkpoint: P
 def test_a_hub_name_is_refused_with_the_reason(pairs: Path) -> None:
     with pytest.raises(ModelError, match="owner/name is not a folder"):
         recalibrate(Path("owner/name"), str(pairs))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_manifest_records_how_steps_are_read(tmp_path: Path, pairs: Path, form: str) -> None:
+    make, options = FORMS[form]
+    make(tmp_path)
+    before = RewardModel.from_pretrained(tmp_path, dtype="float32", reading=ReadingOptions(**options, aggregate="mean"))
+    recalibrate(tmp_path, str(pairs), reading=ReadingOptions(**options, aggregate="mean"))
+    model = RewardModel.from_pretrained(tmp_path, dtype="float32")
+    assert model.info.calibrated
+    assert model.verify_golden() == pytest.approx(0, abs=1e-5)
+    assert model.steps == before.steps
+    responses = [["One.", "Two."], "One.\n\nThree."]
+    assert model.score("Count.", responses) == pytest.approx(before.score("Count.", responses), abs=1e-6)

@@ -48,7 +48,8 @@ def plain_reward(path: str | Path, reading: CheckpointReading) -> PlainReward:
     """
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in reading.options.items()}
     files = find_checkpoint(path)
-    steps, options = with_steps(on_base(files, base_of(files)) if files.is_adapter else files, ReadingOptions(**given))
+    weights = on_base(files, base_of(files)) if files.is_adapter else files
+    steps, options = with_steps(weights, ReadingOptions(**given), files)
     folder = tokenizer_folder(files, base_of(files) if files.is_adapter else files)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     score = {

@@ -16,12 +16,15 @@ _FORM_OF_CLASS = {
 }
 
 
-def with_steps(files: CheckpointFiles, options: ReadingOptions) -> tuple[StepReading | None, ReadingOptions]:
+def with_steps(
+    files: CheckpointFiles, options: ReadingOptions, adapter: CheckpointFiles | None = None
+) -> tuple[StepReading | None, ReadingOptions]:
     """Returns how a process reward model's steps are read, and the options with what its form says of head and text.
 
     Args:
         files: The checkpoint; an adapter's base with the adapter's weights.
         options: What the user says. Anything said there takes precedence over the form.
+        adapter: The adapter's own files, or None.
 
     Returns:
         The reading, or None for a model that gives one reward per response, and the options.
@@ -30,7 +33,7 @@ def with_steps(files: CheckpointFiles, options: ReadingOptions) -> tuple[StepRea
         ConfigError: Options about steps for another kind of model, or that exclude each other.
         HeadError: It has several classes per token and nothing says which of them is the reward.
     """
-    form = _form(files, options)
+    form = _form(files, options, adapter)
     if form is None:
         idle = [name for name in ("step_value", "aggregate") if getattr(options, name) is not None]
         if idle:
@@ -68,7 +71,7 @@ def head_rows(files: CheckpointFiles) -> int | None:
     return layers[max(layers)] if layers else None
 
 
-def _form(files: CheckpointFiles, options: ReadingOptions) -> StepReading | None:
+def _form(files: CheckpointFiles, options: ReadingOptions, adapter: CheckpointFiles | None) -> StepReading | None:
     if options.steps is not None:
         separator = options.steps.replace("\\n", "\n")
         custom = StepReading(form="custom", separator=separator, value="probability", aggregate="min")
@@ -76,7 +79,8 @@ def _form(files: CheckpointFiles, options: ReadingOptions) -> StepReading | None
     known = _FORM_OF_CLASS.get(files.class_name)
     if known is not None:
         return FORMS[known]
-    if files.class_name.endswith("ForTokenClassification") and head_rows(files) == 2:
+    task = adapter.adapter.get("task_type") if adapter is not None else None
+    if (files.class_name.endswith("ForTokenClassification") or task == "TOKEN_CLS") and head_rows(files) == 2:
         return FORMS["trl-prm"]
     return None
 

@@ -143,7 +143,7 @@ def _read(files: CheckpointFiles, given: ReadingOptions) -> _Read:
     check_trusted(base, trusted=given.trust_remote_code)
     config = load_config(base, trust_remote_code=given.trust_remote_code)
     source = Source(on_base(files, base), config, adapter=files) if files.is_adapter else Source(files, config)
-    steps, options = with_steps(source.files, given)
+    steps, options = with_steps(source.files, given, source.adapter)
     refuse_by_kind(base, config, reads_steps=steps is not None)
     folder = tokenizer_folder(files, base)
     if options.trust_remote_code and steps is None and (own := own_code_of(base)):
