@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from marginrm.client_texts import ClientTexts
 from marginrm.errors import EncodingError, InvalidTextError, SequenceTooLongError
 from marginrm.fitting import Draft, common_cut, fit, sequence_range, shorten, token_range
+from marginrm.frames import SEAM
 from marginrm.manifest import EncodingInfo, template_hash
 from marginrm.messages import check_messages
 from marginrm.rendering import Renderer, transcript
@@ -90,7 +91,9 @@ class Encoder:
         self.max_length = max_length
         self.architecture: Architecture = architecture
         self.policy = policy or EncodingPolicy()
-        self._backend = backend_of(tokenizer)
+        frame = self.policy.frame
+        apart = frame is not None and SEAM in (frame.template or "")
+        self._backend = backend_of(tokenizer, seam=SEAM if apart else None)
         self._vocabulary = len(tokenizer)
         self._renderer = Renderer(tokenizer, self.policy.frame, strip_end=self.policy.eos == "on")
         self.special = SpecialTokens(tokenizer, self._backend, self._renderer, self.policy)

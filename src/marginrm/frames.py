@@ -14,6 +14,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from marginrm.errors import ConfigError, InvalidTextError
 
+# Between parts that an author's code tokenizes apart: without it, "?" and a line break may become one token.
+SEAM = "\ue001"
+_BREAK = f"{SEAM}\n{SEAM}"
 _RETRIEVAL = "Given a web search query, retrieve relevant passages that answer the query"
 
 
@@ -24,7 +27,8 @@ class Frame:
     Attributes:
         name: As `--frame` names it.
         template: Jinja text with `query`, `document`, `instruction` and `messages`; None for the tokenizer's own chat
-            template with the roles `query` and `document`, as sentence-transformers renders it.
+            template with the roles `query` and `document`, as sentence-transformers renders it. `SEAM` stands between
+            parts that are tokenized apart.
         reward_tokens: Vocabulary entries whose logits are the score: the first minus the second, if there are two.
         instruction: Used where the template asks for one.
     """
@@ -76,8 +80,8 @@ FRAMES = {
         Frame(
             "mxbai-rerank-v2",
             "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-            "<|im_start|>user\nquery: {{ query }}\ndocument: {{ document }}\nYou are a search relevance expert who "
-            "evaluates how well documents match search queries. For each query-document pair, carefully analyze the "
+            "<|im_start|>user\nquery: {{ query }}" + _BREAK + "document: {{ document }}" + _BREAK + "You are a search "
+            "relevance expert who evaluates how well documents match search queries. For each query-document pair, carefully analyze the "
             "semantic relationship between them, then provide your binary relevance judgment (0 for not relevant, 1 "
             "for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n",
             ("1", "0"),
@@ -85,8 +89,8 @@ FRAMES = {
         # BAAI/bge-reranker-v2-gemma: model card.
         Frame(
             "bge-reranker-gemma",
-            "A: {{ query }}\nB: {{ document }}\nGiven a query A and a passage B, determine whether the passage "
-            "contains an answer to the query by providing a prediction of either 'Yes' or 'No'.",
+            "A: {{ query }}" + _BREAK + "B: {{ document }}" + _BREAK + "Given a query A and a passage B, determine "
+            "whether the passage contains an answer to the query by providing a prediction of either 'Yes' or 'No'.",
             ("Yes",),
         ),
         QUERY_DOCUMENT,

@@ -336,6 +336,22 @@ def test_weights_of_another_shape_are_named(tmp_path: Path, weight: str, shape: 
         load(tmp_path)
 
 
+def test_a_pickle_with_the_weights_inside_another_dictionary_is_named(tmp_path: Path) -> None:
+    (classifier(tmp_path) / "model.safetensors").unlink()
+    torch.save({"state_dict": {"score.weight": torch.zeros(1, 32)}, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds state_dict, epoch, and no weights beside them"):
+        load(tmp_path)
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    classifier(tmp_path)
+    tok = tokenizer(BOS_TEMPLATE + "<|new|>", bos=True)
+    tok.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"the token \d+ \('<\|new\|>'\), and the model has \d+ embeddings"):
+        load(tmp_path)
+
+
 def test_missing_layers_are_not_taken_for_a_missing_head(tmp_path: Path) -> None:
     classifier(tmp_path)
     zoo.change_weights(tmp_path, lambda old: {name: one for name, one in old.items() if ".layers.1." not in name})

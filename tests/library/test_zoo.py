@@ -426,6 +426,38 @@ def adapter_on_a_language_model_with_a_value_head_file(folder: Path) -> Reward:
     return zoo.by_hidden(wrapped, tok, lambda hidden: zoo.rows() @ hidden)
 
 
+@kind()
+def adapter_of_trl_with_its_value_head_in_a_bin_file(folder: Path) -> Reward:
+    base = folder / "base"
+    _, tok = value_head(base)
+    model = zoo.transformers.AutoModelForCausalLM.from_pretrained(base)
+    wrapped = zoo.write_adapter(folder, base, task="CAUSAL_LM", base_model=model, tok=tok)
+    torch.save(
+        {"v_head.summary.weight": zoo.rows(), "v_head.summary.bias": torch.zeros(1)}, folder / "pytorch_model.bin"
+    )
+    return zoo.by_hidden(wrapped, tok, lambda hidden: zoo.rows() @ hidden)
+
+
+@kind()
+def adapter_with_its_head_and_embeddings(folder: Path) -> Reward:
+    base = folder / "base"
+    value_head(base)
+    tok = tokenizer()
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.config.pad_token_id = tok.pad_token_id
+    wrapped = zoo.write_adapter(folder, base, base_model=model, tok=tok, modules_to_save=["score", "embed_tokens"])
+    return zoo.by_forward(wrapped, tok)
+
+
+@kind(reward_tokens=("id:7",))
+def adapter_on_a_language_model_whose_logit_is_read(folder: Path) -> Reward:
+    base = folder / "base"
+    _, tok = value_head(base)
+    model = zoo.transformers.AutoModelForCausalLM.from_pretrained(base)
+    wrapped = zoo.write_adapter(folder, base, task="CAUSAL_LM", base_model=model, tok=tok)
+    return zoo.by_logits(wrapped, tok, lambda last: last[7])
+
+
 # Logits of language models --------------------------------------------------------------------------------------------
 
 
@@ -463,6 +495,30 @@ def reranker_with_a_known_frame(folder: Path) -> Reward:
         return list(tok(f"{before}<Query>: {query}\n<Document>: {response}{after}")["input_ids"])
 
     return zoo.by_logits(model, tok, lambda last: last[yes] - last[no], ids)
+
+
+@kind(frame="mxbai-rerank-v2")
+def reranker_whose_parts_are_tokenized_apart(folder: Path) -> Reward:
+    tok = tokenizer()
+    model = model_of(CAUSAL, config_of("Qwen2", tok, num_labels=..., vocab_size=len(tok) + 2))
+    write(folder, model, tok)
+    zoo.join_marks_with_line_breaks(folder)
+    tok = zoo.transformers.AutoTokenizer.from_pretrained(folder)
+    task = (
+        "You are a search relevance expert who evaluates how well documents match search queries. For each "
+        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
+        "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:"
+    )
+    system = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+
+    def ids(tok: zoo.Any, prompt: zoo.Any, response: str) -> list[int]:
+        query = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        parts = [f"{system}<|im_start|>user\n", f"query: {query}", "\n", f"document: {response}", "\n", task]
+        return [one for part in [*parts, "<|im_end|>\n<|im_start|>assistant\n"] for one in tok(part)["input_ids"]]
+
+    first, second = (tok(word)["input_ids"][0] for word in "10")
+    assert len(tok("?\n")["input_ids"]) == 1
+    return zoo.by_logits(model, tok, lambda last: last[first] - last[second], ids)
 
 
 @kind()

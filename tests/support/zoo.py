@@ -140,6 +140,17 @@ def as_bin(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def join_marks_with_line_breaks(folder: Path) -> None:
+    """Adds tokens of a mark and a line break to a tokenizer, as Qwen's has them."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    free = 1 + max([*data["model"]["vocab"].values(), *(one["id"] for one in data["added_tokens"])])
+    for index, mark in enumerate("?."):
+        data["model"]["vocab"][f"{mark}\u010a"] = free + index
+        data["model"]["merges"].append([mark, "\u010a"])
+    path.write_text(json.dumps(data))
+
+
 def rows(count: int = 1, columns: int = 32, seed: int = 1) -> Tensor:
     """Returns the weight of a head."""
     return torch.randn(count, columns, generator=torch.Generator().manual_seed(seed))
@@ -293,13 +304,21 @@ def write_own_code(
     return model, tok
 
 
-def write_adapter(folder: Path, base: Path, *, task: str, base_model: Any, tok: Any) -> Any:
+def write_adapter(
+    folder: Path, base: Path, *, base_model: Any, tok: Any, task: str | None = None, **options: Any
+) -> Any:
     """Writes a LoRA adapter alone, trained on the folder `base`, and returns the model with it."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     wrapped = get_peft_model(
-        base_model, LoraConfig(task_type=getattr(TaskType, task), r=4, target_modules=["q_proj", "v_proj"])
+        base_model,
+        LoraConfig(
+            task_type=getattr(TaskType, task) if task else None,
+            r=4,
+            target_modules=["q_proj", "v_proj"],
+            **options,
+        ),
     )
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)

@@ -68,8 +68,9 @@ def merge_adapter(model: PreTrainedModel, files: CheckpointFiles, *, without: It
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         config = PeftConfig.from_pretrained(str(files.folder))
         config.inference_mode = True
-        if known:
-            config.modules_to_save = None
+        if known and config.modules_to_save:
+            here = {part for name in without for part in name.split(".")}
+            config.modules_to_save = [module for module in config.modules_to_save if module not in here] or None
         wrapped = PeftModel(model, config)
         weights = load_peft_weights(str(files.folder), device="cpu")
         result: Any = set_peft_model_state_dict(
@@ -79,6 +80,14 @@ def merge_adapter(model: PreTrainedModel, files: CheckpointFiles, *, without: It
             shown = ", ".join(sorted(result.unexpected_keys)[:6])
             raise HeadError(f"{files.name} holds weights that its base model has no place for: {shown}.")
         return cast("PreTrainedModel", wrapped.to(model.device).merge_and_unload())
+
+
+def with_adapter(model: PreTrainedModel, adapter: CheckpointFiles | None) -> PreTrainedModel:
+    """Returns a model of the class that an adapter was trained on, with the adapter merged into it, if there is one."""
+    if adapter is None:
+        return model
+    resize(model, embedding_rows(adapter))
+    return merge_adapter(model, adapter)
 
 
 def _whole_weights(files: CheckpointFiles) -> dict[str, StoredTensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from marginrm.errors import ConfigError, HeadError
-from marginrm.loading.adapters import embedding_rows, merge_adapter, resize
+from marginrm.loading.adapters import embedding_rows, merge_adapter, resize, with_adapter
 from marginrm.loading.backbone import WeightMap, classifier_around, is_causal, map_weights
 from marginrm.loading.files import CheckpointFiles
 from marginrm.loading.heads import FoundHead, build_head, find_head, is_harmless, normalisation, one_row
@@ -138,7 +138,7 @@ def load_classifier(
         ModelError: It cannot be read.
     """
     if plan.own is not None:
-        model = load_own_code(plan.own, source.files, source.config, target)
+        model = with_adapter(load_own_code(plan.own, source.files, source.config, target), source.adapter)
         if options.label_weights is not None:
             weigh_values(model, options.label_weights)
         causal = seems_causal(model, source.config, has_template=has_template)
@@ -146,7 +146,7 @@ def load_classifier(
             model, "own-code", causal, f"the forward pass of {plan.own.class_name} ({plan.own.file})"
         )
     if plan.tokens is not None:
-        model = load_token_logits(plan.tokens, source.files, source.config, target)
+        model = load_token_logits(plan.tokens, source.files, source.config, target, source.adapter)
         return LoadedClassifier(
             model, "token-logits", causal=True, head=f"output rows of the vocabulary: {plan.tokens.words}"
         )
@@ -174,9 +174,7 @@ def _standard(source: Source, weights: WeightMap, target: Target, options: Readi
     config.num_labels = rows = _rows(files, weights)
     model, missing = load_model(AutoModelForSequenceClassification, files, config, target)
     check_missing(files, missing - files.added.keys())
-    if source.adapter is not None:
-        resize(model, embedding_rows(source.adapter))
-        model = merge_adapter(model, source.adapter)
+    model = with_adapter(model, source.adapter)
     for name in {name.rpartition(".")[0] for name in weights.label_weights}:
         last = model.get_submodule(name)
         if rows > 1 or options.label_weights is not None:

@@ -70,8 +70,11 @@ class CheckpointFiles:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether this is an adapter alone, without the model it was trained on."""
-        return bool(self.adapter) and not self._first(_WEIGHTS)
+        """Whether this is an adapter alone, without the model it was trained on.
+
+        TRL writes the value head of such an adapter to pytorch_model.bin, but no config.json.
+        """
+        return bool(self.adapter) and not (self.has("config.json") and self._first(_WEIGHTS))
 
     @property
     def class_name(self) -> str:
@@ -192,7 +195,14 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    return {name: tuple(value.shape) for name, value in _pickled(path).items() if isinstance(value, Tensor)}
+    content = _pickled(path)
+    found = {name: tuple(value.shape) for name, value in content.items() if isinstance(value, Tensor)}
+    if content and not found:
+        raise ModelError(
+            f"{path} holds {', '.join(map(str, list(content)[:4]))}, and no weights beside them. Save the weights alone "
+            "(save_pretrained)."
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=2)

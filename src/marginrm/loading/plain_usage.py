@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from marginrm.forward.rope import forget_lengths
-from marginrm.frames import frame_of
+from marginrm.frames import SEAM, frame_of
 from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
 from marginrm.loading.classifier import Source, plan_by_weights
 from marginrm.loading.config import load_config
@@ -106,7 +106,8 @@ def _decoder_ids(
     if reading.template.startswith("the frame query-document"):
         turns = [{"role": "query", "content": messages[-1]["content"]}, {"role": "document", "content": response}]
     elif frame is not None:
-        return list(tokenizer(frame.render(messages, response))["input_ids"])
+        parts = frame.render(messages, response).split(SEAM)
+        return [one for n, part in enumerate(parts) for one in tokenizer(part, add_special_tokens=n == 0)["input_ids"]]
     if not tokenizer.chat_template:
         end = str(tokenizer.eos_token) if reading.adds_eos else ""
         start = transcript(messages) + ("\n\nAssistant: " if len(messages) > 1 else "")
@@ -168,7 +169,7 @@ def _token_logits(
     files: CheckpointFiles, tokenizer: PreTrainedTokenizerBase, options: ReadingOptions
 ) -> Callable[..., Tensor]:
     tokens = token_reward_of(files, tokenizer, options).tokens
-    model = _load("AutoModelForCausalLM", files, files, options)
+    model = _load("AutoModelForCausalLM", base_of(files) if files.is_adapter else files, files, options)
 
     def score(inputs: dict[str, Tensor]) -> Tensor:
         last = model(**inputs).logits[0, -1]
@@ -180,9 +181,10 @@ def _token_logits(
 def _own_code(
     files: CheckpointFiles, tokenizer: PreTrainedTokenizerBase, options: ReadingOptions
 ) -> Callable[..., Tensor]:
-    own = own_code_of(files)
+    base = base_of(files) if files.is_adapter else files
+    own = own_code_of(base)
     assert own is not None  # the reading says that its own code computes the rewards
-    model = _load(own.auto, files, files, options)
+    model = _load(own.auto, base, files, options)
 
     def score(inputs: dict[str, Tensor]) -> Tensor:
         given = model(**inputs)

@@ -14,6 +14,7 @@ from marginrm.encoding import Architecture, Encoder
 from marginrm.errors import ConfigError, ModelError
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
+from marginrm.forward.own_forward import vocabulary_of
 from marginrm.forward.self_check import conversations, step_conversations
 from marginrm.frames import frame_of
 from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
@@ -108,18 +109,32 @@ def load_for_scoring(
         policy = replace(policy, unread=frozenset(), steps=steps)
     architecture: Architecture = "decoder" if loaded.causal else "encoder"
     encoder = Encoder(tokenizer, max_length=limit, architecture=architecture, policy=policy)
-    module = build_module(
-        loaded.classifier,
-        max_length=limit,
-        architecture=architecture,
-        probe=[*conversations(encoder), *step_conversations(encoder)],
-    ).eval()
+    probe = [*conversations(encoder), *step_conversations(encoder)]
+    _check_vocabulary(files, loaded, tokenizer, max((max(one.ids) for group in probe for one in group), default=0))
+    module = build_module(loaded.classifier, max_length=limit, architecture=architecture, probe=probe).eval()
     if purpose:
         tune(module, purpose)
     record = reading_of(files, source, loaded, encoder, module, given)
     for note in record.notes:
         _log.warning("%s: %s", files.name, note)
     return Loaded(module, encoder, record)
+
+
+def _check_vocabulary(
+    files: CheckpointFiles, loaded: LoadedClassifier, tokenizer: PreTrainedTokenizerBase, highest: int
+) -> None:
+    """Checks that the model has an embedding for each token that conversations have.
+
+    Raises:
+        ModelError: It lacks one.
+    """
+    known = vocabulary_of(loaded.classifier)
+    if highest >= known:
+        raise ModelError(
+            f"{files.name}: the tokenizer gives the token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and the "
+            f"model has {known:,} embeddings. Is it the tokenizer of another model, or was resize_token_embeddings left out "
+            "when a token was added?"
+        )
 
 
 class _Read(NamedTuple):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from marginrm.errors import ConfigError, HeadError, ModelError
 from marginrm.frames import QUERY_DOCUMENT, Frame, frame_of
+from marginrm.loading.adapters import with_adapter
 from marginrm.loading.backbone import classifier_around
 from marginrm.loading.files import CheckpointFiles
 from marginrm.loading.weights import Target, check_missing, load_model
@@ -80,7 +81,11 @@ def token_reward_of(files: CheckpointFiles, tokenizer: PreTrainedTokenizerBase, 
 
 
 def load_token_logits(
-    reward: TokenReward, files: CheckpointFiles, config: PreTrainedConfig, target: Target
+    reward: TokenReward,
+    files: CheckpointFiles,
+    config: PreTrainedConfig,
+    target: Target,
+    adapter: CheckpointFiles | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model and puts the rows of its vocabulary on its backbone as the head.
 
@@ -90,6 +95,7 @@ def load_token_logits(
     """
     model, missing = load_model(AutoModelForCausalLM, files, config, target)
     check_missing(files, missing)
+    model = with_adapter(model, adapter)
     output = model.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         raise HeadError(
