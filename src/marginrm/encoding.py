@@ -254,7 +254,7 @@ class Encoder:
         return self._renderer.chat_template if self.architecture == "decoder" else None
 
     def _drafts(self, messages: list[dict[str, Any]], responses: list[Any]) -> list[Draft | EncodingError]:
-        if self.architecture == "encoder":
+        if self.architecture == "encoder" and self.policy.frame is None:
             prompt = transcript(messages)
             encodings = self._backend.encode_batch([(prompt, text) for text in responses], add_special_tokens=True)
             return [

@@ -93,6 +93,8 @@ FRAMES = {
             "whether the passage contains an answer to the query by providing a prediction of either 'Yes' or 'No'.",
             ("Yes",),
         ),
+        # nvidia/llama-nemotron-rerank-1b-v2, llama-3.2-nv-rerankqa-1b-v2: model cards.
+        Frame("nemotron-rerank", "question:{{ query }} \n \n passage:{{ document }}"),
         QUERY_DOCUMENT,
     )
 }

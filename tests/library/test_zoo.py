@@ -257,6 +257,19 @@ def encoder_of_two_classes(folder: Path) -> Reward:
     return zoo.by_pair(folder, (-1.0, 1.0))
 
 
+@kind(frame="nemotron-rerank")
+def encoder_that_reads_one_text(folder: Path) -> Reward:
+    tok = zoo.pair_tokenizer()
+    cross_encoder(folder, "Bert", tok)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def ids(tok: zoo.Any, prompt: zoo.Any, response: str) -> list[int]:
+        query = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return list(tok(f"question:{query} \n \n passage:{response}")["input_ids"])
+
+    return zoo.by_forward(model, tok, ids)
+
+
 # Heads and what trainers write ----------------------------------------------------------------------------------------
 
 

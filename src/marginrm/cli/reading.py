@@ -44,7 +44,7 @@ def _options(
     frame: Annotated[
         str | None,
         typer.Option(
-            help="A reranker's text: qwen3-reranker, mxbai-rerank-v2, bge-reranker-gemma, query-document, or a Jinja file.",
+            help="A reranker's text: the name of a known frame, such as qwen3-reranker, or a Jinja file.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),

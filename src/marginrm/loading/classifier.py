@@ -281,7 +281,7 @@ def check_of_use(options: ReadingOptions, loaded: LoadedClassifier) -> None:
     Raises:
         ConfigError: One had none.
     """
-    said: Mapping[str, Any] = {"bos": options.bos != "auto", "eos": options.eos != "auto", "frame": options.frame}
+    said: Mapping[str, Any] = {"bos": options.bos != "auto", "eos": options.eos != "auto"}
     idle = [name for name, given in said.items() if given and not loaded.causal]
     if options.label_weights is not None and loaded.usage == "token-logits":
         idle.append("label_weights")

@@ -181,7 +181,10 @@ def _from_hub(name: str, revision: str | None) -> CheckpointFiles:
         with translated(name, "files"):
             return Path(
                 snapshot_download(
-                    name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*.safetensors"]
+                    name,
+                    revision=revision,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=["*/*.safetensors", "*/*.bin", "consolidated*"],
                 )
             )
 

@@ -80,6 +80,8 @@ def _inputs(
 ) -> dict[str, Tensor]:
     """Tokenizes as cards do: a text pair, a conversation by the chat template, or plain text and EOS."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
+    if reading.architecture == "encoder" and options.frame:
+        return dict(tokenizer(frame_of(options.frame).render(messages, response), return_tensors="pt"))
     if reading.architecture == "encoder":
         return dict(tokenizer(transcript(messages), response, return_tensors="pt"))
     ids = _decoder_ids(tokenizer, reading, options, messages, response)

@@ -73,7 +73,7 @@ def _reward(source: Source, loaded: LoadedClassifier, encoder: Encoder) -> str:
 
 
 def _template(encoder: Encoder) -> str:
-    if encoder.architecture == "encoder":
+    if encoder.architecture == "encoder" and encoder.policy.frame is None:
         return "none: prompt and response are a text pair"
     steps = encoder.policy.steps
     if steps is not None and steps.layout == "turns":

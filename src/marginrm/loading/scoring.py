@@ -211,9 +211,9 @@ def _policy(
     manifest: Manifest | None,
 ) -> EncodingPolicy:
     """Returns how sequences begin and end: as recorded with a manifest, else as the author's library has them."""
-    if not loaded.causal:
-        return EncodingPolicy()
     frame = tokens.frame if tokens else frame_of(options.frame) if options.frame else None
+    if not loaded.causal:
+        return EncodingPolicy("auto", frame=frame) if frame else EncodingPolicy()
     if manifest is not None:
         said = manifest.encoding
         return EncodingPolicy(said.bos, said.eos, frozenset(said.unread_token_ids), said.appended_token_id, frame)
