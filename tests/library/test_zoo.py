@@ -567,7 +567,7 @@ def own_class_that_reads_the_mean_of_all_tokens(folder: Path) -> Reward:
     return zoo.by_forward(*zoo.write_own_code(folder, "MeanForSequenceClassification", {"score": (32, 1)}))
 
 
-@kind(trust_remote_code=True, path="padded")
+@kind(trust_remote_code=True)
 def own_class_that_gives_a_tuple(folder: Path) -> Reward:
     return zoo.by_forward(*zoo.write_own_code(folder, "TupleReward", {"v_head": (32, 1)}, auto="AutoModel"))
 

@@ -99,7 +99,16 @@ def load_own_code(own: OwnCode, files: CheckpointFiles, config: PreTrainedConfig
     model, missing = load_model(getattr(transformers, own.auto), files, config, target)
     check_missing(files, missing)
     model.eval()
+    _name_head(model)
     return model
+
+
+def _name_head(model: PreTrainedModel) -> None:
+    """Calls a lone linear layer beside the backbone `score`, too, so that the probe tries it at the last token."""
+    beside = [part for part in model.children() if part is not model.base_model]
+    lone = beside[0] if len(beside) == 1 and model.base_model is not model else None
+    if isinstance(lone, nn.Linear) and lone.out_features == 1 and not hasattr(model, "score"):
+        model.score = lone
 
 
 def weigh_values(model: PreTrainedModel, weights: tuple[float, ...]) -> None:
