@@ -169,9 +169,7 @@ class Encoder:
                 outcomes[index] = error
         try:
             texts = [responses[index] for index in good]
-            drafts = (
-                [self._step_draft(messages, text) for text in texts] if self._steps else self._drafts(messages, texts)
-            )
+            drafts = self._steps.drafts(messages, texts) if self._steps else self._drafts(messages, texts)
         except EncodingError as error:
             drafts = [error.about(error.param or "prompt") for _ in good]
         drafts = [shorten(draft, most_tokens) if isinstance(draft, Draft) else draft for draft in drafts]
@@ -284,13 +282,6 @@ class Encoder:
                 )
             )
         return drafts
-
-    def _step_draft(self, messages: list[dict[str, Any]], response: Response) -> Draft | EncodingError:
-        assert self._steps is not None
-        try:
-            return self._steps.draft(messages, response)
-        except EncodingError as error:
-            return error
 
     def _draft_of_text(self, text: str, *, ended: bool) -> Draft:
         if self._steps is not None:

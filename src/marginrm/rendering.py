@@ -111,9 +111,9 @@ class Renderer:
         found = {}
         for index in shortened:
             if texts[index] == nothing:
-                found[index] = _removal("this whole response")
+                found[index] = removal("this whole response")
             elif len(same[texts[index]]) > 1:
-                found[index] = _removal("the part in which this response differs from another one")
+                found[index] = removal("the part in which this response differs from another one")
         return found
 
     def sample(self, response: str = "a") -> str:
@@ -218,7 +218,8 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(next(iter(known.values())))
 
 
-def _removal(part: str) -> InvalidTextError:
+def removal(part: str) -> InvalidTextError:
+    """Returns the error for a part of a response that a chat template removes."""
     return InvalidTextError(
         f"The model's chat template removes {part}, such as reasoning before </think>, so its reward would say nothing "
         "of it. Send the answer without that part, or use a template that keeps it.",

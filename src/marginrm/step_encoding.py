@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from marginrm.errors import InvalidTextError
+from marginrm.errors import EncodingError, InvalidTextError
 from marginrm.fitting import Draft, token_range, tokens_at
 from marginrm.messages import plain_text
 from marginrm.process_rewards import VERDICT, StepReading
-from marginrm.rendering import RenderedText, Renderer
+from marginrm.rendering import RenderedText, Renderer, removal
 from marginrm.special_tokens import SpecialTokens
 from marginrm.text import Response
 
@@ -61,17 +61,34 @@ class StepEncoder:
         self._renderer = renderer
         self._special = special
 
-    def draft(self, messages: list[dict[str, Any]], response: Response) -> Draft:
-        """Encodes a prompt and the steps of a response.
+    def drafts(self, messages: list[dict[str, Any]], responses: Sequence[Response]) -> list[Draft | EncodingError]:
+        """Encodes a prompt and the steps of each response.
 
         Args:
             messages: The prompt.
-            response: A checked text, or a list of checked steps.
+            responses: Checked texts, or lists of checked steps.
 
-        Raises:
-            EncodingError: The template refuses these messages, or no step is left.
+        Returns:
+            For each response its draft; or an error where no step is left, where the template refuses these messages, or
+            where it makes equal what differs.
         """
-        parts = self._steps.split(response)
+        drafts: list[Draft | EncodingError] = []
+        same: dict[tuple[object, ...], set[tuple[str, ...]]] = {}
+        for response in responses:
+            try:
+                parts = self._steps.split(response)
+                drafts.append(draft := self._draft(messages, parts))
+                same.setdefault((*draft.ids, draft.read_at), set()).add(tuple(part.strip() for part in parts))
+            except EncodingError as error:
+                drafts.append(error)
+        return [
+            removal("the part in which this response differs from another one")
+            if isinstance(one, Draft) and len(same[(*one.ids, one.read_at)]) > 1
+            else one
+            for one in drafts
+        ]
+
+    def _draft(self, messages: list[dict[str, Any]], parts: list[str]) -> Draft:
         if self._steps.layout == "pieces":
             return self._pieces(messages, parts)
         one = stepped_text(self._renderer, messages, parts, self._steps)

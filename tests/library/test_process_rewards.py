@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2ForT
 from typer.testing import CliRunner
 
 from marginrm.cli.inspect import inspect
+from marginrm.encoding import EncodedResponse
 from marginrm.errors import ConfigError, EmptyTextError, HeadError, InvalidTextError
 from marginrm.file_scoring import InputFile, score_rows
 from marginrm.file_summary import Summary
@@ -163,6 +164,21 @@ def test_responses_without_a_step_are_item_errors(tmp_path: Path) -> None:
     outcomes = encoder.encode_group(PROMPT, ["<extra_0><extra_0>", [], ["Yes.", " "], ["Yes.", 3], STEPS])
     assert [type(one) for one in outcomes[:4]] == [EmptyTextError, EmptyTextError, EmptyTextError, InvalidTextError]
     assert len(outcomes[4].read_at) == 3
+
+
+def test_a_step_that_the_template_changes_is_an_error(tmp_path: Path) -> None:
+    qwen_math(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = CHATML_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+    tokenizer.save_pretrained(tmp_path)
+    encoder = RewardModel.from_pretrained(tmp_path, dtype="float32").encoder
+    first, second, other = encoder.encode_group(PROMPT, [["<think>A</think>Yes."], ["<think>B</think>Yes."], ["No."]])
+    assert [type(one) for one in (first, second, other)] == [InvalidTextError, InvalidTextError, EncodedResponse]
+    assert "template removes the part in which" in str(first)
+    alike, text = encoder.encode_group(PROMPT, [["Yes.", "No."], "Yes.<extra_0>No.<extra_0>"])
+    assert alike == text  # the same steps in two forms
+    (lost,) = encoder.encode_group(PROMPT, [["Yes.", "No.</think>", "Well."]])
+    assert "changes the steps" in str(lost)
 
 
 def test_inspect_says_how_steps_are_read(tmp_path: Path) -> None:
