@@ -8,7 +8,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from marginrm.encoding import EncodedResponse, Encoder
-from marginrm.errors import EmptyTextError, EncodingError, InvalidTextError, ModelError, SequenceTooLongError
+from marginrm.errors import (
+    ConfigError,
+    EmptyTextError,
+    EncodingError,
+    InvalidTextError,
+    ModelError,
+    SequenceTooLongError,
+)
+from marginrm.special_tokens import EncodingPolicy
 from support.models import CHATML_TEMPLATE, decoder_tokenizer, encoder_tokenizer, tiny_checkpoint
 
 MESSAGES = [
@@ -239,3 +247,75 @@ def test_the_reason_of_a_refused_prompt_is_the_template() -> None:
     refused, _ = decoder(template=template + CHATML_TEMPLATE).encode_group(messages, ["yo", "ya"])
     assert isinstance(refused, InvalidTextError)
     assert refused.reason == "refused by the chat template"
+
+
+def policed(template: str | None, **policy: object) -> Encoder:
+    tokenizer = decoder_tokenizer(bos=True, chat_template=template)
+    return Encoder(
+        tokenizer,
+        max_length=64,
+        architecture="decoder",
+        policy=EncodingPolicy(**({"bos": "auto"} | policy)),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "count"),
+    [
+        (CHATML_TEMPLATE, "auto", 0),
+        ("{{ bos_token }}" + CHATML_TEMPLATE, "auto", 1),
+        (None, "auto", 1),
+        (CHATML_TEMPLATE, "single", 1),
+        (CHATML_TEMPLATE, "on", 1),
+        ("{{ bos_token }}" + CHATML_TEMPLATE, "off", 0),
+        ("{{ bos_token }}" + CHATML_TEMPLATE, "double", 2),
+    ],
+)
+def test_bos_is_as_the_policy_says_in_conversations_and_in_client_texts(
+    template: str | None, bos: str, count: int
+) -> None:
+    encoder = policed(template, bos=bos)
+    bos_id = encoder.tokenizer.bos_token_id
+    conversation = encoder.encode("Hi", "Yo")
+    assert conversation.ids[: count + 1].count(bos_id) == count
+    rendered = encoder.tokenizer.decode(list(conversation.ids))
+    for text in (rendered, rendered.removeprefix("<s>")):  # verl strips the BOS before it sends a text
+        assert encoder.encode_text(text).ids == conversation.ids
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        (None, "auto", "Yo<|endoftext|>"),
+        (None, "off", "Yo"),
+        (CHATML_TEMPLATE, "auto", "Yo<|im_end|>\n"),
+        (CHATML_TEMPLATE, "on", "Yo<|im_end|><|endoftext|>"),
+    ],
+)
+def test_eos_is_as_the_policy_says(template: str | None, eos: str, end: str) -> None:
+    encoder = policed(template, eos=eos)
+    assert text_of(encoder, encoder.encode("Hi", "Yo").ids).endswith(end)
+
+
+def test_padding_that_is_not_read_is_left_out_at_the_end_only() -> None:
+    tokenizer = decoder_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    policy = EncodingPolicy("auto", unread=frozenset({end}))
+    encoder = Encoder(tokenizer, max_length=64, architecture="decoder", policy=policy)
+    assert text_of(encoder, encoder.encode("Hi", "Yo").ids) == "Hi<|im_end|>Yo"
+
+
+def test_a_reward_token_is_put_at_the_end_once() -> None:
+    encoder = policed(CHATML_TEMPLATE, appended=1)
+    ids = encoder.encode("Hi", "Yo").ids
+    assert ids[-1] == 1
+    assert ids[-2] != 1
+    assert encoder.encode_text("Hi Yo<pad>").ids[-2:].count(1) == 1
+
+
+@pytest.mark.parametrize("name", ["bos", "eos"])
+def test_a_token_that_the_tokenizer_lacks_cannot_be_asked_for(name: str) -> None:
+    tokenizer = decoder_tokenizer(chat_template=CHATML_TEMPLATE)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=f"{name} = on: this checkpoint's tokenizer has no {name.upper()} token"):
+        Encoder(tokenizer, max_length=64, architecture="decoder", policy=EncodingPolicy(**{name: "on"}))  # type: ignore[arg-type]
