@@ -17,7 +17,7 @@ from statistics import mean
 import httpx
 
 from marginrm.errors import DataError
-from marginrm.preferences import read_groups
+from marginrm.texts.preferences import read_groups
 
 
 def main() -> None:

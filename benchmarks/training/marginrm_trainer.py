@@ -10,7 +10,7 @@ from benchmarks.harness.texts import Sample
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedResponse
 from marginrm.loading import load_for_training
-from marginrm.preferences import PreferencePair
+from marginrm.texts.preferences import PreferencePair
 from marginrm_training.config import parse_config
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.run.train import tune_for_training

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from marginrm import ranking
 from marginrm.errors import ConfigError, DataError, EncodingError, MarginRMError, NonFiniteRewardError
 from marginrm.file_summary import Summary
-from marginrm.json_lines import read_parsed
-from marginrm.preferences import parse_group, parse_pair, parse_single
 from marginrm.process_rewards import steps_of
-from marginrm.published import is_pair
 from marginrm.text import Prompt, Truncation
+from marginrm.texts.json_lines import read_parsed
+from marginrm.texts.preferences import parse_group, parse_pair, parse_single
+from marginrm.texts.published import is_pair
 
 if TYPE_CHECKING:
     from marginrm.encoding import EncodedResponse

@@ -6,8 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from marginrm.encoding import Encoder
+from marginrm.encoding.special_tokens import EncodingPolicy
 from marginrm.errors import InvalidTextError, SequenceTooLongError
-from marginrm.special_tokens import EncodingPolicy
 from support.models import CHATML_TEMPLATE, decoder_tokenizer, encoder_tokenizer
 
 NO_GENERATION_PROMPT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,7 +8,7 @@ import pytest
 
 from marginrm.encoding import Encoder
 from marginrm.errors import EmptyTextError, InvalidTextError
-from marginrm.messages import normalised
+from marginrm.texts.messages import normalised
 from support.models import CHATML_TEMPLATE, decoder_tokenizer
 
 USER = {"role": "user", "content": "Weather?"}

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marginrm.errors import DataError
-from marginrm.json_lines import read_rows
-from marginrm.preferences import PreferencePair, parse_group, parse_pair, parse_single, read_groups, read_pairs
+from marginrm.texts.json_lines import read_rows
+from marginrm.texts.preferences import PreferencePair, parse_group, parse_pair, parse_single, read_groups, read_pairs
 
 USER = {"role": "user", "content": "Name a colour."}
 ANSWER = {"role": "assistant", "content": "Red."}

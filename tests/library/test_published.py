@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from marginrm.errors import DataError
-from marginrm.preferences import parse_group, parse_pair, parse_single
+from marginrm.texts.preferences import parse_group, parse_pair, parse_single
 
 USER = {"role": "user", "content": "Name a colour."}
 ANSWER = {"role": "assistant", "content": "Red."}

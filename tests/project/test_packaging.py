@@ -31,7 +31,7 @@ COMMANDS = {
 }
 EXTRAS = ("service", "training", "dev")
 INSTALLED = frozenset(EXTRAS) | ({"ray"} if find_spec("ray") else set())
-TORCHLESS = ("client", "errors", "manifest", "preferences", "ranking", "schemas")
+TORCHLESS = ("client", "errors", "manifest", "texts.preferences", "ranking", "schemas")
 
 # The accelerator libraries of torch depend on the build that a machine installs, so they have no pin.
 OF_THE_BUILD = re.compile(r"(nvidia|cuda)-.*|.*triton.*")

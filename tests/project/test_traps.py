@@ -70,7 +70,7 @@ from marginrm.encoding import Encoder
 from marginrm.errors import DataError, NonFiniteRewardError
 from marginrm.forward.module import RewardModule
 from marginrm.loading import load_for_training
-from marginrm.preferences import parse_pair
+from marginrm.texts.preferences import parse_pair
 from marginrm_training.checkpoint.model_card import model_card
 from marginrm_training.checkpoint.recalibrate import recalibrated
 from marginrm_training.config import LoraSection, TrainConfig, load_config

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from marginrm.errors import DataError
 from marginrm.loading import load_for_training
-from marginrm.preferences import PreferencePair
+from marginrm.texts.preferences import PreferencePair
 from marginrm_training.config import DataConfig
 from marginrm_training.data.formats import parse_hh_rlhf, parse_shp
 from marginrm_training.data.label_noise import flip_labels

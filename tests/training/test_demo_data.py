@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 
-from marginrm.preferences import read_pairs
+from marginrm.texts.preferences import read_pairs
 from marginrm_training.demo.degradations import ALL, CUTTING, REPLACING, Degradation
 from marginrm_training.demo.preferences import (
     DemoData,

@@ -18,7 +18,7 @@ from marginrm.cli.main import build_app
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import DataError
 from marginrm.manifest import Manifest
-from marginrm.preferences import CandidateGroup, PreferencePair
+from marginrm.texts.preferences import CandidateGroup, PreferencePair
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.best_of_n import best_of_n_curve, expected_best_of_n, shortest_group
 from marginrm_training.evaluation.bootstrap import evaluation_intervals, mean_interval

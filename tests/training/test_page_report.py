@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from marginrm.encoding import EncodedResponse
-from marginrm.preferences import PreferencePair
+from marginrm.texts.preferences import PreferencePair
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.best_of_n import best_of_n_curve
 from marginrm_training.evaluation.pairs import PairRewards, evaluate

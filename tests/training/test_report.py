@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from marginrm.encoding import EncodedResponse
-from marginrm.preferences import PreferencePair
+from marginrm.texts.preferences import PreferencePair
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.best_of_n import best_of_n_curve
 from marginrm_training.evaluation.pairs import PairRewards, evaluate

@@ -80,7 +80,7 @@ def compare_with_plain(
     """
     from marginrm.errors import DataError, EncodingError
     from marginrm.loading.plain_usage import plain_reward
-    from marginrm.preferences import read_pairs
+    from marginrm.texts.preferences import read_pairs
 
     odd: list[DataError] = []
     texts = [(pair.prompt, text) for pair in read_pairs(pairs, odd.append) for text in (pair.chosen, pair.rejected)]

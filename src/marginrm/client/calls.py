@@ -37,10 +37,10 @@ from marginrm.client.replies import (
     refusal,
     rewards_of,
 )
-from marginrm.preferences import CandidateGroup, PreferencePair
 from marginrm.ranking import Comparison, Ranking, rank
 from marginrm.schemas import BestOfNResponse, ModelCard, ModelInfo, ModelList, ScoreResponse
 from marginrm.text import Prompt, Truncation
+from marginrm.texts.preferences import CandidateGroup, PreferencePair
 
 PairInput = PreferencePair | Mapping[str, Any]
 GroupInput = CandidateGroup | Mapping[str, Any]

@@ -14,8 +14,8 @@ from typing import Any
 
 from marginrm.client import AsyncRewardClient, ItemScoreError
 from marginrm.errors import InvalidTextError
-from marginrm.messages import content_text
 from marginrm.text import Truncation
+from marginrm.texts.messages import content_text
 
 _log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
+from marginrm.encoding.rendering import FIXED_DATE, dateless, own_template
 from marginrm.process_rewards import StepReading
-from marginrm.rendering import FIXED_DATE, dateless, own_template
 
 
 def plain_steps(

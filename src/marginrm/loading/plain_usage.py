@@ -15,8 +15,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from marginrm.encoding.frames import SEAM, frame_of
+from marginrm.encoding.rendering import FIXED_DATE, dateless, own_template, transcript
 from marginrm.forward.rope import forget_lengths
-from marginrm.frames import SEAM, frame_of
 from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
 from marginrm.loading.classifier import Source, plan_by_weights
 from marginrm.loading.config import load_config
@@ -27,7 +28,6 @@ from marginrm.loading.plain_steps import plain_steps
 from marginrm.loading.process_reward import with_steps
 from marginrm.loading.token_logits import token_reward_of
 from marginrm.reading import CheckpointReading, ReadingOptions
-from marginrm.rendering import FIXED_DATE, dateless, own_template, transcript
 
 PlainReward = Callable[[Any, str], float]
 _Score = Callable[[Tensor], Tensor]

@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 from marginrm.encoding import Encoder
+from marginrm.encoding.rendering import FIXED_DATE, prints_date
 from marginrm.forward.module import RewardModule
 from marginrm.loading.classifier import LoadedClassifier, Source
 from marginrm.loading.files import CheckpointFiles
 from marginrm.loading.heads import normalisation
 from marginrm.loading.weights import quantisation_of
 from marginrm.reading import CheckpointReading, ReadingOptions
-from marginrm.rendering import FIXED_DATE, prints_date
 
 
 def reading_of(

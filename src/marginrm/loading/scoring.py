@@ -11,12 +11,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from marginrm.encoding import Architecture, Encoder
+from marginrm.encoding.frames import frame_of
+from marginrm.encoding.special_tokens import EncodingPolicy
 from marginrm.errors import ConfigError, ModelError
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
 from marginrm.forward.own_forward import vocabulary_of
 from marginrm.forward.self_check import conversations, step_conversations
-from marginrm.frames import frame_of
 from marginrm.loading.adapters import base_of, on_base, tokenizer_folder
 from marginrm.loading.backbone import has_backbone
 from marginrm.loading.classifier import (
@@ -42,7 +43,6 @@ from marginrm.loading.weights import Target
 from marginrm.manifest import Manifest
 from marginrm.process_rewards import StepReading
 from marginrm.reading import CheckpointReading, ReadingOptions
-from marginrm.special_tokens import EncodingPolicy
 from marginrm.text import Dtype
 from marginrm.tuning.tune import Purpose, tune
 

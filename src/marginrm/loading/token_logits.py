@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from marginrm.encoding.frames import QUERY_DOCUMENT, Frame, frame_of
 from marginrm.errors import ConfigError, HeadError, ModelError
-from marginrm.frames import QUERY_DOCUMENT, Frame, frame_of
 from marginrm.loading.adapters import with_adapter
 from marginrm.loading.backbone import classifier_around
 from marginrm.loading.files import CheckpointFiles

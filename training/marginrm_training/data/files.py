@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from marginrm.errors import DataError
-from marginrm.json_lines import OnError, json_kind, read_rows
+from marginrm.texts.json_lines import OnError, json_kind, read_rows
 
 Row = tuple[dict[str, Any], str]
 Reader = Callable[[Path, OnError | None], Iterator[Row]]

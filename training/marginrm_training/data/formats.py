@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from marginrm.errors import DataError
-from marginrm.preferences import PreferencePair, parse_pair
+from marginrm.texts.preferences import PreferencePair, parse_pair
 
 Form = Literal["pairs", "hh_rlhf", "shp"]
 Parser = Callable[[Mapping[str, Any], str], PreferencePair]

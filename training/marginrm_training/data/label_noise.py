@@ -7,7 +7,7 @@ import logging
 import random
 from pathlib import Path
 
-from marginrm.json_lines import read_rows
+from marginrm.texts.json_lines import read_rows
 
 _log = logging.getLogger(__name__)
 

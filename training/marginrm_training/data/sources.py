@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from marginrm.errors import DataError
-from marginrm.json_lines import OnError
-from marginrm.preferences import PreferencePair
+from marginrm.texts.json_lines import OnError
+from marginrm.texts.preferences import PreferencePair
 from marginrm_training.data.excluded import ExcludedRows, MalformedRows
 from marginrm_training.data.files import READERS, Row, read_file, reader_of
 from marginrm_training.data.formats import PARSERS, Form

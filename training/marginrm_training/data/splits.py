@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import DataError, EncodingError
 from marginrm.manifest import DataFile
-from marginrm.preferences import PreferencePair
 from marginrm.text import Prompt, Truncation
+from marginrm.texts.preferences import PreferencePair
 from marginrm_training.config import DataConfig, expand
 from marginrm_training.data.excluded import ExcludedRows
 from marginrm_training.data.sources import Stream, read_source

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from marginrm.calibration import Floats
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import DataError, EncodingError
-from marginrm.preferences import CandidateGroup, read_groups
 from marginrm.reward_model import RewardModel
+from marginrm.texts.preferences import CandidateGroup, read_groups
 from marginrm_training.data.excluded import ExcludedRows, MalformedRows
 from marginrm_training.evaluation.best_of_n import BestOfNPoint, best_of_n_curve, curve_end
 

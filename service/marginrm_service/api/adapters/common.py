@@ -12,8 +12,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from marginrm.errors import EncodingError, MarginRMError
-from marginrm.messages import normalised, plain_text
 from marginrm.text import AnyTruncation
+from marginrm.texts.messages import normalised, plain_text
 from marginrm_service.api import scoring_request
 from marginrm_service.engine.request import Form, Result, ScoredResponse, ScoringResult, TextGroup
 from marginrm_service.settings import DEFAULT_MODEL

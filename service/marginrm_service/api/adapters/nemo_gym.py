@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from marginrm.errors import InvalidTextError
-from marginrm.messages import content_text
+from marginrm.texts.messages import content_text
 from marginrm_service.api.adapters.common import ContractReply, ContractRequest, Rewarded, reply, score
 from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.engine.request import TextGroup

@@ -1,4 +1,4 @@
-"""Rows of published data under other names of fields -> rows with the fields that `marginrm.preferences` parses.
+"""Rows of published data under other names of fields -> rows with the fields that `marginrm.texts.preferences` parses.
 
 Pairs with the names of a verdict: HelpSteer2 and 3, PKU-SafeRLHF, SHP, Chatbot Arena, WebGPT, AlpacaFarm, JudgeBench.
 Pairs with other names of chosen and rejected: Argilla, stack-exchange-paired, OpenAI's and ms-swift's formats. Groups:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from marginrm.encoding.rendering import Renderer
 from marginrm.errors import InvalidTextError
-from marginrm.rendering import Renderer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from marginrm.encoding.frames import Frame
 from marginrm.errors import InvalidTextError, ModelError
-from marginrm.frames import Frame
-from marginrm.messages import plain_text
+from marginrm.texts.messages import plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from marginrm.encoding.frames import Frame
 from marginrm.errors import ConfigError
-from marginrm.frames import Frame
 from marginrm.process_rewards import StepReading
 from marginrm.reading import Eos
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from marginrm.rendering import Renderer
+    from marginrm.encoding.rendering import Renderer
 
 BosPolicy = Literal["single", "auto", "on", "off", "double"]
 

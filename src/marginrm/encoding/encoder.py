@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from marginrm.client_texts import ClientTexts
+from marginrm.encoding.client_texts import ClientTexts
+from marginrm.encoding.fitting import Draft, common_cut, fit, sequence_range, shorten, token_range
+from marginrm.encoding.frames import SEAM
+from marginrm.encoding.process_steps import StepEncoder
+from marginrm.encoding.rendering import Renderer, transcript
+from marginrm.encoding.special_tokens import EncodingPolicy, SpecialTokens
+from marginrm.encoding.tokenizer_backend import backend_of
 from marginrm.errors import EncodingError, InvalidTextError, SequenceTooLongError
-from marginrm.fitting import Draft, common_cut, fit, sequence_range, shorten, token_range
-from marginrm.frames import SEAM
 from marginrm.manifest import EncodingInfo, template_hash
-from marginrm.messages import check_messages
-from marginrm.rendering import Renderer, transcript
-from marginrm.special_tokens import EncodingPolicy, SpecialTokens
-from marginrm.step_encoding import StepEncoder
 from marginrm.text import AnyTruncation, Prompt, Response, Truncation, check_choice, check_response, check_text
-from marginrm.tokenizer_backend import backend_of
+from marginrm.texts.messages import check_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

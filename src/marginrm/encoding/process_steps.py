@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from marginrm.encoding.fitting import Draft, token_range, tokens_at
+from marginrm.encoding.rendering import RenderedText, Renderer, removal
+from marginrm.encoding.special_tokens import SpecialTokens
 from marginrm.errors import EncodingError, InvalidTextError
-from marginrm.fitting import Draft, token_range, tokens_at
-from marginrm.messages import plain_text
 from marginrm.process_rewards import VERDICT, StepReading
-from marginrm.rendering import RenderedText, Renderer, removal
-from marginrm.special_tokens import SpecialTokens
 from marginrm.text import Response
+from marginrm.texts.messages import plain_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from marginrm.errors import DataError, InvalidTextError
-from marginrm.json_lines import json_kind
-from marginrm.messages import normalised
 from marginrm.text import Message, Prompt
+from marginrm.texts.json_lines import json_kind
+from marginrm.texts.messages import normalised
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _KEYS = (("role", "content"), ("from", "value"))

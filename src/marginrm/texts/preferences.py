@@ -5,7 +5,7 @@ Pairs:
 - `{"prompt", "chosen", "rejected"}` (TRL, RewardBench): texts, messages, or dialogues that repeat the prompt;
 - `{"chosen", "rejected"}` alone, each a whole dialogue (HH-RLHF's text, or messages): split at the last assistant turn.
 
-Both may have other published names of fields (`marginrm.published`). Either may carry `margin` (a target margin) or `strength` (the label's probability); other fields are kept in `extra`.
+Both may have other published names of fields (`marginrm.texts.published`). Either may carry `margin` (a target margin) or `strength` (the label's probability); other fields are kept in `extra`.
 
 Groups, for Best-of-N:
 
@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from marginrm.dialogue import Field, prompt_of, read_prompt, read_response, same_prompt
 from marginrm.errors import DataError
-from marginrm.json_lines import OnError, json_kind, read_parsed
-from marginrm.published import as_group, as_pair, with_prompt
 from marginrm.text import Prompt
+from marginrm.texts.dialogue import Field, prompt_of, read_prompt, read_response, same_prompt
+from marginrm.texts.json_lines import OnError, json_kind, read_parsed
+from marginrm.texts.published import as_group, as_pair, with_prompt
 
 _GOLD_FIELDS = ("win_prob", "gold", "quality")
 _PAIR_FORMS = '{"prompt", "chosen", "rejected"}, or two whole dialogues as {"chosen", "rejected"}'
