@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from marginrm.encoding import EncodedResponse, Encoder
+from marginrm.encoding.special_tokens import EncodingPolicy
 from marginrm.errors import (
     ConfigError,
     EmptyTextError,
@@ -16,7 +17,6 @@ from marginrm.errors import (
     ModelError,
     SequenceTooLongError,
 )
-from marginrm.special_tokens import EncodingPolicy
 from support.models import CHATML_TEMPLATE, decoder_tokenizer, encoder_tokenizer, tiny_checkpoint
 
 MESSAGES = [

@@ -62,7 +62,9 @@ def test_the_limit_holds_after_decompression(server: AppServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [BODY, gzip.compress(BODY)[:-5], gzip.compress(BODY)[:30], b"", zlib.compress(BODY)]
+    "content",
+    [BODY, gzip.compress(BODY)[:-5], gzip.compress(BODY)[:30], b"", zlib.compress(BODY)],
+    ids=["plain", "without its end", "its start", "empty", "zlib"],
 )
 def test_a_damaged_gzip_body_is_400(server: AppServer, content: bytes) -> None:
     assert error_of(post(server, content, "gzip")) == (400, "malformed_gzip")

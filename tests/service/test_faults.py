@@ -299,7 +299,7 @@ def golden_mismatch(folder: Path) -> None:
 
 CHECKPOINT_FAULTS = {
     corrupt: "Cannot load the weights",
-    corrupt_configuration: "config.json is not a valid JSON file",
+    corrupt_configuration: "config.json is not valid JSON",
     truncated: "Cannot load the weights",
     unreadable: "Input/output error",
     two_labels: "label",
