@@ -73,7 +73,7 @@ class EncodingInfo(_Strict):
 
 
 class HeadInfo(_Strict):
-    """What the user said about a head that does not say it itself (`ReadingOptions`)."""
+    """Facts that the user stated about a head that does not state them itself (`ReadingOptions`)."""
 
     label_weights: list[float] | None = Field(default=None, description="Weights of the rows of a head with several.")
     reward_tokens: list[str] | None = Field(default=None, description="Vocabulary entries whose logits are the reward.")

@@ -1,4 +1,4 @@
-"""How a checkpoint is read: what its user may say about it, and what was found and decided at load.
+"""The reading of a checkpoint: what its user may say about it, and what was found and decided at load.
 
 Neither needs torch, so commands and settings can take them before a model is loaded.
 """
@@ -21,7 +21,7 @@ Activation = Literal["relu", "gelu", "silu", "tanh"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingOptions:
-    """What a user may say about a checkpoint that does not say it itself.
+    """Facts that a user may state about a checkpoint that does not state them itself.
 
     Attributes:
         bos: The beginning-of-sequence token. `auto`: as `apply_chat_template(tokenize=True)` gives it, or as the
@@ -102,7 +102,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointReading:
-    """What a checkpoint is and how its rewards are read, as found and decided at load.
+    """The record of what a checkpoint is and how its rewards are read, made at load.
 
     Attributes:
         checkpoint: The folder or Hub name, as given.

@@ -1,4 +1,4 @@
-"""How a decoder's sequence begins and ends: BOS, EOS, padding that is not read, and a token that is read."""
+"""Begin and end of a decoder's sequence: BOS, EOS, padding that is not read, and a token that is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BosPolicy = Literal["single", "auto", "on", "off", "double"]
 
 @dataclass(frozen=True, slots=True)
 class EncodingPolicy:
-    """How a decoder's sequences begin and end. The defaults are those that marginrm trains with.
+    """Begin and end of a decoder's sequences. The defaults are those that marginrm trains with.
 
     Attributes:
         bos: `single`: exactly one BOS where the tokenizer or the template puts one. The other values are those of

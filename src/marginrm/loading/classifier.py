@@ -63,7 +63,7 @@ class LoadedClassifier:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a checkpoint will be loaded, decided before any weight is read.
+    """The way a checkpoint will be loaded, decided before any weight is read.
 
     Attributes:
         own: Its own class, if that shall compute the rewards.

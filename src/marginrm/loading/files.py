@@ -60,12 +60,12 @@ class CheckpointFiles:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """What config.json says, empty without one."""
+        """The content of config.json, empty without one."""
         return self.json("config.json")
 
     @functools.cached_property
     def adapter(self) -> dict[str, Any]:
-        """What adapter_config.json says, empty without one."""
+        """The content of adapter_config.json, empty without one."""
         return self.json(ADAPTER_CONFIG)
 
     @property

@@ -66,7 +66,7 @@ class FoundHead:
 
     @property
     def rows(self) -> int:
-        """How many values it gives."""
+        """The number of values it gives."""
         return self.layers[-1].shape[0]
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint, whoever trained it -> what scores with it: a module, an encoder, and a record of how it is read."""
+"""A checkpoint of any trainer -> a module, an encoder, and a record of how it is read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What scores with a checkpoint.
+    """A checkpoint ready to score.
 
     Attributes:
         module: The forward pass.
@@ -138,7 +138,7 @@ def _check_vocabulary(
 
 
 class _Read(NamedTuple):
-    """What is known of a checkpoint before any weight is read; the options are the user's and those of its form."""
+    """Facts of a checkpoint before any weight is read; the options are the user's and those of its form."""
 
     source: Source
     plan: Plan

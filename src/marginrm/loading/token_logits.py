@@ -23,7 +23,7 @@ _TOLERANCE = 1e-3  # float32 head on hidden states of the backbone's dtype, rela
 
 @dataclass(frozen=True, slots=True)
 class TokenReward:
-    """Which logits are the reward, and the text they are read after.
+    """The logits that are the reward, and the text they are read after.
 
     Attributes:
         tokens: Vocabulary entries: the first one's logit, minus the second one's if there are two.

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where and how a model is loaded.
+    """The place and form of a loaded model.
 
     Attributes:
         dtype: Of the backbone.
