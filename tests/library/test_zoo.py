@@ -459,6 +459,7 @@ def adapter_with_its_head_and_embeddings(folder: Path) -> Reward:
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.config.pad_token_id = tok.pad_token_id
     wrapped = zoo.write_adapter(folder, base, base_model=model, tok=tok, modules_to_save=["score", "embed_tokens"])
+    wrapped.save_pretrained(folder, save_embedding_layers=True)  # as after resize_token_embeddings
     return zoo.by_forward(wrapped, tok)
 
 

@@ -76,8 +76,10 @@ def merge_adapter(model: PreTrainedModel, files: CheckpointFiles, *, without: It
         result: Any = set_peft_model_state_dict(
             wrapped, {key: value for key, value in weights.items() if key not in known}
         )
-        if result.unexpected_keys:
-            shown = ", ".join(sorted(result.unexpected_keys)[:6])
+        # peft writes embeddings twice where they were resized: by their own name and as modules_to_save.
+        left = sorted(key for key in result.unexpected_keys if key.replace(".modules_to_save", "") not in weights)
+        if left:
+            shown = ", ".join(left[:6])
             raise HeadError(f"{files.name} holds weights that its base model has no place for: {shown}.")
         return cast("PreTrainedModel", wrapped.to(model.device).merge_and_unload())
 
