@@ -352,6 +352,12 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_own_code_keeps_the_dtype_that_it_was_saved_in(tmp_path: Path) -> None:
+    zoo.write_own_code(tmp_path, "GatedReward", {"rewards": (32, 3), "gate": (32, 3)})
+    model = RewardModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert model.info.dtype == "float32"
+
+
 def test_missing_layers_are_not_taken_for_a_missing_head(tmp_path: Path) -> None:
     classifier(tmp_path)
     zoo.change_weights(tmp_path, lambda old: {name: one for name, one in old.items() if ".layers.1." not in name})

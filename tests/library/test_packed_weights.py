@@ -17,6 +17,7 @@ from marginrm.forward.module import RewardModule
 from marginrm.loading import load_for_scoring
 from marginrm.reward_model import RewardModel
 from marginrm.tuning import packed_weights
+from support import zoo
 from support.forward import groups_of
 from support.models import DECODERS, ENCODERS, tiny_checkpoint
 
@@ -48,6 +49,24 @@ def test_rewards_stay(tmp_path: Path, family: str, dtype: str, tolerance: float)
             groups = groups_of(module.base.config.vocab_size, typed=family == "bert")
             rewards.append(module(module.collate(groups)))
     torch.testing.assert_close(rewards[1], rewards[0], atol=tolerance, rtol=tolerance)
+
+
+@always
+def test_layers_whose_weights_are_read_directly_are_left_alone(tmp_path: Path) -> None:
+    sizes = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4}
+    tok = zoo.tokenizer()
+    zoo.write(tmp_path, zoo.model_of(zoo.SEQUENCE, zoo.config_of("Jamba", tok, use_mamba_kernels=False, **sizes)), tok)
+    rewards = [
+        RewardModel.from_module(*load_for_scoring(tmp_path, dtype="float32", device="cpu", purpose=purpose)[:2]).score(
+            "Why does bread rise?", ["Yeast eats sugar and gives off gas.", "No."]
+        )
+        for purpose in (None, "scoring")
+    ]
+    assert rewards[1] == pytest.approx(rewards[0], rel=1e-5, abs=1e-5)
+    module = loaded(tmp_path, "float32", pack=True)
+    read = [part.dt_proj.weight.isnan().any() for part in module.modules() if hasattr(part, "dt_proj")]
+    assert read
+    assert not any(read)
 
 
 @always

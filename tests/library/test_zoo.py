@@ -612,3 +612,19 @@ def test_rewards_are_those_of_the_documented_use(name: str, tmp_path: Path) -> N
     for rewards, wanted in zip(found, expected, strict=True):
         assert rewards == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     assert model.forward_path == one.path, model.forward_reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trl_value_head", "several_attributes", "encoder_of_two_classes", "logit_of_one_token", "log_odds_of_capped_logits",
+        "openrlhf_with_an_older_head_and_normalisation", "regression_head", "verl_token_classifier",
+    ],
+)  # fmt: skip
+def test_heads_in_float32_take_hidden_states_in_bfloat16(name: str, tmp_path: Path) -> None:
+    one = KINDS[name]
+    reward = one.build(tmp_path)
+    model = RewardModel.from_pretrained(tmp_path, dtype="bfloat16", reading=one.options)
+    prompt, responses = zoo.PROMPTS[0]
+    expected = [reward(prompt, response) for response in responses]
+    assert model.score(prompt, list(responses)) == pytest.approx(expected, rel=0.1, abs=0.2)

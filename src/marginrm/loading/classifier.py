@@ -15,7 +15,7 @@ from marginrm.errors import ConfigError, HeadError
 from marginrm.loading.adapters import embedding_rows, merge_adapter, resize, with_adapter
 from marginrm.loading.backbone import WeightMap, classifier_around, is_causal, map_weights
 from marginrm.loading.files import CheckpointFiles
-from marginrm.loading.heads import FoundHead, build_head, find_head, is_harmless, normalisation, one_row
+from marginrm.loading.heads import FoundHead, build_head, find_head, float32_linear, is_harmless, normalisation, one_row
 from marginrm.loading.own_code import OwnCode, load_own_code, seems_causal, weigh_values
 from marginrm.loading.refusals import no_head, refuse_token_classes
 from marginrm.loading.token_logits import TokenReward, load_token_logits
@@ -250,10 +250,7 @@ def _normalise(model: PreTrainedModel, files: CheckpointFiles) -> None:
         return
     mean, std = scale
     bias = torch.zeros(1, device=last.weight.device) if last.bias is None else last.bias.detach().float()
-    scaled = nn.Linear(last.in_features, 1, device=last.weight.device)
-    with torch.no_grad():
-        scaled.weight.copy_(last.weight.float() / std)
-        scaled.bias.copy_((bias - mean) / std)
+    scaled = float32_linear(last.weight.detach().float() / std, (bias - mean) / std)
     model.score = scaled
 
 

@@ -132,13 +132,15 @@ def build_head(found: FoundHead, files: CheckpointFiles, options: ReadingOptions
     Raises:
         HeadError: It has several rows and no weights for them, or two layers and an activation that is not known.
     """
-    layers = [_linear(files.read(one.weight), files.read(one.bias) if one.bias else None) for one in found.layers]
+    layers = [
+        float32_linear(files.read(one.weight), files.read(one.bias) if one.bias else None) for one in found.layers
+    ]
     labels = files.config.get("id2label")
     layers[-1] = one_row(layers[-1], options.label_weights, name=files.name, labels=labels)
     scale = normalisation(files)
     if scale is not None:
         mean, std = scale
-        layers[-1] = _linear(layers[-1].weight.detach() / std, (_bias(layers[-1]) - mean) / std)
+        layers[-1] = float32_linear(layers[-1].weight.detach() / std, (_bias(layers[-1]) - mean) / std)
     if len(layers) == 1:
         return layers[0]
     activation = _ACTIVATIONS[_activation(found, files, options)]
@@ -175,7 +177,7 @@ def one_row(layer: nn.Linear, weights: tuple[float, ...] | None, *, name: str, l
     factors = torch.tensor(weights, dtype=torch.float64)
     weight = factors @ layer.weight.detach().double()
     bias = None if layer.bias is None else factors @ layer.bias.detach().double()
-    return _linear(weight[None].float(), None if bias is None else bias[None].float())
+    return float32_linear(weight[None].float(), None if bias is None else bias[None].float())
 
 
 def normalisation(files: CheckpointFiles) -> tuple[float, float] | None:
@@ -226,13 +228,19 @@ def _is_chain(layers: tuple[HeadLayer, ...], hidden: AbstractSet[int]) -> bool:
     return fits and all(after[1] == before[0] for before, after in pairwise(shapes))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+def float32_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Returns a linear layer in float32, which takes hidden states of any dtype."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
+    layer.register_forward_pre_hook(_in_float32)
     return layer
+
+
+def _in_float32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(one.float() for one in inputs)
 
 
 def _bias(layer: nn.Linear) -> Tensor:

@@ -39,7 +39,7 @@ from marginrm.loading.record import reading_of
 from marginrm.loading.refusals import refuse_by_kind
 from marginrm.loading.token_logits import TokenReward, frame_reads_tokens, reads_tokens, token_reward_of
 from marginrm.loading.tokenizer import length_limit, load_tokenizer
-from marginrm.loading.weights import Target
+from marginrm.loading.weights import Target, quantisation_of
 from marginrm.manifest import Manifest
 from marginrm.process_rewards import StepReading
 from marginrm.reading import CheckpointReading, ReadingOptions
@@ -98,7 +98,7 @@ def load_for_scoring(
     on = resolve_device(device)
     # transformers' own class is preferred to a copy of it that an older checkpoint brings along.
     own_code = options.trust_remote_code and (plan.own is not None or not has_backbone(source.config))
-    target = Target(resolve_dtype(dtype, on), on, trust_remote_code=own_code)
+    target = Target(_dtype(dtype, on, source, own_code=own_code), on, trust_remote_code=own_code)
     with translated(files.name, "model"):
         loaded = load_classifier(source, plan, target, options, has_template=bool(tokenizer.chat_template))
     check_of_use(options, loaded)
@@ -118,6 +118,18 @@ def load_for_scoring(
     for note in record.notes:
         _log.warning("%s: %s", files.name, note)
     return Loaded(module, encoder, record)
+
+
+def _dtype(dtype: Dtype | torch.dtype, device: torch.device, source: Source, *, own_code: bool) -> torch.dtype:
+    """Returns a dtype; for `auto`, own code and quantised weights keep the one that they were saved in.
+
+    Their authors wrote for that one, and no other may work.
+    """
+    saved = getattr(source.config, "dtype", None)
+    keeps = own_code or quantisation_of(source.config) is not None
+    if str(dtype) == "auto" and keeps and isinstance(saved, torch.dtype):
+        return saved
+    return resolve_dtype(dtype, device)
 
 
 def _check_vocabulary(

@@ -14,11 +14,14 @@ from marginrm.errors import ConfigError, HeadError, ModelError
 from marginrm.loading.adapters import with_adapter
 from marginrm.loading.backbone import classifier_around
 from marginrm.loading.files import CheckpointFiles
+from marginrm.loading.heads import float32_linear
 from marginrm.loading.weights import Target, check_missing, load_model
 from marginrm.reading import ReadingOptions
 
 _LOGIT_SCORE = "LogitScore"
-_TOLERANCE = 1e-3  # float32 head on hidden states of the backbone's dtype, relative to the larger of 1 and the logit
+# A float32 head on the backbone's hidden states against the model's own logits, relative to the larger of 1 and the logit.
+_TOLERANCE = 1e-3
+_TOLERANCE_OF_HALF = 0.1  # models in half precision round their logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,36 +127,27 @@ def _head(model: PreTrainedModel, backbone: nn.Module, output: nn.Linear, reward
     weight = output.weight.detach()[chosen].float()
     bias = None if output.bias is None else output.bias.detach()[chosen].float()
     config = model.config.get_text_config()
+    tolerance = _TOLERANCE if model.dtype == torch.float32 else _TOLERANCE_OF_HALF
     # Cohere and Granite scale their logits; Gemma 2 caps them.
     for factor in (1.0, getattr(config, "logit_scale", None), _inverse(getattr(config, "logits_scaling", None))):
         if factor:
-            rows = _rows(weight * factor, None if bias is None else bias * factor)
+            rows = float32_linear(weight * factor, None if bias is None else bias * factor)
             for head in (_difference(rows), _capped(rows, getattr(config, "final_logit_softcapping", None))):
-                if head is not None and _reproduces(head, hidden, wanted):
+                if head is not None and _reproduces(head, hidden, wanted, tolerance):
                     return head
     return None
 
 
-def _reproduces(head: nn.Module, hidden: Tensor, wanted: Tensor) -> bool:
+def _reproduces(head: nn.Module, hidden: Tensor, wanted: Tensor, tolerance: float) -> bool:
     with torch.inference_mode():
         found = head.to(hidden.device)(hidden)
-    tolerance = _TOLERANCE if hidden.dtype == torch.float32 else 0.1
     return bool(((found - wanted).abs() <= tolerance * wanted.abs().clamp(min=1)).all())
-
-
-def _rows(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    return layer
 
 
 def _difference(rows: nn.Linear) -> nn.Linear:
     signs = _signs(rows.out_features).to(rows.weight.device)
     bias = None if rows.bias is None else (signs @ rows.bias.detach())[None]
-    return _rows((signs @ rows.weight.detach())[None], bias)
+    return float32_linear((signs @ rows.weight.detach())[None], bias)
 
 
 def _capped(rows: nn.Linear, cap: float | None) -> SoftCapped | None:

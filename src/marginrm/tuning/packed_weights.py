@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from marginrm.errors import ModelError
 from marginrm.forward.execution import Choice
 from marginrm.forward.module import RewardModule
+from marginrm.forward.self_check import probe_rewards
 from marginrm.tuning.timing import best_seconds
 
 # Private operators of torch.compile: other versions of torch may not have them.
@@ -44,16 +45,53 @@ def try_it(module: RewardModule) -> Choice:
     speed = _speed(max(layers, key=lambda layer: layer.weight.numel()))
     if speed < _WORTH_IT:
         return Choice(False, "")
+    layers = only_called(module, layers)
+    if not layers:
+        return Choice(False, "weights not packed: the model reads them other than by its linear layers' forward")
     apply(module, layers)
     return Choice(True, f"weights packed for oneDNN ({speed:.2f}x the plain layer's speed in a trial)")
+
+
+def only_called(module: RewardModule, layers: list[nn.Linear]) -> list[nn.Linear]:
+    """Returns those of some layers whose weights a forward pass reads by calling the layer, and in no other way.
+
+    Mamba layers multiply by `dt_proj.weight` themselves. A probe in which reading a weight yields NaN shows it.
+    """
+    for _ in range(2):
+        called: set[nn.Linear] = set()
+        kept = [layer.weight for layer in layers]
+        for layer in layers:
+            layer.forward = partial(_noted, called, layer, layer.weight)  # type: ignore[method-assign]
+            _give_up(layer)
+        try:
+            rewards = probe_rewards(module)
+        except Exception:  # noqa: BLE001 - own code raises errors of any class, for instance of probes without its marks
+            return []
+        finally:
+            for layer, weight in zip(layers, kept, strict=True):
+                del layer.forward
+                layer.weight = weight
+        layers = [layer for layer in layers if layer in called]
+        if not rewards.isnan().any():
+            return layers
+    return []
+
+
+def _noted(called: set[nn.Linear], layer: nn.Linear, weight: Tensor, inputs: Tensor) -> Tensor:
+    called.add(layer)
+    return F.linear(inputs, weight, layer.bias)
+
+
+def _give_up(layer: nn.Linear) -> None:
+    """Makes reading a layer's weights yield NaN, not stale numbers (one expanded value, so no memory)."""
+    layer.weight = nn.Parameter(layer.weight.new_full((1, 1), torch.nan).expand_as(layer.weight), False)
 
 
 def apply(module: RewardModule, layers: list[nn.Linear]) -> None:
     """Packs the weights of linear layers, and makes the module refuse to be saved."""
     for layer in layers:
         layer.forward = packed(layer)  # type: ignore[method-assign,assignment]
-        # Reading the replaced weights yields NaN, not stale numbers (one expanded value, so no memory).
-        layer.weight = nn.Parameter(layer.weight.new_full((1, 1), torch.nan).expand_as(layer.weight), False)
+        _give_up(layer)
     # A checkpoint's file is mapped as a whole: its memory is freed when no tensor reads from it any more.
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # expanded values have less
