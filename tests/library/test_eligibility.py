@@ -17,6 +17,7 @@ from marginrm.errors import HeadError, ModelError
 from marginrm.forward.batch import SplitBatch
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
+from marginrm.forward.own_forward import vocabulary_of
 from marginrm.forward.self_check import conversations
 from marginrm.reward_model import RewardModel
 from marginrm.steps import GroupSlice, split_by_length
@@ -243,6 +244,19 @@ class Unsteady(Scaled):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
         self.calls += 1
         return SimpleNamespace(logits=self.last(input_ids, attention_mask) + self.calls)
+
+
+class NamelessEmbeddings(t.PreTrainedModel):
+    """An own class whose embeddings transformers does not find."""
+
+    def __init__(self, config: t.PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.word = nn.Embedding(7, 4)
+        self.post_init()
+
+
+def test_the_vocabulary_of_own_code_is_the_configurations_where_embeddings_are_not_found() -> None:
+    assert vocabulary_of(NamelessEmbeddings(t.PreTrainedConfig(vocab_size=7))) == 7  # type: ignore[call-arg]
 
 
 def own(cls: type[Scaled]) -> Scaled:
