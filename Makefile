@@ -6,6 +6,7 @@ SHELL := /bin/bash
 HOST  ?= 127.0.0.1
 PORT  ?= 8000
 MODEL ?= checkpoints/demo
+JOBS  ?= 2
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
-	@echo "  Variables: HOST=$(HOST) PORT=$(PORT) MODEL=$(MODEL)"
+	@echo "  Variables: HOST=$(HOST) PORT=$(PORT) MODEL=$(MODEL) JOBS=$(JOBS)"
 
 setup: $(READY) ## Create .venv with the pinned versions
 
@@ -36,8 +37,9 @@ ifeq ($(MODEL),checkpoints/demo)
 endif
 	exec $(BIN)/marginrm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 
-test: $(READY) ## Run every test
-	$(BIN)/python -m pytest
+# A file's tests stay in one process, which shares its models and servers. One thread for each process, or they contend.
+test: $(READY) ## Run every test, JOBS files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(READY) ## Check style, types, import rules, deployment files and the documentation
 	$(BIN)/ruff check .
