@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_served_fails_the_deployment_with_the_reason(tmp_
     with RayServe(tmp_path, models=str(tmp_path / "empty")) as started:
         started.wait_for(lambda: "Submitted deploy config" in started.log)
         started.wait_for(lambda: "DEPLOY_FAILED" in started.status())
-        assert "empty has no config.json, so it is no model folder" in started.status()
+        assert "empty has neither config.json nor adapter_config.json" in started.status()
         assert not started.ready()
 
 
