@@ -6,7 +6,7 @@ A field is the one source of a setting's name, default, limits and help; `cli` m
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -198,18 +198,7 @@ class Settings(BaseSettings):
         Raises:
             ConfigError: A value is not acceptable.
         """
-        return ReadingOptions.parse(
-            label_weights=self.label_weights,
-            reward_tokens=self.reward_tokens,
-            bos=self.bos,
-            eos=self.eos,
-            frame=self.frame,
-            head_activation=self.head_activation,
-            steps=self.steps,
-            step_value=self.step_value,
-            aggregate=self.aggregate,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return ReadingOptions.parse(**{field.name: getattr(self, field.name) for field in fields(ReadingOptions)})
 
     @classmethod
     def load(cls, **given: Any) -> Settings:

@@ -104,8 +104,8 @@ class RewardModel:
                 exceeds it. By default the device's default (`measure_token_budget` finds the best, as the server does).
             revision: Branch, tag or commit on the Hub.
             compiled: Run the parts between the matrix products through `torch.compile`: faster, half a minute to load.
-            ignore_manifest: Load as a checkpoint without a manifest, so that a broken one can be written again.
             deterministic: Give batch-invariant rewards (`tuning.deterministic`); slower.
+            ignore_manifest: Load as a checkpoint without a manifest, so that a broken one can be written again.
 
         Raises:
             ModelError: The checkpoint cannot be loaded or is not a reward model, or deterministic rewards are not

@@ -80,7 +80,7 @@ class ModelRegistry:
             self._on_ready()
 
     async def load(self, spec: ModelSpec) -> ModelCard:
-        """Loads a model and serves it, in the place of the one that has its name, if there is one.
+        """Loads a model and serves it. A model of the same name is replaced.
 
         Until the new model has passed its self-test the old one answers, and it finishes the requests that it accepted.
 

@@ -152,7 +152,7 @@ class Metrics:
         self._ready.labels(name).set(0)
 
     def model_loaded(self, card: ModelCard, margin_quantiles: Mapping[str, float]) -> None:
-        """Records a model that is served from now on, in the place of an earlier one of its name.
+        """Records a model that is served from now on. It replaces an earlier one of its name.
 
         Args:
             card: The model's card.
