@@ -79,7 +79,7 @@ def test_trainer_library_and_server_give_a_pair_the_same_reward(checkpoint: Path
 
     with (
         serving(model, reward_cache_mib=0) as server,
-        httpx.Client(base_url=server.url, timeout=60, limits=UNLIMITED) as http,
+        httpx.Client(base_url=server.url, timeout=120, limits=UNLIMITED) as http,
         RewardClient(server.url) as client,
     ):
 

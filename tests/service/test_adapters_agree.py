@@ -34,7 +34,7 @@ def served(request, tmp_path_factory):
     )
     with (
         serving(model, reward_cache_mib=0) as running,  # each contract's reward is to come from the model
-        httpx.Client(base_url=running.url, timeout=60) as http,
+        httpx.Client(base_url=running.url, timeout=120) as http,
     ):
 
         def ask(path: str, body: dict):

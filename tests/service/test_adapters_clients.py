@@ -138,7 +138,7 @@ def test_each_client_receives_the_reward_of_score(tmp_path):
     model = RewardModel.from_pretrained(
         tiny_checkpoint(tmp_path, "qwen3", chat_template=CHATML_TEMPLATE), dtype="float32"
     )
-    with serving(model) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+    with serving(model) as running, httpx.Client(base_url=running.url, timeout=120) as http:
         sent = as_in_the_fixtures()
         received = run_clients(running.url, sent)
         history, (question, answer) = sent["nemo_gym"]["conversation_history"], sent["ms_swift"]

@@ -34,7 +34,7 @@ def server(model):
 
 @pytest.fixture
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=30) as http:
+    with httpx.Client(base_url=server.url, timeout=120) as http:
         yield http
 
 
@@ -236,5 +236,5 @@ def test_sentence_transformers_predicts_what_rerank_answers(tmp_path):
         expected = encoder.predict([(query, text) for text in texts])
         with serving(RewardModel.from_pretrained(path, dtype="float32")) as running:
             body = {"query": query, "texts": texts, "raw_scores": True}
-            reply = httpx.post(running.url + "/rerank", json=body, timeout=60).json()
+            reply = httpx.post(running.url + "/rerank", json=body, timeout=120).json()
         assert {one["index"]: one["score"] for one in reply} == pytest.approx(dict(enumerate(expected)), abs=1e-5)

@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def client(model):
-    with serving(model) as running, httpx.Client(base_url=running.url, timeout=30) as http:
+    with serving(model) as running, httpx.Client(base_url=running.url, timeout=120) as http:
         yield http
 
 
@@ -64,7 +64,7 @@ def test_openrlhf_scores_a_text_that_was_cut_off_or_padded_as_the_whole_conversa
     text = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\nAir scatters blue light."
     queries = [text, f"{text}<|im_end|>", f"{text}<|im_end|>\n", f"<pad><pad>{text}<|im_end|><pad>"]
     with serving(model) as running:
-        body = httpx.post(f"{running.url}/get_reward", json={"query": queries}, timeout=30).json()
+        body = httpx.post(f"{running.url}/get_reward", json={"query": queries}, timeout=120).json()
     assert body["rewards"] == pytest.approx([expected] * len(queries), abs=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_vllm_token_classify_gives_the_steps_of_a_process_reward_model(tmp_path,
     expected = [
         [pytest.approx(1 - p, abs=1e-4), pytest.approx(p, abs=1e-4)] for p in documented("How many eggs?", steps)
     ]
-    with serving(model) as running, httpx.Client(base_url=running.url, timeout=60) as http:
+    with serving(model) as running, httpx.Client(base_url=running.url, timeout=120) as http:
         for given in ({"input": text}, {"messages": whole}):
             (data,) = http.post("/pooling", json={**given, "task": "token_classify"}).json()["data"]
             assert data["data"] == expected
@@ -324,7 +324,7 @@ def test_a_full_queue_has_the_overload_status_of_the_route(status):
     with serving(max_queue_requests=1, adapter_overload_status=status) as running:
         gate.open(2)  # for the warm-up
         running.on_loop(running.service.registry.add(fake))
-        with httpx.Client(base_url=running.url, timeout=30) as http:
+        with httpx.Client(base_url=running.url, timeout=120) as http:
             gate.entered.acquire()
             with running.service.registry.get("default").admission.acquire(1):
                 adapter = http.post("/get_reward", json={"query": ["a"]})

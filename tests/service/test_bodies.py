@@ -27,7 +27,7 @@ def server() -> Iterator[AppServer]:
 
 def post(server: AppServer, content: bytes | Iterator[bytes], encoding: str, path: str = "/score") -> httpx.Response:
     headers = {"content-type": "application/json", "content-encoding": encoding}
-    return httpx.post(server.url + path, content=content, headers=headers, timeout=30)
+    return httpx.post(server.url + path, content=content, headers=headers, timeout=120)
 
 
 def error_of(response: httpx.Response) -> tuple[int, str]:
@@ -92,7 +92,7 @@ def test_a_body_that_stops_is_408_and_the_connection_closes(server: AppServer, s
 
 def test_a_slow_body_is_read(server: AppServer) -> None:
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(HEAD)
         for start in range(0, len(BODY), 30):
             time.sleep(0.2)  # 1 s in all

@@ -48,7 +48,7 @@ class Harness:
         self.model.on_forward = self.gate
 
     async def held(self) -> None:
-        assert await asyncio.to_thread(self.gate.entered.acquire, timeout=30)
+        assert await asyncio.to_thread(self.gate.entered.acquire, timeout=120)
 
     def release(self) -> None:
         self.model.on_forward = lambda _: None
@@ -453,8 +453,8 @@ def test_equal_concurrent_requests_are_one_step():
         steps = len(model.steps)
         model.on_forward = gate
         queue_state = server.service.registry.get("default").queue_state
-        calls = [threads.submit(httpx.post, f"{server.url}/score", json=BODY, timeout=30) for _ in range(8)]
-        assert gate.entered.acquire(timeout=30)
+        calls = [threads.submit(httpx.post, f"{server.url}/score", json=BODY, timeout=120) for _ in range(8)]
+        assert gate.entered.acquire(timeout=120)
         while queue_state().waiting_for_others < 7:
             time.sleep(0.005)
         gate.open(8)
@@ -503,7 +503,7 @@ def test_a_stream_sends_prompts_with_cached_rewards_before_the_first_step():
         with http.stream("POST", "/best-of-n", json={"prompts": prompts}, headers=LINES) as response:
             incoming = response.iter_lines()
             early = [json.loads(next(incoming)) for _ in range(3)]
-            assert gate.entered.acquire(timeout=30)
+            assert gate.entered.acquire(timeout=120)
             gate.open()
             last, end = map(json.loads, incoming)
         assert early == plain["prompts"]

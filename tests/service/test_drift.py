@@ -58,7 +58,7 @@ def test_a_server_reports_it_for_pairs() -> None:
     calibration = calibrate([1.0, -1.0]).model_copy(update={"margin_quantiles": {"0.5": 1e9}})
     model.manifest = type("M", (), {"calibration": calibration})()
     pairs = [{"prompt": f"{index}", "chosen": "Yes.", "rejected": "No."} for index in range(250)]
-    with serving(model) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+    with serving(model) as server, httpx.Client(base_url=server.url, timeout=120) as http:
         assert "marginrm_margin_psi{" not in http.get("/metrics").text
         http.post("/score", json={"pairs": pairs}).raise_for_status()
         found = {m.name: m.samples for m in text_string_to_metric_families(http.get("/metrics").text)}

@@ -22,7 +22,7 @@ def expected(one: Job) -> list[list[float]]:
 
 
 async def entered(gate: Gate) -> None:
-    assert await asyncio.to_thread(gate.entered.acquire, timeout=30)
+    assert await asyncio.to_thread(gate.entered.acquire, timeout=120)
 
 
 def test_a_single_job_is_one_step():

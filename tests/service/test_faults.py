@@ -90,7 +90,7 @@ def expected(checkpoint) -> list[float]:
 def http(model) -> Iterator[httpx.Client]:
     with (
         serving(model, stall_seconds=0.2, reward_cache_mib=0) as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
+        httpx.Client(base_url=server.url, timeout=120) as client,
     ):
         yield client
 
@@ -192,7 +192,7 @@ def test_forward_does_not_end(http, model, expected):
     model.before_forward = gate
     with ThreadPoolExecutor() as pool:
         late = pool.submit(ask, http, **{"X-Request-Timeout": "1"})
-        assert gate.entered.acquire(timeout=30)
+        assert gate.entered.acquire(timeout=120)
         queued = pool.submit(ask, http, **{"X-Request-Timeout": "1"})
         assert http.get("/readyz").status_code == 200  # a step may take a while
         assert [future.result(30).status_code for future in (late, queued)] == [504, 504]
@@ -214,7 +214,7 @@ def test_tokenizer_raises(http, model, expected, fault):
     sound = model.encoder
     model.encoder = FaultyEncoder(sound.tokenizer, max_length=sound.max_length, architecture=sound.architecture)
     model.encoder.fault = fault
-    with serving(model, reward_cache_mib=0) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with serving(model, reward_cache_mib=0) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         one_prompt = client.post("/best-of-n", json={"prompts": [{"prompt": PROMPT, "candidates": RESPONSES}]}).json()
         (prompt,) = one_prompt["prompts"]
         assert [(one["candidate"], one["error"]["code"]) for one in prompt["errors"]] == [(BAD, "tokenizer_failed")]
@@ -317,7 +317,7 @@ def admin(checkpoint, tmp_path_factory) -> Iterator[httpx.Client]:
     model = RewardModel.from_pretrained(checkpoint, dtype="float32")
     with (
         serving(model, admin_key_file=keys, dtype="float32", reward_cache_mib=0) as server,
-        httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as client,
+        httpx.Client(base_url=server.url, timeout=120, headers={"Authorization": f"Bearer {key}"}) as client,
     ):
         yield client
 

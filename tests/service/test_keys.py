@@ -75,7 +75,7 @@ def test_every_route_except_health_and_the_pages_files_needs_a_key(tmp_path: Pat
     key = add_key(tmp_path / "keys", "ann")
     with (
         serving(FakeRewardModel(), key_file=tmp_path / "keys") as server,
-        httpx.Client(base_url=server.url, timeout=30) as http,
+        httpx.Client(base_url=server.url, timeout=120) as http,
     ):
         paths = set(http.get("/openapi.json", headers=bearer(key)).json()["paths"]) | {"/nowhere"}
         for path in paths - {"/healthz", "/readyz"}:
@@ -96,7 +96,7 @@ def test_a_key_over_its_rate_limit_gets_retry_after(tmp_path: Path) -> None:
     ann, bob = (add_key(tmp_path / "keys", name) for name in ("ann", "bob"))
     with (
         serving(FakeRewardModel(), key_file=tmp_path / "keys", rate_limit=2) as server,
-        httpx.Client(base_url=server.url, timeout=30) as http,
+        httpx.Client(base_url=server.url, timeout=120) as http,
     ):
         replies = [http.post("/score", json=ASK, headers=bearer(ann)) for _ in range(3)]
         assert [reply.status_code for reply in replies] == [200, 200, 429]

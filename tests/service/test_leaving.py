@@ -34,7 +34,7 @@ class Leaving(GracefulServer):
         await super().shutdown(sockets)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self._address, timeout=10)
+        return socket.create_connection(self._address, timeout=120)
 
     def run_with(self, scenario: Callable[[], Awaitable[None]]) -> None:
         async def serve() -> None:

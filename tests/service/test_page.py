@@ -83,7 +83,7 @@ def ranking(page: Page, side: int = 0) -> list[tuple[str, str]]:
 
 def best_of_n(server: AppServer, prompt: Any, candidates: list[str], **more: Any) -> dict[str, Any]:
     body = {"tie_below": 0.55, **more, "prompts": [{"prompt": prompt, "candidates": candidates}]}
-    return httpx.post(f"{server.url}/best-of-n", json=body, timeout=60).raise_for_status().json()["prompts"][0]
+    return httpx.post(f"{server.url}/best-of-n", json=body, timeout=120).raise_for_status().json()["prompts"][0]
 
 
 def expected(server: AppServer, prompt: Any, candidates: list[str]) -> list[tuple[str, str]]:
@@ -233,7 +233,7 @@ def test_a_file_of_two_hundred_pairs_is_scored_into_a_table(browser: Browser, se
         drop(page, "pairs.jsonl", "\n".join(lines))
         page.wait_for_selector("text=198 of 198 rows scored", timeout=60_000)
         body = {"pairs": rows}
-        pairs = httpx.post(f"{server.url}/score", json=body, timeout=60).json()["pairs"]
+        pairs = httpx.post(f"{server.url}/score", json=body, timeout=120).json()["pairs"]
         right = sum((pair["margin"] > 0) + (pair["margin"] == 0) / 2 for pair in pairs)
         assert f"{right:g} of 197 pairs ranked as labelled" in page.inner_text("#table .headline")
         assert "1 refused" in page.inner_text("#table .headline")

@@ -59,7 +59,7 @@ def test_drift_is_that_of_the_pairs_that_this_server_compared(server: AppServer)
     before = detail(server).drift
     assert before is not None
     pairs = [{"prompt": f"{index}", "chosen": "Yes.", "rejected": "No."} for index in range(220)]
-    httpx.post(f"{server.url}/score", json={"model": "tiny", "pairs": pairs}, timeout=60).raise_for_status()
+    httpx.post(f"{server.url}/score", json={"model": "tiny", "pairs": pairs}, timeout=120).raise_for_status()
     after = detail(server).drift
     assert after is not None
     assert after.margins == before.margins + 220

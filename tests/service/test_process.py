@@ -97,14 +97,14 @@ def test_the_same_pair_alone_and_among_two_hundred_others(server, local):
 def test_an_encoder_is_served_beside_a_decoder(server, encoder_checkpoint):
     prompt, responses = texts(7)
     body = {"model": "bert", "items": [{"prompt": prompt, "response": response} for response in responses]}
-    reply = httpx.post(f"{server.url}/score", json=body, timeout=60).json()
+    reply = httpx.post(f"{server.url}/score", json=body, timeout=120).json()
     expected = RewardModel.from_pretrained(encoder_checkpoint, dtype="float32").score(prompt, responses)
     assert [item["reward"] for item in reply["items"]] == pytest.approx(expected, abs=TOLERANCE)
     assert reply["model"]["name"] == "bert"
 
 
 def test_a_ten_megabyte_prompt_is_refused_quickly_and_its_neighbours_are_scored(server):
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
         huge = "All work and no play. " * 500_000
         started = time.perf_counter()
         response = client.post("/score", json={"items": [{"prompt": huge, "response": "r"}]})
@@ -145,7 +145,7 @@ def test_the_pages_load_nothing_from_other_servers(server):
 
 
 def test_the_json_log_holds_no_text_of_a_client(server):
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
         for body in (
             {"pairs": [{"id": CANARY, "prompt": CANARY, "chosen": CANARY, "rejected": f"{CANARY} \ud800"}]},
             {"items": [{"prompt": [{"role": CANARY, "content": CANARY}], "response": CANARY}]},
@@ -169,7 +169,7 @@ def test_sigterm_finishes_accepted_requests_and_exits_with_0(checkpoint, tmp_pat
         body = {"prompts": [{"prompt": prompt, "candidates": [f"{s} {i}" for i in range(10) for s in SENTENCES]}]}
 
         async def scenario() -> list[int]:
-            async with httpx.AsyncClient(base_url=process.url, timeout=60) as client:
+            async with httpx.AsyncClient(base_url=process.url, timeout=120) as client:
                 calls = [asyncio.create_task(client.post("/best-of-n", json=body)) for _ in range(8)]
                 text = ""
                 while 'marginrm_queue_requests{model="default"} 8.0' not in text:
@@ -186,7 +186,7 @@ def test_sigterm_finishes_accepted_requests_and_exits_with_0(checkpoint, tmp_pat
 def test_a_request_on_an_open_connection_during_the_shutdown_is_answered(checkpoint, tmp_path):
     with ServerProcess(tmp_path / "log", "--model", checkpoint, "--dtype", "float32") as process:
         process.wait_until_ready()
-        with httpx.Client(base_url=process.url, timeout=30) as client:
+        with httpx.Client(base_url=process.url, timeout=120) as client:
             assert client.get("/healthz").headers.get("connection") != "close"
             process.signal(signal.SIGTERM)
             while "SIGTERM: finishing" not in process.log:
@@ -204,17 +204,17 @@ def test_a_second_signal_ends_the_process_at_once(checkpoint, tmp_path):
         process.wait_until_ready()
         body = {"prompts": [{"prompt": "p", "candidates": [f"{SENTENCES[0]} {i}" for i in range(20_000)]}]}
         with ThreadPoolExecutor(1) as thread:
-            call = thread.submit(httpx.post, f"{process.url}/best-of-n", json=body, timeout=60)
+            call = thread.submit(httpx.post, f"{process.url}/best-of-n", json=body, timeout=120)
             while (
                 'marginrm_queue_requests{model="default"} 1.0'
-                not in httpx.get(f"{process.url}/metrics", timeout=30).text
+                not in httpx.get(f"{process.url}/metrics", timeout=120).text
             ):
                 time.sleep(0.05)
             process.signal(signal.SIGTERM)
             time.sleep(0.5)
             assert process.process.poll() is None, "it should be busy with what it accepted"
             process.signal(signal.SIGTERM)
-            assert process.wait(20) == 1
+            assert process.wait(120) == 1
             assert call.result().status_code == 503
             assert call.result().json()["error"]["code"] == "draining"
             assert "Traceback" not in process.log
@@ -241,7 +241,7 @@ def test_sigterm_while_a_model_is_loading_exits_with_0(checkpoint, tmp_path):
             assert process.process.poll() is None, process.log
             time.sleep(0.05)
         process.signal(signal.SIGTERM)
-        assert process.wait(20) == 0, process.log
+        assert process.wait(120) == 0, process.log
 
 
 def golden_manifest(checkpoint, reward_error: float = 0.0) -> Manifest:

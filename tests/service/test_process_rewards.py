@@ -26,7 +26,7 @@ OTHER = [*STEPS[:2], "So there are 8."]
 
 
 def post(server: AppServer, path: str, body: dict, status: int = 200) -> dict:
-    response = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    response = httpx.post(f"{server.url}{path}", json=body, timeout=120)
     assert response.status_code == status, response.text
     return response.json()
 

@@ -27,6 +27,7 @@ SHIPPED = Path(__file__).parents[2] / "deploy/ray-serve/serve.yaml"
 SERVE = Path(sys.executable).with_name("serve")
 ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
 MANY = 200
+PATIENCE = 600  # s. Ray starts processes of its own, which takes minutes where other tests keep both cores busy
 
 
 class RayServe:
@@ -56,7 +57,7 @@ class RayServe:
         """Where `serve deploy` and `serve status` ask."""
         return re.findall(r"dashboard at (?:\x1b\[\d*m)*(http://[\d.:]+)", self.log)[0]
 
-    def wait_for(self, found: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, found: Callable[[], bool], seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not found():
             assert self.process.poll() is None, self.log
@@ -79,7 +80,7 @@ class RayServe:
     def __exit__(self, *exception: object) -> None:
         self.process.terminate()  # where tests run in the background, SIGINT is ignored
         try:
-            self.process.wait(60)
+            self.process.wait(120)
         finally:
             self.process.kill()
             self.process.wait()
@@ -100,7 +101,7 @@ def ray_serve(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def client(ray_serve: RayServe) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://127.0.0.1:{ray_serve.port}", timeout=60) as opened:
+    with httpx.Client(base_url=f"http://127.0.0.1:{ray_serve.port}", timeout=120) as opened:
         yield opened
 
 
@@ -143,7 +144,7 @@ def test_a_new_version_in_mid_load_loses_no_request(ray_serve: RayServe, client:
     statuses: list[int] = []
     command = [SERVE, "deploy", "--address", ray_serve.dashboard, ray_serve.config]
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while client.get("/v1/models").json()["data"][0]["dtype"] != "bfloat16":
         statuses += asyncio.run(answers(str(client.base_url), 20))
         assert time.monotonic() < deadline, ray_serve.log

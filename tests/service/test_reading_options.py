@@ -28,7 +28,7 @@ def test_weights_of_rows_are_served_and_shown(two_rows: Path) -> None:
     with serving(FakeRewardModel(), dtype="float32", label_weights="-1,1") as server:
         server.on_loop(server.service.registry.load(ModelSpec("m", str(two_rows))))
         body = {"model": "m", "items": [{"prompt": "Hi?", "response": "Yes."}]}
-        (item,) = httpx.post(f"{server.url}/score", json=body, timeout=60).json()["items"]
+        (item,) = httpx.post(f"{server.url}/score", json=body, timeout=120).json()["items"]
         reading = httpx.get(f"{server.url}/v1/models/m").json()["reading"]
     tokenizer = AutoTokenizer.from_pretrained(two_rows)
     turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]

@@ -67,7 +67,7 @@ def test_a_disconnect_in_mid_stream_cancels_the_rest() -> None:
         gate.open(2)  # of about six steps
         with httpx.stream("POST", f"{server.url}/best-of-n", json={"prompts": PROMPTS}, headers=LINES) as response:
             next(response.iter_lines())
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while queue_state().requests and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (queue_state().requests, queue_state().tokens) == (0, 0)
@@ -129,7 +129,7 @@ def test_a_slow_reader_delays_no_other_request_and_gets_every_line() -> None:
         reader.sendall(head.encode() + body)
         received = reader.recv(100)
         queue_state = server.service.registry.get("default").queue_state
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while queue_state().requests and time.monotonic() < deadline:
             time.sleep(0.01)
         assert queue_state().requests == 0  # all is computed before the client reads
@@ -154,11 +154,11 @@ def test_sigterm_in_mid_stream_finishes_the_stream_before_exit_0(tmp_path: Path)
     with ServerProcess(tmp_path / "log", *arguments) as process:
         process.wait_until_ready()
         with httpx.stream(
-            "POST", f"{process.url}/best-of-n", json={"prompts": prompts, "top_k": 1}, headers=LINES, timeout=60
+            "POST", f"{process.url}/best-of-n", json={"prompts": prompts, "top_k": 1}, headers=LINES, timeout=120
         ) as response:
             incoming = response.iter_lines()
             lines = [json.loads(next(incoming))]
-            metrics = httpx.get(f"{process.url}/metrics", timeout=30).text
+            metrics = httpx.get(f"{process.url}/metrics", timeout=120).text
             assert 'marginrm_queue_requests{model="default"} 1.0' in metrics, (
                 "too little work to be ended in its middle"
             )
@@ -166,7 +166,7 @@ def test_sigterm_in_mid_stream_finishes_the_stream_before_exit_0(tmp_path: Path)
             while "SIGTERM" not in process.log:
                 time.sleep(0.01)
             lines += [json.loads(line) for line in incoming]
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
         assert "Traceback" not in process.log
     *outcomes, end = lines
     assert sorted(line["index"] for line in outcomes) == list(range(len(prompts)))

@@ -38,7 +38,7 @@ class Traced:
         self.model = FakeRewardModel()
         self.server.start()
         self.server.on_loop(self.server.service.registry.add(self.model))
-        self.http = httpx.Client(base_url=self.server.url, timeout=30)
+        self.http = httpx.Client(base_url=self.server.url, timeout=120)
 
     def spans(self) -> list[ReadableSpan]:
         """The spans since the last call. A request's own ends after its answer."""

@@ -123,7 +123,7 @@ class ServerProcess:
 def raw_request(url: str, *chunks: bytes, read: bool = True) -> bytes:
     """Sends bytes as they are and returns what comes back until the server closes, or until it is silent for 10 s."""
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         for chunk in chunks:
             connection.sendall(chunk)
         received = b""

@@ -73,7 +73,7 @@ class Gate:
 
     def __call__(self, groups: Groups) -> None:
         self.entered.release()
-        assert self._passes.acquire(timeout=30)
+        assert self._passes.acquire(timeout=120)
 
     def open(self, steps: int = 1) -> None:
         self._passes.release(steps)
