@@ -136,8 +136,9 @@ def test_a_name_is_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.Monkey
         ("x.csv", b"prompt,chosen\np,\xff\n", r"x\.csv:2: is not valid UTF-8"),
         ("x.csv", b'prompt,chosen\np,"a\nb\n', r"x\.csv:2: .* a quote that opens in this row is never closed"),
         ("x.parquet", b"nothing of the kind", "cannot be read as Parquet"),
-        ("x.json", b'{"prompt": "p"}\n{"prompt": "q"}\n', r"x\.json: cannot be read as JSON .*Name it \.jsonl"),
-        ("x.json", b'{"prompt": "p"}', r"x\.json: a \.json file must be one list"),
+        ("x.json", b'{"prompt": "p"}\n{"prompt": "q"}\n', r"x\.json:1: has the fields"),
+        ("x.json", b'{"prompt":\n"p"}\n{"prompt":\n"q"}\n', r"x\.json: cannot be read as JSON .*Name it \.jsonl"),
+        ("x.json", b'{\n"prompt": "p"}', r"x\.json: a \.json file must be one list"),
         ("x.json", b'[{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p"}]', r"x\.json:2: has the fields"),
     ],
 )

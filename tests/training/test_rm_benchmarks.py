@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from marginrm.cli.main import build_app
 from marginrm.errors import DataError
 from marginrm.reward_model import RewardModel
-from marginrm_training.data.sources import read_raw
+from marginrm.texts.places import read_raw
 from marginrm_training.evaluation.benchmarks.formats import Case, parse_cases, recognised
 from marginrm_training.evaluation.benchmarks.measure import score_cases
 from marginrm_training.evaluation.benchmarks.scoring import UNREADABLE, Rewards, best_of_k, score, tie_score

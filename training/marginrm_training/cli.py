@@ -25,7 +25,10 @@ Data = Annotated[
 ]
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder or Hub name.", show_default=False)]
 Groups = Annotated[
-    Path, typer.Option("--data", help="Groups of candidates with gold qualities, .jsonl.", show_default=False)
+    Path,
+    typer.Option(
+        "--data", help="Groups of candidates with gold qualities: a file, a folder or a data set.", show_default=False
+    ),
 ]
 Candidates = Annotated[
     Path | None,

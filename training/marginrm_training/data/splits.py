@@ -14,10 +14,11 @@ from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import DataError, EncodingError
 from marginrm.manifest import DataFile
 from marginrm.text import Prompt, Truncation
+from marginrm.texts.places import Stream
 from marginrm.texts.preferences import PreferencePair
 from marginrm_training.config import DataConfig, expand
 from marginrm_training.data.excluded import ExcludedRows
-from marginrm_training.data.sources import Stream, read_source
+from marginrm_training.data.sources import read_source
 from marginrm_training.method.margins import MarginMethod
 
 _log = logging.getLogger(__name__)

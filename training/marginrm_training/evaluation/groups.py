@@ -14,7 +14,8 @@ from marginrm.calibration import Floats
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import DataError, EncodingError
 from marginrm.reward_model import RewardModel
-from marginrm.texts.preferences import CandidateGroup, read_groups
+from marginrm.texts.places import read_raw
+from marginrm.texts.preferences import CandidateGroup, parse_group
 from marginrm_training.data.excluded import ExcludedRows, MalformedRows
 from marginrm_training.evaluation.best_of_n import BestOfNPoint, best_of_n_curve, curve_end
 
@@ -109,7 +110,7 @@ def load_groups(path: str | Path, max_bad_rows: int | None = None) -> Groups:
     """Reads candidate groups with gold qualities. Malformed rows are counted by reason and left out.
 
     Args:
-        path: A `.jsonl` file, `.gz` too.
+        path: A place, as for `marginrm.texts.places.files_of`.
         max_bad_rows: Most malformed rows, those without gold qualities included; None for any number, 0 to stop at the
             first.
 
@@ -118,8 +119,9 @@ def load_groups(path: str | Path, max_bad_rows: int | None = None) -> Groups:
     """
     malformed = MalformedRows(str(path), max_bad_rows)
     groups = []
-    for group in read_groups(path, malformed):
+    for row, source in read_raw(str(path), malformed):
         try:
+            group = parse_group(row, source)
             _gold(group)
             groups.append(group)
         except DataError as error:

@@ -121,7 +121,7 @@ def measure_candidates(
 
     Args:
         model: The checkpoint.
-        data: A `.jsonl` file, `.gz` too.
+        data: A file, a folder or a data set.
         limit: Read the first well-formed groups only.
         max_bad_rows: Most malformed rows; None for any number, 0 to stop at the first.
 

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import EncodingError
 from marginrm.reward_model import RewardModel
+from marginrm.texts.places import read_raw
 from marginrm_training.data.excluded import ExcludedRows
-from marginrm_training.data.sources import read_raw
 from marginrm_training.evaluation.benchmarks.formats import Case, parse_cases, recognised
 from marginrm_training.evaluation.benchmarks.scoring import UNREADABLE, Rewards, score
 from marginrm_training.evaluation.benchmarks.sections import Benchmark

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from marginrm.errors import DataError
+from marginrm.errors import ConfigError, DataError
 from marginrm.texts.json_lines import OnError, json_kind, read_rows
 
 Row = tuple[dict[str, Any], str]
@@ -92,8 +92,22 @@ def _cell(name: str, value: str, source: str) -> str | float:
     return value
 
 
+def needs(package: str, purpose: str, error: ImportError) -> ConfigError:
+    """Returns the error of a package that is not installed, with the extra that installs it.
+
+    Args:
+        package: Its name.
+        purpose: The work that needs it, as the beginning of a sentence.
+        error: The error of its import.
+    """
+    return ConfigError(f'{purpose} needs {package} ({error}). Run: pip install "marginrm[data]"')
+
+
 def _parquet_rows(file: Path, _: OnError | None) -> Iterator[Row]:
-    from pyarrow import ArrowException, parquet
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise needs("pyarrow", f"{file}: Parquet", error) from error
 
     number = 0
     try:
@@ -107,17 +121,21 @@ def _parquet_rows(file: Path, _: OnError | None) -> Iterator[Row]:
 
 
 def _json_rows(file: Path, on_error: OnError | None) -> Iterator[Row]:
-    """Yields the objects of a JSON file that is one list of them, numbered from 1."""
+    """Yields the objects of a JSON file: one list of them, numbered from 1, or one object a line, as for `read_rows`."""
     opener: Callable[..., TextIO] = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig") as text:
+            if _is_object(text.readline()):
+                yield from read_rows(file, on_error)
+                return
+            text.seek(0)
             rows = json.load(text)
     except (OSError, EOFError, ValueError, RecursionError) as error:
         raise DataError(
             f"{file}: cannot be read as JSON in UTF-8: {error} (One object a line? Name it .jsonl.)"
         ) from error
     if not isinstance(rows, list):
-        raise DataError(f"{file}: a .json file must be one list of objects; for one object a line, name it .jsonl.")
+        raise DataError(f"{file}: a .json file must be one list of objects, or one object a line.")
     for number, row in enumerate(rows, start=1):
         source = f"{file}:{number}"
         if isinstance(row, dict):
@@ -125,6 +143,13 @@ def _json_rows(file: Path, on_error: OnError | None) -> Iterator[Row]:
         else:
             detail = f"must be a JSON object, not {json_kind(row)}."
             _report(DataError.of_row(source, "not a JSON object", detail), on_error)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _report(error: DataError, on_error: OnError | None) -> None:
