@@ -15,7 +15,6 @@ from typing import Literal, Self
 
 from marginrm.errors import EmptyTextError
 from marginrm.ranking import sigmoid
-from marginrm.text import Response
 
 StepValue = Literal["probability", "raw"]
 Aggregate = Literal["min", "product", "last", "mean"]
@@ -56,7 +55,7 @@ class StepReading:
         """The part of the separator whose last token is read: white space around it does not count."""
         return self.separator.strip() or self.separator
 
-    def split(self, response: Response) -> list[str]:
+    def split(self, response: str | Sequence[str]) -> list[str]:
         """Cuts a response into steps.
 
         A list is taken as it is. A text that holds the separator is cut there; any other text is cut at the blank lines

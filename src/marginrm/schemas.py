@@ -23,40 +23,28 @@ from pydantic import (
 from marginrm import schema_examples as examples
 from marginrm.text import Truncation
 
+_MESSAGES: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "role": {"type": "string"},
+            "content": {
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]
+            },
+            "tool_calls": {"type": "array", "items": {"type": "object"}},
+            "name": {"type": "string"},
+            "tool_call_id": {"type": "string"},
+        },
+        "required": ["role"],
+    },
+}
 WireText = Annotated[Any, WithJsonSchema({"type": "string"})]
 WireResponse = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
-]
-WirePrompt = Annotated[
     Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {
-                            "role": {"type": "string"},
-                            "content": {
-                                "anyOf": [
-                                    {"type": "string"},
-                                    {"type": "array", "items": {"type": "object"}},
-                                    {"type": "null"},
-                                ]
-                            },
-                            "tool_calls": {"type": "array", "items": {"type": "object"}},
-                            "name": {"type": "string"},
-                            "tool_call_id": {"type": "string"},
-                        },
-                        "required": ["role"],
-                    },
-                },
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, _MESSAGES]}),
 ]
+WirePrompt = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _MESSAGES]})]
 
 
 def _well_formed(text: str) -> str:
@@ -71,7 +59,7 @@ def _well_formed(text: str) -> str:
 Id = Annotated[str, AfterValidator(_well_formed)]
 
 _PROMPT = "One user message as a string, or a list of messages that ends before the response."
-_RESPONSE = "A text, or a list of the steps that a process reward model reads."
+_RESPONSE = "A text, the steps that a process reward model reads, or messages: an answer with tool calls and results."
 _STEPS = "A process reward model's reward at each step, in order; absent for other models."
 _ID = "Chosen by the client; repeated in the reply."
 _INDEX = "Position in the request's list, from 0."
@@ -255,7 +243,7 @@ class RankedOut(_Reply):
     reward: float
     p_best: float = Field(ge=0, le=1, description="Luce choice probability exp(r / T) / sum, over all candidates.")
     steps: list[float] | None = Field(default=None, description=_STEPS)
-    text: str | list[str] | None = Field(
+    text: str | list[str] | list[dict[str, Any]] | None = Field(
         default=None, description="The candidate's text, if the request set `return_text`."
     )
     truncated: bool = Field(default=False, description="True if its prompt was cut; absent otherwise.")

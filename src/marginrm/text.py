@@ -9,7 +9,7 @@ from marginrm.errors import ConfigError, EmptyTextError, InvalidTextError
 
 Message = Mapping[str, Any]  # {"role", "content"}; a turn with tools has `tool_calls` or `name` too
 Prompt = str | Sequence[Message]  # a lone user message, or the messages before the response
-Response = str | Sequence[str]  # a text, or the steps that a process reward model reads
+Response = str | Sequence[str] | Sequence[Message]  # a text, the steps that a process reward model reads, or turns
 Truncation = Literal["error", "prompt_left"]
 AnyTruncation = Literal["error", "prompt_left", "longest_first"]  # the last one for rerankers' documents only
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of a model's backbone; its head is always float32
@@ -50,23 +50,3 @@ def check_text(value: Any, param: str) -> None:
         raise InvalidTextError(
             f"{{param}} has a lone surrogate at character {error.start}, which is not valid Unicode.", param=param
         ) from error
-
-
-def check_response(value: Any, param: str, *, takes_steps: bool) -> None:
-    """Checks a response: a text, or a list of texts where the model reads steps.
-
-    Raises:
-        InvalidTextError: As `check_text` does, or it is a list and the model gives one reward per response.
-        EmptyTextError: As `check_text` does, or the list is empty.
-    """
-    if not isinstance(value, list | tuple):
-        check_text(value, param)
-        return
-    if not takes_steps:
-        raise InvalidTextError(
-            "{param} is a list of steps, and this model gives one reward per response. Send one string.", param=param
-        )
-    if not value:
-        raise EmptyTextError("{param} is an empty list of steps.", param=param)
-    for step in value:
-        check_text(step, param)

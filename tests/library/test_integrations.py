@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from marginrm.client import ItemScoreError, RewardClientError
+from marginrm.encoding import EncodedResponse
 from marginrm.errors import ConfigError
 from marginrm.integrations import verl
 from marginrm.integrations.trl import reward_function
 from support.server import serving
-from support.service import FakeRewardModel
+from support.service import FakeRewardModel, reward_of
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_trl_messages_are_scored_at_the_last_turn(url, model):
     assert several == model.expect([*user("a"), *assistant("first"), *user("more")], "second")
 
 
-def test_trl_completions_with_tools_are_scored_at_their_answer(url, model):
+def test_trl_completions_with_tools_are_scored_whole(url, model):
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
     result = {"role": "tool", "name": "add", "content": "4"}
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "four"}]}]
@@ -71,7 +72,12 @@ def test_trl_completions_with_tools_are_scored_at_their_answer(url, model):
     ]
     rewards = asyncio.run(reward_function(url)(prompts=[user("2 + 2?")] * 5, completions=completions))
     expected = model.expect([*user("2 + 2?"), call, result], "four")
-    assert rewards == [expected, expected, model.expect(user("2 + 2?"), "four"), None, None]
+    assert rewards[:3] == [expected, expected, model.expect(user("2 + 2?"), "four")]
+    tokenizer = model.encoder.tokenizer
+    without_answer = 'User: 2 + 2?\n\nAssistant: {"name": "add"}'  # the tokenizer has no template
+    for text, reward in zip([f"{without_answer}\n\nTool: 4", without_answer], rewards[3:], strict=True):
+        ids = tokenizer(text + tokenizer.eos_token, add_special_tokens=False).input_ids
+        assert reward == reward_of(EncodedResponse(tuple(ids)))
 
 
 def test_trl_gets_none_only_for_unusable_completions(url, model, caplog):

@@ -101,3 +101,45 @@ def test_an_empty_turn_of_the_user_is_refused() -> None:
     encoder = Encoder(decoder_tokenizer(), max_length=64, architecture="decoder")
     with pytest.raises(EmptyTextError, match=r"prompt\[0\]\.content is empty"):
         encoder.encode([{"role": "user", "content": ""}], "Yes.")
+
+
+ANSWER = {"role": "assistant", "content": "Sunny."}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "weather", "content": "sunny"}
+TOOL_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'tool' and not m.name %}"
+    "{{ raise_exception('a result needs a name') }}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[ANSWER], [CALLING], [CALLING, RESULT], [CALLING, RESULT, ANSWER], [CALLING, RESULT, ANSWER | {"content": ""}]],
+)
+def test_a_response_in_turns_is_read_as_the_template_writes_them(turns: list[dict[str, Any]]) -> None:
+    tokenizer = decoder_tokenizer(chat_template=TOOL_TEMPLATE)
+    encoder = Encoder(tokenizer, max_length=512, architecture="decoder")
+    expected = tokenizer.apply_chat_template([USER, *turns], return_dict=False)
+    assert list(encoder.encode("Weather?", turns).ids) == expected
+    together = encoder.encode_group([USER], [turns, "Rain."])
+    assert list(together[0].ids) == expected  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("turns", "message", "param"),
+    [
+        ([RESULT, ANSWER], "must start with the assistant's turn", "response"),
+        ([ANSWER, USER], "must start with the assistant's turn", "response"),
+        ([CALLING, RESULT | {"name": None}], "a result needs a name", "response"),
+        ([{"role": "assistant"}], "must be a message", r"response[0]"),
+        ([CALLING, RESULT, ANSWER | {"content": "\ud800"}], "response", "response"),
+    ],
+)
+def test_an_unusable_response_in_turns_is_refused_alone(turns: list[dict[str, Any]], message: str, param: str) -> None:
+    encoder = Encoder(decoder_tokenizer(chat_template=TOOL_TEMPLATE), max_length=512, architecture="decoder")
+    refused, usable = encoder.encode_group("Weather?", [turns, "Rain."])
+    assert isinstance(refused, InvalidTextError)
+    assert message in str(refused) or message == "response"
+    assert refused.param == param
+    assert usable == encoder.encode("Weather?", "Rain.")

@@ -23,8 +23,8 @@ from marginrm.encoding.special_tokens import EncodingPolicy, SpecialTokens
 from marginrm.encoding.tokenizer_backend import backend_of
 from marginrm.errors import EncodingError, InvalidTextError, SequenceTooLongError
 from marginrm.manifest import EncodingInfo, template_hash
-from marginrm.text import AnyTruncation, Prompt, Response, Truncation, check_choice, check_response, check_text
-from marginrm.texts.messages import check_messages
+from marginrm.text import AnyTruncation, Prompt, Response, Truncation, check_choice, check_text
+from marginrm.texts.messages import check_messages, read_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,8 @@ class Encoder:
 
         Args:
             prompt: A string (one user message) or a list of `{"role", "content"}` messages ending before the response.
-            response: The assistant's answer; a process reward model takes its steps as a list, too.
+            response: The assistant's answer; a process reward model takes its steps as a list, too. An answer of several
+                turns, with tool calls and their results, is a list of messages.
             truncation: `error` refuses what is too long; `prompt_left` cuts the prompt from its left, and never the
                 response nor the end marker.
 
@@ -159,16 +160,15 @@ class Encoder:
         except EncodingError as error:
             return [error.about(error.param or "prompt") for _ in responses]
         outcomes: list[EncodedResponse | EncodingError | None] = [None] * len(responses)
-        good = []
+        good: dict[int, Any] = {}
         for index, response in enumerate(responses):
             try:
-                if not (allow_empty and isinstance(response, str) and not response.strip()):
-                    check_response(response, "response", takes_steps=self.policy.steps is not None)
-                good.append(index)
+                empty = allow_empty and isinstance(response, str) and not response.strip()
+                good[index] = response if empty else self._read_response(messages, response)
             except EncodingError as error:
                 outcomes[index] = error
         try:
-            texts = [responses[index] for index in good]
+            texts = list(good.values())
             drafts = self._steps.drafts(messages, texts) if self._steps else self._drafts(messages, texts)
         except EncodingError as error:
             drafts = [error.about(error.param or "prompt") for _ in good]
@@ -251,10 +251,22 @@ class Encoder:
         """The chat template in use, its date fixed, or None."""
         return self._renderer.chat_template if self.architecture == "decoder" else None
 
+    def _read_response(self, messages: list[dict[str, Any]], response: Any) -> str | list[Any]:
+        """Returns a checked response.
+
+        Raises:
+            EncodingError: It has no usable form, or the chat template refuses its turns.
+        """
+        found: str | list[Any] = read_response(response, takes_steps=self._steps is not None)
+        if self.architecture == "decoder" and isinstance(found, list) and self._steps is None:
+            self._renderer.check_turns(messages, found)
+        return found
+
     def _drafts(self, messages: list[dict[str, Any]], responses: list[Any]) -> list[Draft | EncodingError]:
         if self.architecture == "encoder" and self.policy.frame is None:
             prompt = transcript(messages)
-            encodings = self._backend.encode_batch([(prompt, text) for text in responses], add_special_tokens=True)
+            pairs = [(prompt, one if isinstance(one, str) else transcript(one)) for one in responses]
+            encodings = self._backend.encode_batch(pairs, add_special_tokens=True)
             return [
                 Draft(e.ids, e.type_ids, sequence_range(e, 0), sequence_range(e, 1), keeps_prompt_end=False)
                 for e in encodings

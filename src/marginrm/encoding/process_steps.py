@@ -11,7 +11,6 @@ from marginrm.encoding.rendering import RenderedText, Renderer, removal
 from marginrm.encoding.special_tokens import SpecialTokens
 from marginrm.errors import EncodingError, InvalidTextError
 from marginrm.process_rewards import VERDICT, StepReading
-from marginrm.text import Response
 from marginrm.texts.messages import plain_text
 
 if TYPE_CHECKING:
@@ -61,7 +60,9 @@ class StepEncoder:
         self._renderer = renderer
         self._special = special
 
-    def drafts(self, messages: list[dict[str, Any]], responses: Sequence[Response]) -> list[Draft | EncodingError]:
+    def drafts(
+        self, messages: list[dict[str, Any]], responses: Sequence[str | Sequence[str]]
+    ) -> list[Draft | EncodingError]:
         """Encodes a prompt and the steps of each response.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ from jinja2 import TemplateError
 
 from marginrm.encoding.frames import Frame
 from marginrm.errors import InvalidTextError, ModelError
-from marginrm.texts.messages import plain_text
+from marginrm.texts.messages import as_turns, plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Answer = str | list[dict[str, Any]]  # a response as one text, or as the turns after the prompt
 
 _REFUSED = "refused by the chat template"
 _SENTINEL = "\ue000"  # a private-use character, which no response starts with
@@ -69,7 +72,7 @@ class Renderer:
         """Whether prompt and response are joined without a template or frame."""
         return self.chat_template is None and self._frame is None
 
-    def texts(self, messages: list[dict[str, Any]], responses: list[str]) -> list[RenderedText]:
+    def texts(self, messages: list[dict[str, Any]], responses: Sequence[Answer]) -> list[RenderedText]:
         """Renders each response to one prompt.
 
         Raises:
@@ -77,7 +80,8 @@ class Renderer:
         """
         if self.plain:
             prompt = transcript(messages) + ("\n\nAssistant: " if len(messages) > 1 else "")
-            return [RenderedText(prompt + response, 0, len(prompt)) for response in responses]
+            texts = [prompt + one if isinstance(one, str) else transcript([*messages, *one]) for one in responses]
+            return [RenderedText(text, 0, min(len(prompt), _common_length(text, prompt))) for text in texts]
         # Where the response starts is seen by rendering another one: a template may strip or rewrite the turns before.
         other = self._render(messages, _SENTINEL)
         if _SENTINEL not in other:
@@ -88,8 +92,21 @@ class Renderer:
         texts = [self._render(messages, response) for response in responses]
         return [RenderedText(text, start, _common_length(text, other)) for text in texts]
 
+    def check_turns(self, messages: list[dict[str, Any]], turns: list[dict[str, Any]]) -> None:
+        """Checks a response of several turns on its own, so that an unusable one does not refuse its neighbours.
+
+        Raises:
+            InvalidTextError: The template refuses these turns; `param` is `response`.
+        """
+        if self.plain:
+            return
+        try:
+            self._render(messages, turns)
+        except InvalidTextError as error:
+            raise error.about("response") from error
+
     def removed(
-        self, messages: list[dict[str, Any]], responses: Sequence[str], texts: Sequence[str]
+        self, messages: list[dict[str, Any]], responses: Sequence[Answer], texts: Sequence[str]
     ) -> dict[int, InvalidTextError]:
         """Returns the errors, by index, of responses that a template removes, or that it makes equal to another one.
 
@@ -101,12 +118,12 @@ class Renderer:
             responses: The responses.
             texts: The same, rendered.
         """
-        shortened = [index for index, text in enumerate(texts) if responses[index].strip() not in text]
+        shortened = [index for index, text in enumerate(texts) if not _holds(text, responses[index])]
         if self.plain or not shortened:
             return {}
         same: dict[str, set[str]] = {}
         for text, response in zip(texts, responses, strict=True):
-            same.setdefault(text, set()).add(response.strip())
+            same.setdefault(text, set()).add(response.strip() if isinstance(response, str) else json.dumps(response))
         nothing = self._without_response(messages)
         found = {}
         for index in shortened:
@@ -159,9 +176,11 @@ class Renderer:
         except InvalidTextError:
             return ""
 
-    def _render(self, messages: list[dict[str, Any]], response: str) -> str:
+    def _render(self, messages: list[dict[str, Any]], response: Answer) -> str:
         if self._frame is None:
-            text = self.conversation([*messages, {"role": "assistant", "content": response}])
+            text = self.conversation([*messages, *as_turns(response)])
+        elif not isinstance(response, str):
+            raise InvalidTextError("{param} is a list of messages, and a reranker reads one text.", param="response")
         elif self._frame.template is None:
             query = {"role": "query", "content": messages[-1]["content"]}
             text = self.conversation([query, {"role": "document", "content": response}])
@@ -199,6 +218,11 @@ class Renderer:
         """Returns where a frame's query starts: the instructions before it are never cut."""
         other = self._render([*messages[:-1], {"role": messages[-1]["role"], "content": _SENTINEL}], _SENTINEL)
         return _common_length(rendered, other)
+
+
+def _holds(text: str, response: Answer) -> bool:
+    """Tells whether a rendered text holds all of a response."""
+    return all(turn["content"].strip() in text for turn in as_turns(response))
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:

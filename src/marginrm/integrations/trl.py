@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from marginrm.client import AsyncRewardClient, ItemScoreError
-from marginrm.errors import InvalidTextError
 from marginrm.text import Truncation
-from marginrm.texts.messages import content_text
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +31,10 @@ def reward_function(
     """Makes a reward function in TRL's shape that gets its rewards from a marginrm server.
 
     The function is asynchronous, so TRL runs it concurrently with its others. The completions of one prompt are sent
-    together and share its computation. A completion with tools is a list of turns; its reward is that of the last
-    answer, after the turns before it. A completion that cannot be scored (empty, over the model's limit, or without an
-    answer after its last tool call) gets None, which TRL leaves out, and a warning in the log.
+    together and share its computation. A completion with tools is a list of turns, and is scored whole, as TRL scores
+    it with a reward model of its own; it may end with a tool call, its result, or an empty answer. A completion that
+    cannot be scored (an empty text, over the model's limit, refused by the model's chat template) gets None, which TRL
+    leaves out, and a warning in the log.
 
     Args:
         base_url: Address of the server, such as `http://127.0.0.1:8000`.
@@ -87,24 +85,10 @@ def _groups(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list[di
     """Returns groups of consecutive completions with one prompt, and the positions of their members."""
     groups: list[dict[str, Any]] = []
     members: list[list[int]] = []
-    for place, (given, completion) in enumerate(zip(prompts, completions, strict=True)):
-        prompt, response = _split(given, completion)
+    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not groups or groups[-1]["prompt"] != prompt:
             groups.append({"prompt": prompt, "candidates": []})
             members.append([])
-        groups[-1]["candidates"].append(response)
+        groups[-1]["candidates"].append(completion or "")
         members[-1].append(place)
     return groups, members
-
-
-def _split(prompt: Any, completion: Any) -> tuple[Any, Any]:
-    """Returns the turns before the last answer, and its text; an empty text if the completion ends without one."""
-    if isinstance(completion, str) or not completion:
-        return prompt, completion or ""
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    last = completion[-1]
-    answer = (last.get("content") or "") if last.get("role") == "assistant" else ""
-    if isinstance(answer, list):
-        with suppress(InvalidTextError):  # parts other than text are sent as they are, and the server refuses them
-            answer = content_text(answer, "content")
-    return [*before, *completion[:-1]], answer

@@ -84,6 +84,59 @@ def check_messages(prompt: Any) -> list[dict[str, Any]]:
     return messages
 
 
+def read_response(response: Any, *, takes_steps: bool) -> str | list[str] | list[dict[str, Any]]:
+    """Returns a response as an encoder takes it: a text, steps, or several turns.
+
+    Agents answer in turns: a call of a tool, its result, another answer. Such a response may end with any of them, and
+    its last answer may be empty: the model ended its turn at once. A lone answer in a list is its text.
+
+    Args:
+        response: A text, a list of steps, or a list of messages.
+        takes_steps: Whether the model reads steps.
+
+    Raises:
+        InvalidTextError: It has another form, or one that this model does not read.
+        EmptyTextError: The text, or one of the steps, is empty.
+    """
+    if not isinstance(response, list | tuple):
+        check_text(response, "response")
+        return str(response)
+    if response and isinstance(response[0], Mapping):
+        return _turns(response, takes_steps=takes_steps)
+    if not takes_steps:
+        raise InvalidTextError(
+            "{param} is a list of steps, and this model gives one reward per response. Send one string.",
+            param="response",
+        )
+    if not response:
+        raise EmptyTextError("{param} is an empty list of steps.", param="response")
+    for step in response:
+        check_text(step, "response")
+    return list(response)
+
+
+def _turns(response: Sequence[Any], *, takes_steps: bool) -> str | list[dict[str, Any]]:
+    turns = [normalised(turn, f"response[{index}]") for index, turn in enumerate(response)]
+    if takes_steps:
+        raise InvalidTextError(
+            "{param} is a list of messages, and this model reads steps. Send the steps as strings.", param="response"
+        )
+    last = turns[-1]
+    if turns[0]["role"] != "assistant" or last["role"] not in ("assistant", "tool"):
+        raise InvalidTextError(
+            "{param} must start with the assistant's turn, and end with the assistant's or a tool's.", param="response"
+        )
+    check_text(json.dumps(turns, ensure_ascii=False), "response")  # a lone surrogate may be in any field
+    return last["content"] if len(turns) == 1 and last.keys() == {"role", "content"} else turns
+
+
+def as_turns(response: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a response as the turns that follow the prompt."""
+    if isinstance(response, str):
+        return [{"role": "assistant", "content": response}]
+    return [dict(turn) for turn in response]
+
+
 def may_be_empty(message: Mapping[str, Any]) -> bool:
     """Tells whether a message may have an empty content: a system turn, a tool's result, or a turn with tool calls."""
     return message["role"] in ("system", "tool") or "tool_calls" in message
