@@ -173,6 +173,11 @@ class Calibration(_Strict):
         default_factory=dict, description="Quantile, such as `0.05`, to margin; the reference for drift."
     )
     note: str | None = Field(default=None, description="Caution about the temperature, if any.")
+    style: dict[str, float] | None = Field(
+        default=None,
+        description="Weights of style (length, markdown) in the logit that T was fitted with; null without. They are not "
+        "part of a served confidence.",
+    )
 
 
 class GoldenSample(_Strict):

@@ -25,7 +25,8 @@ from support.models import tiny_checkpoint
 from support.training import config_file
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
-RUNS = [("bt", 64), ("bt", 70), ("margin", 64), ("margin", 70)]  # 70 pairs do not fill their last batch of 16
+# 70 pairs do not fill their last batch of 16.
+RUNS = [("bt", 64), ("bt", 70), ("margin", 64), ("margin", 70), ("style", 70)]
 # Of each process; two of them make the same 16 pairs a forward pass.
 TWO: dict[str, Any] = {"learning_rate": 1e-2, "pairs_per_step": 16, "epochs": 2.0, "train_batch": 8}
 
@@ -112,6 +113,8 @@ def assert_same_curve(one: list[dict[str, float]], two: list[dict[str, float]]) 
     for entry, other in zip(one, two, strict=True):
         for name in ("loss", "bt_nll", "mu_B", "d_std", "fire_rate", "target_margin", "accuracy", "grad_norm"):
             assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
+        for name in {"style_log_length", "style_lists"} & entry.keys():
+            assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
         assert ("eval_bt_nll" in entry) == (entry["step"] % 4 == 0 or entry is one[-1])
         for name in {"eval_bt_nll", "eval_accuracy"} & entry.keys():
             assert other[name] == pytest.approx(entry[name], abs=1e-4), (entry["step"], name)
@@ -121,6 +124,8 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
     alone, together = [], []
     for preset, pairs in RUNS:
         name, method = f"{preset}{pairs}", {"preset": preset}
+        if preset == "style":
+            method = {"preset": "margin", "style_control": True}
         train(load_config(run_file(folder, pairs, name=name, method=method)))
         alone.append(curve(folder / name))
         together.append(run_file(folder, pairs, name=f"{name}-two", method=method, optim=TWO))

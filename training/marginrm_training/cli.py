@@ -136,7 +136,19 @@ def evaluate(
 
 
 @takes_reading
-def calibrate(model: Model, data: Data, reading: ReadingOptions, max_bad_rows: MaxBadRows = None) -> None:
+def calibrate(
+    model: Model,
+    data: Data,
+    reading: ReadingOptions,
+    max_bad_rows: MaxBadRows = None,
+    style_control: Annotated[
+        bool,
+        typer.Option(
+            "--style-control",
+            help="Let length and markdown explain labels while T is fitted, so that T is that of the content.",
+        ),
+    ] = False,
+) -> None:
     """Fit the temperature of any reward model on preference pairs, and write it into its manifest.
 
     A missing manifest is begun. So is one that cannot be read; the old file is kept beside it.
@@ -144,7 +156,7 @@ def calibrate(model: Model, data: Data, reading: ReadingOptions, max_bad_rows: M
     from marginrm_training.checkpoint.recalibrate import recalibrate
 
     _configure_logging()
-    found = recalibrate(Path(model), str(data), reading, max_bad_rows)
+    found = recalibrate(Path(model), str(data), reading, max_bad_rows, style_control=style_control)
     _tell(found.notes)
     _show_temperature(found.calibration)
 
@@ -282,6 +294,9 @@ def _show_temperature(fitted: Calibration) -> None:
         f"temperature {fitted.temperature:.3f} ({within}from {fitted.n:,} pairs; "
         f"their ECE {fitted.ece_before:.4f} -> {fitted.ece_after:.4f})"
     )
+    if fitted.style:
+        weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in fitted.style.items())
+        typer.echo(f"fitted beside style, whose weights are not served: {weights}")
     if fitted.note:
         typer.echo(fitted.note)
 

@@ -104,6 +104,9 @@ class MethodConfig(_Section):
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Share of the steps over which the margin fades in.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong.")
     centring: float = Field(0.0, ge=0, description="Factor on (r_c + r_r)^2, which pins the rewards' offset.")
+    style_control: bool = Field(
+        False, description="Let length and markdown explain labels in training only, so that rewards need not. ours"
+    )
 
     def method(self) -> MarginMethod:
         """Returns the preset with this section's changes.

@@ -12,6 +12,8 @@ from marginrm.manifest import ReliabilityBin, RiskCoveragePoint
 
 Estimate = tuple[float, float, float]
 STRENGTH_PREFIX = "accuracy_strength_"
+STYLE_PREFIX = "accuracy_style_"
+_STYLE_NAMES = {"for": "for the better one", "against": "against it", "neither": "neither"}
 _NORMAL_975 = 1.96  # the normal distribution's 97.5% point
 
 
@@ -166,6 +168,28 @@ def strength_bars(metrics: Mapping[str, float]) -> str | None:
         if count:
             low, high = wilson(value, int(count))
             chart.interval((place, low), (place, high), "rule")
+    chart.rule(y=0.5)
+    return chart.svg()
+
+
+def style_bars(metrics: Mapping[str, float]) -> str | None:
+    """Draws accuracy by style agreement, with the mean confidence as a dot; None where style never decides."""
+    found = {name: metrics.get(f"{STYLE_PREFIX}{name}") for name in ("for", "against", "neither")}
+    shown = {name: value for name, value in found.items() if value is not None}
+    if not shown.keys() & {"for", "against"}:
+        return None
+    chart = Chart(
+        "Accuracy by style (dot: mean confidence)",
+        categories("length and markdown speak", [_STYLE_NAMES[name] for name in shown]),
+        linear("accuracy", 0, 1, percent=True),
+    )
+    for place, (name, value) in enumerate(shown.items()):
+        count, sure = metrics[f"pairs_style_{name}"], metrics[f"confidence_style_{name}"]
+        title = f"{_STYLE_NAMES[name]}: {value:.1%} of {count:,.0f} pairs, mean confidence {sure:.1%}"
+        chart.bar((place - 0.35, 0), (place + 0.35, value), "one", title=title)
+        low, high = wilson(value, int(count))
+        chart.interval((place, low), (place, high), "rule")
+        chart.dot(place, sure, "two", radius=4, title=title)
     chart.rule(y=0.5)
     return chart.svg()
 

@@ -23,6 +23,7 @@ from marginrm_training.data.splits import EncodedPair, Splits
 from marginrm_training.evaluation.best_of_n import BestOfNPoint
 from marginrm_training.evaluation.groups import Groups, score_groups
 from marginrm_training.evaluation.pairs import PairRewards, evaluate, score_pairs
+from marginrm_training.evaluation.style import calibrate_beside_style
 from marginrm_training.report.run_report import Report
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class RunRecord:
         history: The learning curve.
         before: Margins of the first test pairs before training, [pairs].
         groups: Candidates for the report's Best-of-N curve.
+        style_control: Whether style was in the training loss; then T is fitted beside it too.
     """
 
     name: str
@@ -54,6 +56,7 @@ class RunRecord:
     history: Sequence[Mapping[str, float]] = ()
     before: Floats | None = None
     groups: Groups | None = None
+    style_control: bool = False
 
 
 def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Splits, record: RunRecord) -> Manifest:
@@ -75,7 +78,11 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     # Measured and recorded is the checkpoint as a server will load it, not the module in memory.
     served = RewardModel.from_pretrained(directory, dtype="float32", max_length=encoder.max_length)
     fitted = score_pairs(served, splits.calibration.pairs, progress=True)
-    calibration = calibrate(fitted.d.tolist())
+    calibration = (
+        calibrate_beside_style(fitted.d, splits.calibration.pairs)
+        if record.style_control
+        else calibrate(fitted.d.tolist())
+    )
     rewards = score_pairs(served, splits.test.pairs, progress=True)
     metrics = evaluate(rewards, splits.test.pairs, calibration.temperature)
     curve = _curve(served, record.groups) if record.groups else ()

@@ -17,6 +17,7 @@ from marginrm_training.checkpoint.golden import GOLDEN_PAIRS, golden_samples, to
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.measure import usable_pairs
 from marginrm_training.evaluation.pairs import score_pairs
+from marginrm_training.evaluation.style import calibrate_beside_style
 
 BROKEN = f"{MANIFEST_NAME}.broken"  # the copy of a manifest that could not be read
 
@@ -35,7 +36,12 @@ class Recalibrated:
 
 
 def recalibrate(
-    folder: Path, data: str, reading: ReadingOptions | None = None, max_bad_rows: int | None = None
+    folder: Path,
+    data: str,
+    reading: ReadingOptions | None = None,
+    max_bad_rows: int | None = None,
+    *,
+    style_control: bool = False,
 ) -> Recalibrated:
     """Fits the temperature of a checkpoint on preference pairs and writes it into the checkpoint's manifest.
 
@@ -47,6 +53,7 @@ def recalibrate(
         data: Preference pairs: a file, a folder or a data set.
         reading: What the user says about the checkpoint; a new manifest records it.
         max_bad_rows: Most malformed rows of the data; None for any number, 0 to stop at the first.
+        style_control: Let style explain labels while T is fitted; see `calibrate_beside_style`.
 
     Raises:
         ModelError: It is not a folder, or does not hold a reward model.
@@ -59,7 +66,8 @@ def recalibrate(
     model, fault = _load(folder, reading)
     split = usable_pairs(model, data, max_bad_rows=max_bad_rows)
     notes = [split.summary()]
-    calibration = calibrate(score_pairs(model, split.pairs, progress=True).d.tolist())
+    d = score_pairs(model, split.pairs, progress=True).d
+    calibration = calibrate_beside_style(d, split.pairs) if style_control else calibrate(d.tolist())
     manifest = recalibrated(model, folder.resolve().name, calibration, split.pairs)
     if fault:
         shutil.copyfile(folder / MANIFEST_NAME, folder / BROKEN)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from marginrm.calibration import Floats, calibrate, correctness
 from marginrm.reward_model import RewardModel
 from marginrm_training.data.splits import EncodedPair
+from marginrm_training.evaluation.style import by_style
 
 _STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -67,7 +68,7 @@ def evaluate(rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: fl
         "reward_mean": float(np.concatenate([rewards.chosen, rewards.rejected]).mean()),
         "reward_std": float(np.concatenate([rewards.chosen, rewards.rejected]).std()),
     }
-    return metrics | length_diagnostics(d, pairs) | by_strength(d, pairs)
+    return metrics | length_diagnostics(d, pairs) | by_style(d, pairs, temperature) | by_strength(d, pairs)
 
 
 def length_diagnostics(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:

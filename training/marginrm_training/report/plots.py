@@ -63,6 +63,11 @@ def strength_bars(metrics: Mapping[str, float]) -> str | None:
     return drawings.strength_bars(metrics)
 
 
+def style_bars(metrics: Mapping[str, float]) -> str | None:
+    """Draws accuracy and mean confidence by style agreement; returns None if style never decides."""
+    return drawings.style_bars(metrics)
+
+
 def best_of_n_curve(curves: Mapping[str, Sequence[BestOfNPoint]]) -> str:
     """Draws the mean quality of each model's pick against N, beside random, the longest text and the best.
 

@@ -67,7 +67,7 @@ class Report:
             if self.before is None
             else plots.margin_distribution({"before training": self.before, "this checkpoint": d})
         )
-        drawings = [histogram, plots.strength_bars(self.metrics)]
+        drawings = [histogram, plots.strength_bars(self.metrics), plots.style_bars(self.metrics)]
         note = "A margin right of 0 agrees with the label."
         sections.append(Section("Margins", note, [drawing for drawing in drawings if drawing]))
         bins = [calibrate(d.tolist(), temperature=one).reliability for one in (1.0, self.temperature)]

@@ -90,13 +90,14 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     record = RunRecord(
         name=output.name,
         base_model=config.model.path,
-        method=method_info(config, method, trainer.history),
+        method=method_info(config, method, trainer),
         files=splits.files,
         training=config.model_dump(mode="json"),
         truncation=config.data.too_long,
         history=trainer.history,
         before=before,
         groups=groups,
+        style_control=config.method.style_control,
     )
     manifest = export(output, module, encoder, splits, record)
     if (steps / "runs").is_dir():  # TensorBoard's event files, which stay when the steps to resume from are removed
@@ -126,12 +127,14 @@ def tune_for_training(trainer: MarginTrainer, module: RewardModule) -> None:
         tune(module, "training", whole_last_layer=trainer.is_deepspeed_enabled)  # DeepSpeed follows a layer's calls
 
 
-def method_info(config: TrainConfig, method: MarginMethod, history: list[dict[str, float]]) -> MethodInfo:
-    """Returns the method for the manifest: its settings, and the means of its target margins and fire rate."""
+def method_info(config: TrainConfig, method: MarginMethod, trainer: MarginTrainer) -> MethodInfo:
+    """Returns the method for the manifest: settings, means of target margins and fire rate, and weights of style."""
+    history = trainer.history
     options = asdict(method) | {
         "label_smoothing": config.method.label_smoothing,
         "centring": config.method.centring,
         "warmup_ratio": config.method.warmup_ratio,
+        "style": trainer.style.describe() if trainer.style else None,
     }
     return MethodInfo(
         preset=config.method.preset,

@@ -46,6 +46,7 @@ from marginrm_training.method.margins import (
     check_reference_batch,
     target_margins,
 )
+from marginrm_training.method.style import StyleTerm, newton_sums, split_sums
 from marginrm_training.run.progress import PairProgress
 from marginrm_training.run.resume import MARGIN_STATE
 from marginrm_training.run.step_log import StepLog
@@ -98,9 +99,10 @@ class MarginTrainer(Trainer):
         self.method: MarginMethod = config.method.method()
         self.method_config = config.method
         self.running_mean = RunningMean(self.method.ema if self.method.ema is not None else 0.9)
+        self.style = _style_term(pairs) if config.method.style_control else None
         self.step_log = StepLog()
         self.held_out = held_out
-        self.collator = PairCollator(module)
+        self.collator = PairCollator(module, style=self.style is not None)
         if config.eval_every and not held_out:
             raise ConfigError(f"eval_every = {config.eval_every}, and there are no held-out pairs. Set it to 0.")
         arguments = training_arguments(config, len(pairs), run_dir)
@@ -157,11 +159,14 @@ class MarginTrainer(Trainer):
         rewards = model(batch.row)
         chosen, rejected = rewards[0::2], rewards[1::2]
         d = chosen - rejected
-        reference = self._reference(d)
+        margin = d if self.style is None else d + self.style.logits(self.style.standardised(_present(batch.style)))
+        reference = self._reference(margin)
         if not math.isfinite(reference.mean):
             self._stop_at(batch, rewards)
-        targets = target_margins(self.method, d, reference, batch.labels, self._warmup())
-        each = losses.preference_losses(self.method, d, targets, self.method_config.label_smoothing)
+        targets = target_margins(self.method, margin, reference, batch.labels, self._warmup())
+        each = losses.preference_losses(self.method, margin, targets, self.method_config.label_smoothing)
+        if self.style is not None:
+            self._learn_style(self.style, margin, targets, _present(batch.style))
         if self.method_config.centring:
             each = each + self.method_config.centring * losses.centring(chosen, rejected)
         loss = each.mean()
@@ -214,6 +219,8 @@ class MarginTrainer(Trainer):
         self._average_over_ranks()
         if self.args.should_save:
             state = {"running": asdict(self.running_mean), "steps": self.step_log.state()}
+            if self.style is not None:
+                state["style"] = self.style.state()
             replace_file(step / MARGIN_STATE, json.dumps(state))
 
     def load_margin_state(self, step: Path) -> None:
@@ -231,6 +238,8 @@ class MarginTrainer(Trainer):
         state = json.loads(path.read_text(encoding="utf-8"))
         self.running_mean = RunningMean(**state["running"])
         self.step_log = StepLog.from_state(state["steps"])
+        if self.style is not None:
+            self.style = StyleTerm.from_state(state["style"])
 
     def _reference(self, d: Tensor) -> Reference:
         """Returns mean and deviation over all ranks' pairs; by sums, since the ranks' batches may differ in size."""
@@ -244,6 +253,14 @@ class MarginTrainer(Trainer):
         if self.method.estimator == "ema_mean" or (small and self.method.estimator in ESTIMATED):
             return Reference(self.running_mean.update(mean), reference.std, reference.pairs)
         return reference
+
+    def _learn_style(self, style: StyleTerm, margin: Tensor, targets: Targets, differences: Tensor) -> None:
+        """Moves b by one Newton step on this micro-step's loss, over all ranks' pairs; the same on every rank."""
+        at = margin.detach().requires_grad_()
+        each = losses.preference_losses(self.method, at, targets, self.method_config.label_smoothing)
+        (slopes,) = torch.autograd.grad(each.sum(), at)
+        sums = newton_sums(at, slopes, style.standardised(differences))
+        style.update(*split_sums(self.accelerator.reduce(sums, reduction="sum").tolist()))
 
     def _warmup(self) -> float:
         steps = self.method_config.warmup_ratio * max(self.state.max_steps, 1)
@@ -262,6 +279,7 @@ class MarginTrainer(Trainer):
                 "fire_rate": targets.fired,
                 "tokens": float(tokens),
             }
+            | ({f"style_{name}": value for name, value in self.style.by_name().items()} if self.style else {})
         )
 
     def _average_over_ranks(self) -> None:
@@ -282,6 +300,15 @@ class MarginTrainer(Trainer):
             f"Step {self.state.global_step}: {where} not finite, so training stops. Lower optim.learning_rate, or train "
             "in float32; the last saved steps can be resumed from."
         )
+
+
+def _style_term(pairs: Sequence[EncodedPair]) -> StyleTerm:
+    return StyleTerm.of((pair.pair.chosen, pair.pair.rejected) for pair in pairs)
+
+
+def _present(style: Tensor | None) -> Tensor:
+    assert style is not None  # the collator of a run with style control adds it
+    return style
 
 
 class _MarginStateSaver(TrainerCallback):
