@@ -35,6 +35,7 @@ _ORDER = (
     "best-of-n",
     "ablate",
     "demo",
+    "size",
 )
 
 

@@ -1,0 +1,147 @@
+"""The command `marginrm size`: replicas for a load, from the measured rate of one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from marginrm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from marginrm.sizing.replica import Load, Replica, Traffic
+
+_RATES = "1000,100000,10000000"
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The replicas for one rate.
+
+    Attributes:
+        responses_per_minute: The rate.
+        replicas: How many replicas, spare ones included.
+        busy: Share of the time in which a step runs, with all of them serving.
+        p50: Median latency in seconds, with all of them serving.
+        p99: The latency in seconds that 99% of the requests stay below.
+    """
+
+    responses_per_minute: float
+    replicas: int
+    busy: float
+    p50: float
+    p99: float
+
+
+def size(
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option(
+            help="Tokens that one replica computes per second when it is loaded; `python -m benchmarks.run` measures it.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(help="Mean tokens that are computed for a response; a shared prompt once.", show_default=False),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Take both from the metrics of a running server, as its load so far had them.",
+            show_default=False,
+        ),
+    ] = None,
+    p99: Annotated[float, typer.Option(help="Seconds that 99% of the requests must stay below.")] = 2.0,
+    responses_per_minute: Annotated[str, typer.Option(metavar="N,N,...", help="Rates to size for.")] = _RATES,
+    responses: Annotated[int, typer.Option(min=1, help="Responses in a request.")] = 1,
+    spread: Annotated[
+        float, typer.Option(min=0, help="Standard deviation of a request's tokens over their mean.")
+    ] = 0.5,
+    step_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a step, as `marginrm serve --token-budget` sets it.")
+    ] = 8_192,
+    step_seconds: Annotated[float, typer.Option(min=0, help="Seconds of a step apart from its tokens.")] = 0.005,
+    spare: Annotated[int, typer.Option(min=0, help="Replicas that may fail without breaking the p99.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say how many replicas a load needs.
+
+    One replica's queue is simulated: requests come independently of each other, wait for the running step, and share
+    the next one. The highest rate that keeps the p99 gives the number of replicas. docs/operations.md explains the model
+    and holds it against measurements.
+    """
+    from marginrm.sizing.replica import Replica, Traffic, highest_rate
+
+    if url:
+        measured_rate, measured_tokens = _measured(url)
+        tokens_per_second = tokens_per_second or measured_rate
+        tokens = tokens or measured_tokens
+    if not tokens_per_second or not tokens or min(tokens_per_second, tokens) <= 0:
+        raise ConfigError("Give --tokens-per-second and --tokens, both above 0, or the --url of a running server.")
+    replica = Replica(tokens_per_second=tokens_per_second, step_seconds=step_seconds, step_tokens=step_tokens)
+    traffic = Traffic(tokens=tokens * responses, spread=spread)
+    best = highest_rate(replica, traffic, p99)
+    fleets = [_fleet(replica, traffic, best, rate, responses, spare) for rate in _rates(responses_per_minute)]
+    if as_json:
+        shown = asdict(replica) | {"responses_per_minute": best.rate * responses * 60}
+        typer.echo(json.dumps({"replica": shown, "fleets": [asdict(fleet) for fleet in fleets]}, indent=2))
+        return
+    typer.echo(
+        f"One replica: {tokens_per_second:,.0f} tokens/s, {tokens:,.0f} tokens a response. It keeps p99 below {p99:g} s up "
+        f"to {best.rate * responses * 60:,.0f} responses a minute, {best.busy:.0%} busy.\n"
+    )
+    typer.echo(f"{'responses/min':>14}  {'replicas':>9}  {'busy':>5}  {'p50':>8}  {'p99':>8}")
+    for one in fleets:
+        typer.echo(
+            f"{one.responses_per_minute:>14,.0f}  {one.replicas:>9,}  {one.busy:>5.0%}  {one.p50:>6.2f} s  {one.p99:>6.2f} s"
+        )
+    typer.echo(f"\nReplicas include {spare} spare. Busy, p50 and p99 are with all replicas serving.")
+
+
+def _fleet(
+    replica: Replica, traffic: Traffic, best: Load, responses_per_minute: float, responses: int, spare: int
+) -> Fleet:
+    from marginrm.sizing.replica import simulate
+
+    rate = responses_per_minute / 60 / responses
+    replicas = math.ceil(rate / best.rate) + spare
+    load = simulate(replica, traffic, rate / replicas)
+    return Fleet(responses_per_minute, replicas, load.busy, load.quantile(0.5), load.quantile(0.99))
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = [0.0]
+    if min(rates) <= 0 or not all(map(math.isfinite, rates)):
+        raise ConfigError(f"--responses-per-minute {text!r} is not a list of numbers above 0, such as {_RATES}.")
+    return rates
+
+
+def _measured(url: str) -> tuple[float, float]:
+    """Returns a server's tokens per second of its steps, and tokens per response, since it started.
+
+    Raises:
+        ConfigError: The server cannot be asked, or has computed nothing yet.
+    """
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        reply = httpx.get(f"{url.rstrip('/')}/metrics").raise_for_status()
+    except httpx.HTTPError as error:
+        raise ConfigError(f"{url}/metrics cannot be read: {error}. Give the address of a running server.") from error
+    sums = {"step_tokens": 0.0, "step_seconds": 0.0, "step_responses": 0.0}
+    for family in text_string_to_metric_families(reply.text):
+        name = family.name.removeprefix("marginrm_")
+        if name in sums:
+            sums[name] = sum(sample.value for sample in family.samples if sample.name.endswith("_sum"))
+    if not all(sums.values()):
+        raise ConfigError(f"{url} has computed nothing yet. Send it the traffic that you expect, then ask again.")
+    return sums["step_tokens"] / sums["step_seconds"], sums["step_tokens"] / sums["step_responses"]
