@@ -5,6 +5,7 @@ A field is the one source of a setting's name, default, limits and help; `cli` m
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from marginrm.reading import Activation, Bos, Eos, ReadingOptions
 from marginrm.text import NAME_PATTERN, Dtype
 
 DEFAULT_MODEL = "default"
+_log = logging.getLogger(__name__)
 _NAMED = re.compile(rf"({NAME_PATTERN})=(.+)", re.DOTALL)
 
 
@@ -72,6 +74,16 @@ def parse_models(value: Any) -> tuple[ModelSpec, ...]:
     return tuple(specs)
 
 
+def parse_compile(value: Any) -> Any:
+    """Reads the values that this setting had as a flag: true is `on`, and false is `off`."""
+    known = {"true": "on", "1": "on", "false": "off", "0": "off"}
+    text = str(value).lower()
+    if text not in known:
+        return value
+    _log.warning("compile = %s is read as %s. Its values are auto, on and off.", value, known[text])
+    return known[text]
+
+
 class Settings(BaseSettings):
     """The server's settings. Each has an environment variable: `MARGINRM_` and the field's name in capitals."""
 
@@ -94,14 +106,17 @@ class Settings(BaseSettings):
     dtype: Dtype = Field(
         default="auto", description="Dtype of the backbone; the head is always float32. auto measures."
     )
-    compile: bool = Field(
-        default=False,
-        description="Run the operations between matrix products through torch.compile: faster for large models, half a "
-        "minute at the first start; needs g++ on CPUs.",
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(parse_compile), Option(metavar="auto|on|off")] = (
+        Field(
+            default="auto",
+            description="Run layers through torch.compile, which is faster for large models and needs g++: on compiles "
+            "before the server is ready (half a minute at the first start); auto serves at once, compiles large models in "
+            "a background process, and changes over if that is faster.",
+        )
     )
     deterministic: bool = Field(
         default=False,
-        description="Give a text bit-identical rewards whatever is scored beside it; slower, not with --compile.",
+        description="Give a text bit-identical rewards whatever is scored beside it; slower, not with --compile on.",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     max_length: Annotated[int | None, Option(default="the model's")] = Field(

@@ -22,6 +22,7 @@ from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.schemas import ModelInfo
 from marginrm.steps import ForwardPath, GroupSlice, StepResult, plan_steps
 from marginrm.text import Dtype, Prompt, Response, Truncation
+from marginrm.tuning import compiled as compilation
 from marginrm.tuning.token_budget import default_token_budget, measure_token_budget
 
 # Row lengths on CPUs: oneDNN makes kernels for each length that it meets and keeps them, megabytes each, and making
@@ -103,7 +104,8 @@ class RewardModel:
             token_budget: Tokens that one forward pass computes at most, padding included; only a single longer response
                 exceeds it. By default the device's default (`measure_token_budget` finds the best, as the server does).
             revision: Branch, tag or commit on the Hub.
-            compiled: Run the parts between the matrix products through `torch.compile`: faster, half a minute to load.
+            compiled: Run the layers through `torch.compile`: faster for large models, half a minute to load. Off unless
+                asked for: a library starts no compiler in the background, as the server does.
             deterministic: Give batch-invariant rewards (`tuning.deterministic`); slower.
             ignore_manifest: Load as a checkpoint without a manifest, so that a broken one can be written again.
 
@@ -168,6 +170,16 @@ class RewardModel:
     def forward_reason(self) -> str:
         """Why that path, and how packed rows are computed here, in words."""
         return self.module.forward_reason
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its layers are compiled."""
+        return self.module.execution.compiled
+
+    @property
+    def worth_compiling(self) -> bool:
+        """Whether compiled layers may be faster, so that a trial is worth its time: large models on CPUs."""
+        return compilation.may_pay(self.module)
 
     @property
     def shares_prefixes(self) -> bool:

@@ -187,3 +187,65 @@ def test_an_empty_job_is_done_at_once_and_an_unused_engine_closes():
         await other.close()
 
     asyncio.run(scenario())
+
+
+def test_background_work_runs_in_pieces_between_steps_and_returns_its_result():
+    async def scenario():
+        gate, order = Gate(), []
+        engine = ScoringEngine(FakeModel(token_budget=10, on_forward=lambda groups: (gate(groups), order.append("step"))))
+        engine.start()
+
+        def work():
+            for _ in range(2):
+                order.append("piece")
+                yield
+            return "done"
+
+        async with asyncio.TaskGroup() as tasks:
+            jobs = [tasks.create_task(engine.run(job(sized_group(9, 1)))) for _ in range(3)]
+            await entered(gate)
+            background = tasks.create_task(engine.interleave(work()))
+            await asyncio.sleep(0)
+            gate.open(3)
+        assert background.result() == "done"
+        assert all(one.done() for one in jobs)
+        assert order == ["step", "piece", "step", "piece", "step"]
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_background_work_ends_with_its_task_with_its_error_and_with_the_engine():
+    async def scenario():
+        engine, begun, ended = ScoringEngine(FakeModel()), asyncio.Event(), []
+        loop = asyncio.get_running_loop()
+        engine.start()
+
+        def endless(name):
+            try:
+                while True:
+                    loop.call_soon_threadsafe(begun.set)
+                    yield
+            finally:
+                ended.append(name)
+
+        def failing():
+            yield
+            raise ValueError("no compiler")
+
+        waiting = asyncio.create_task(engine.interleave(endless("cancelled")))
+        await begun.wait()
+        waiting.cancel()
+        with pytest.raises(ValueError, match="no compiler"):
+            await engine.interleave(failing())
+        assert ended == ["cancelled"]
+        last = asyncio.create_task(engine.interleave(endless("closed")))
+        await asyncio.sleep(0)
+        await engine.run(job(sized_group(3, 1)))
+        await engine.close()
+        with pytest.raises(EngineStoppedError):
+            await last
+        with pytest.raises(EngineStoppedError):
+            await engine.interleave(failing())
+
+    asyncio.run(scenario())

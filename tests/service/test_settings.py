@@ -21,7 +21,7 @@ VALUES = {
     "host": "0.0.0.0",
     "port": "9000",
     "dtype": "bfloat16",
-    "compile": "true",
+    "compile": "off",
     "deterministic": "true",
     "device": "cuda:1",
     "max_length": "512",
@@ -144,3 +144,10 @@ def test_an_invalid_setting_is_named(given, message):
 
 def test_an_overload_status_may_be_a_number():
     assert Settings(adapter_overload_status=429).adapter_overload_status == "429"
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "on"), ("1", "on"), ("False", "off")])
+def test_compile_takes_the_values_that_it_had_as_a_flag_and_says_so(old, new, monkeypatch, caplog):
+    monkeypatch.setenv("MARGINRM_COMPILE", old)
+    assert Settings.load().compile == new
+    assert f"is read as {new}" in caplog.text

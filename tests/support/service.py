@@ -98,6 +98,8 @@ class FakeRewardModel(FakeModel):
         self.forward_reason = "a fake computes nothing"
         self.manifest = None
         self.reading = None
+        self.compiled = False
+        self.worth_compiling = False
 
     def expect(self, prompt: str, response: str) -> float:
         return reward_of(self.encoder.encode(prompt, response))

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
+from typing import Any, TypeVar
 
 from marginrm_service.engine.compute_thread import ComputeThread
 from marginrm_service.engine.job import Job
@@ -20,6 +23,7 @@ from marginrm_service.engine.step import ForwardModel, StepOutcome, run_step
 from marginrm_service.errors import EngineStoppedError
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ class ScoringEngine:
         self._name = name
         self._on_step = on_step
         self._queue = FairQueue(model.token_budget)
-        self._wake = threading.Condition()  # guards the queue and the flags
+        self._background: deque[tuple[Generator[None, None, Any], asyncio.Future[Any]]] = deque()
+        self._wake = threading.Condition()  # guards the queue, the background work and the flags
         self._closing = False
         self._failure: BaseException | None = None
         self._step_began: float | None = None
@@ -116,6 +121,26 @@ class ScoringEngine:
             job.cancelled = True  # without effect on a complete job
             self._unfinished.discard(job)
 
+    async def interleave(self, work: Generator[None, None, T]) -> T:
+        """Runs a generator on the worker, by one piece after each step, and whenever there is no step to run.
+
+        If the waiting task is cancelled, or the engine closed, the generator is closed after its present piece.
+
+        Returns:
+            What the generator returns.
+
+        Raises:
+            EngineStoppedError: The worker has ended, or ended before the generator.
+            Exception: Whatever the generator raises.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._wake:
+            if not self.alive:
+                raise EngineStoppedError(f"The worker of model {self._name!r} has ended.")
+            self._background.append((work, future))
+            self._wake.notify()
+        return await future
+
     async def close(self, drain_seconds: float | None = None) -> None:
         """Takes no further jobs, finishes those that were accepted, and ends the worker.
 
@@ -138,11 +163,10 @@ class ScoringEngine:
     def _work(self) -> None:
         """Runs steps until the engine is closed. The body of the worker thread."""
         try:
-            while step := self._next_step():
-                self._step_began = started = perf_counter()
-                result = run_step(self._model, [job.groups[part.group][part.start : part.stop] for job, part in step])
-                self._step_began = None
-                self._post(self._deliver, step, result, started, perf_counter() - started)
+            while (step := self._next_step()) is not None:
+                if step:
+                    self._run_step(step)
+                self._advance()
         except BaseException as error:  # noqa: BLE001 - whatever ended the worker, waiting requests must be told
             _log.exception("Model %s: the worker has died", self._name)
             self._failure = error
@@ -150,14 +174,42 @@ class ScoringEngine:
         finally:
             self._post(self._ended.set)
 
-    def _next_step(self) -> Step:
-        """Waits for work; returns an empty step when the engine is closed and nothing is left."""
+    def _next_step(self) -> Step | None:
+        """Waits for work. Returns an empty step if there is background work only, and None at the end."""
         with self._wake:
             while True:
                 step = self._queue.take()
-                if step or self._closing:
+                if step or (self._background and not self._closing):
                     return step
+                if self._closing:
+                    return None
                 self._wake.wait()
+
+    def _run_step(self, step: Step) -> None:
+        self._step_began = started = perf_counter()
+        result = run_step(self._model, [job.groups[part.group][part.start : part.stop] for job, part in step])
+        self._step_began = None
+        self._post(self._deliver, step, result, started, perf_counter() - started)
+
+    def _advance(self) -> None:
+        """Runs the next piece of background work, if there is any."""
+        with self._wake:
+            if not self._background or self._closing:
+                return
+            work, future = self._background[0]
+        if future.done():  # the task that waited was cancelled
+            work.close()
+        else:
+            try:
+                next(work)
+                return
+            except StopIteration as end:
+                settle = partial(future.set_result, end.value)
+            except Exception as error:  # noqa: BLE001 - handed to the awaiting task
+                settle = partial(future.set_exception, error)
+            self._post(_unless_done, future, settle)
+        with self._wake:
+            self._background.popleft()
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
@@ -188,6 +240,13 @@ class ScoringEngine:
     def _fail_all(self, reason: str) -> None:
         with self._wake:
             self._queue.clear()
-        for job in list(self._unfinished):
-            if job.done and not job.done.done():
-                job.done.set_exception(EngineStoppedError(reason))
+            futures = [future for _, future in self._background]
+        futures += [job.done for job in self._unfinished if job.done]
+        for future in futures:
+            if not future.done():
+                future.set_exception(EngineStoppedError(reason))
+
+
+def _unless_done(future: asyncio.Future[Any], settle: Callable[[], None]) -> None:
+    if not future.done():
+        settle()

@@ -75,7 +75,7 @@ def load_model(spec: ModelSpec, settings: Settings) -> LoadedModel:
         max_length=settings.max_length,
         reading=settings.reading,
         token_budget=settings.token_budget,
-        compiled=settings.compile,
+        compiled=settings.compile == "on",
         deterministic=settings.deterministic,
     )
     golden = model.verify_golden()

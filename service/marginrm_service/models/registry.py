@@ -59,6 +59,7 @@ class ModelRegistry:
         self._names = dict.fromkeys(spec.name for spec in settings.models)  # in order; the first is the default
         self._served: dict[str, ServedModel] = {}
         self._changing = asyncio.Lock()  # one change at a time: two loads at once would need the memory of both
+        self._one_compilation = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self.failure: MarginRMError | None = None
         for name in self._names:
@@ -119,6 +120,8 @@ class ModelRegistry:
         self._names.setdefault(served.name)
         self._served[served.name] = served
         self._metrics.model_loaded(served.card(), served.margin_quantiles)
+        if self._settings.compile == "auto":
+            served.compile_in_background(self._one_compilation)
         if before:
             self._retire(before)
 
@@ -249,9 +252,10 @@ class ModelRegistry:
                 tokens=state.tokens,
                 requests=state.requests,
                 cache_bytes=state.cache_bytes,
+                compiled=served.compiled,
             )
 
     async def close(self, drain_seconds: float) -> None:
         """Finishes accepted requests, as far as the time allows, and ends all workers."""
-        workers = (served.engine.close(drain_seconds) for served in self._served.values())
+        workers = (served.close(drain_seconds) for served in self._served.values())
         await asyncio.gather(*workers, *self._retiring)

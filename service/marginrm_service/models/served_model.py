@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ from marginrm_service.engine.coalescing import Coalescer
 from marginrm_service.engine.engine import ScoringEngine, StepReport
 from marginrm_service.engine.queue import quantum
 from marginrm_service.engine.reward_cache import RewardCache
+from marginrm_service.errors import EngineStoppedError
+from marginrm_service.models import compiling
 from marginrm_service.settings import Settings
 from marginrm_service.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:  # torch takes seconds to import; the server listens before that
     from marginrm.reward_model import RewardModel
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,7 @@ class ServedModel:
         self._metrics = metrics
         self._stall_seconds = settings.stall_seconds
         self._created = int(time.time())
+        self._compiling: asyncio.Task[None] | None = None
         self._leases = 0
         self._unleased = asyncio.Event()
         self._unleased.set()
@@ -128,7 +134,43 @@ class ServedModel:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_seconds):
                 await self._unleased.wait()
+        await self.close(drain_seconds)
+
+    async def close(self, drain_seconds: float) -> None:
+        """Ends compilation and the worker, once accepted jobs are finished or the time is up."""
+        if self._compiling:
+            self._compiling.cancel()
+            await asyncio.wait([self._compiling])
         await self.engine.close(drain_seconds)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its layers are compiled."""
+        return self._model.compiled
+
+    def compile_in_background(self, one_at_a_time: asyncio.Lock) -> None:
+        """Compiles the layers while requests are answered, if that may pay. Log and card tell what became of it.
+
+        Args:
+            one_at_a_time: Held meanwhile, so that several models take one core at most.
+        """
+        self._compiling = asyncio.create_task(self._compile(one_at_a_time))
+
+    async def _compile(self, one_at_a_time: asyncio.Lock) -> None:
+        async with one_at_a_time:
+            try:
+                if not self._model.worth_compiling:
+                    return
+                _log.info("Model %r: compiling its layers in the background", self.name)
+                choice = await compiling.compile_layers(self._model, self.engine)
+            except EngineStoppedError:
+                return
+            except Exception:  # the eager layers go on
+                _log.exception("Model %r: compiling failed", self.name)
+                return
+        module = self._model.module
+        module.execution = module.execution.because(choice.reason)
+        _log.info("Model %r: %s", self.name, choice.reason)
 
     def card(self) -> ModelCard:
         """Returns the model's entry in `/v1/models`."""

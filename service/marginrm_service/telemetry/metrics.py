@@ -94,6 +94,7 @@ class Metrics:
         self._queue_tokens = self._gauge("queue_tokens", "Tokens that wait or are computed.", "model")
         self._queue_requests = self._gauge("queue_requests", "Requests that wait or are computed.", "model")
         self._cache_bytes = self._gauge("reward_cache_bytes", "Memory of the cached rewards.", "model")
+        self._compiled = self._gauge("compiled", "1 if the model's layers are compiled.", "model")
         self._model = self._gauge(
             "model",
             "1 for each model that is served, and what it is.",
@@ -164,17 +165,20 @@ class Metrics:
         self._model.labels(*labels).set(1)
         self._drift.refer(card.name, margin_quantiles)
 
-    def model_state(self, name: str, *, ready: bool, tokens: int, requests: int, cache_bytes: int) -> None:
-        """Records the present state of a model's queue and reward cache."""
+    def model_state(
+        self, name: str, *, ready: bool, tokens: int, requests: int, cache_bytes: int, compiled: bool
+    ) -> None:
+        """Records the present state of a model's queue, reward cache and layers."""
         self._ready.labels(name).set(ready)
         self._queue_tokens.labels(name).set(tokens)
         self._queue_requests.labels(name).set(requests)
         self._cache_bytes.labels(name).set(cache_bytes)
+        self._compiled.labels(name).set(compiled)
 
     def model_left(self, name: str) -> None:
         """Removes the gauges of a model that is no longer served. Its counters keep their values."""
         self._remove_info(name)
-        for gauge in (self._ready, self._queue_tokens, self._queue_requests, self._cache_bytes):
+        for gauge in (self._ready, self._queue_tokens, self._queue_requests, self._cache_bytes, self._compiled):
             gauge.remove(name)
         self._drift.forget(name)
 

@@ -22,6 +22,7 @@ from marginrm.errors import MarginRMError
 GROUP = "marginrm.commands"
 # Import package to the extra that installs its dependencies. The library's own commands load models, as the service does.
 _EXTRAS = {"marginrm": "service", "marginrm_service": "service", "marginrm_training": "training"}
+_WERE_FLAGS = {"--compile": "on"}  # each with the value that it stood for
 
 _ORDER = (
     "serve",
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None, command: typer.Typer | None = None) 
         argv: Arguments without the program's name; by default those of the process.
         command: The command to run; by default `app`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = with_values(sys.argv[1:] if argv is None else argv)
     keep_memory()
     debug = "--debug" in arguments  # accepted before and after the name of the subcommand
     try:
@@ -80,6 +81,17 @@ def main(argv: Sequence[str] | None = None, command: typer.Typer | None = None) 
             sys.stderr.write(f"marginrm: error: {' '.join(str(error).split())}{notes}\n")
         sys.exit(1)
     sys.exit(0)
+
+
+def with_values(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with a value behind each option that was a flag in version 0.1 and takes a value now."""
+    given = list(arguments)
+    for place, argument in enumerate(given):
+        bare = place + 1 == len(given) or given[place + 1].startswith("-")
+        if argument in _WERE_FLAGS and bare:
+            given[place] = f"{argument}={_WERE_FLAGS[argument]}"
+            sys.stderr.write(f"marginrm: {argument} without a value is read as {given[place]}\n")
+    return given
 
 
 def _root(

@@ -66,10 +66,15 @@ def undo(module: RewardModule) -> None:
     module.execution = replace(module.execution, last_layer="whole")
 
 
+def layers_of(module: RewardModule) -> list[nn.Module]:
+    """Returns the backbone's layers in order; none if the model does not say which modules its layers are."""
+    names = set(module.base._no_split_modules or ())  # noqa: SLF001 - transformers has no public name for layers
+    return [part for part in module.backbone.modules() if type(part).__name__ in names]
+
+
 def last_layer(module: RewardModule) -> nn.Module | None:
     """Returns the backbone's last layer, or None if the model does not say which modules its layers are."""
-    names = set(module.base._no_split_modules or ())  # noqa: SLF001 - transformers has no public name for layers
-    return next((part for part in reversed(list(module.backbone.modules())) if type(part).__name__ in names), None)
+    return next(reversed(layers_of(module)), None)
 
 
 class TruncatedLastLayer:

@@ -8,7 +8,6 @@ dtype: a trial on the model's largest layer decides.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -90,8 +89,7 @@ def _give_up(layer: nn.Linear) -> None:
 def apply(module: RewardModule, layers: list[nn.Linear]) -> None:
     """Packs the weights of linear layers, and makes the module refuse to be saved."""
     for layer in layers:
-        layer.forward = packed(layer)  # type: ignore[method-assign,assignment]
-        _give_up(layer)
+        PackedLinear.convert(layer)
     # A checkpoint's file is mapped as a whole: its memory is freed when no tensor reads from it any more.
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # expanded values have less
@@ -101,17 +99,42 @@ def apply(module: RewardModule, layers: list[nn.Linear]) -> None:
     module.execution = replace(module.execution, weights="packed")
 
 
-def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Returns a layer's forward pass on a packed copy of its weights."""
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)  # noqa: SLF001 - as torch.compile
-    return partial(_linear, weight, layer.bias)
+class PackedLinear(nn.Linear):
+    """A linear layer whose product reads a packed copy of its weights.
+
+    It is a class, so that `torch.compile` sees the same code in every layer, and the weights as its inputs.
+
+    Attributes:
+        packed: The weights in oneDNN's layout.
+    """
+
+    packed: Tensor
+
+    @classmethod
+    def convert(cls, layer: nn.Linear) -> None:
+        """Makes a plain linear layer a packed one, in place: other modules may refer to it."""
+        packed = reordered(layer)
+        _give_up(layer)
+        layer.__class__ = cls
+        cast("PackedLinear", layer).packed = packed
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Computes the product, as `nn.Linear` does.
+
+        Raises:
+            ModelError: Gradients are wanted.
+        """
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            raise ModelError(f"Gradients: {_PACKED} Use one that was loaded for training.")
+        # torch.compile accepts this operator only for weights that it packed itself, so it gets one of ours.
+        product = _opaque if torch.compiler.is_compiling() else _product
+        return product(self.packed, self.bias, inputs)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and inputs.requires_grad:
-        raise ModelError(f"Gradients: {_PACKED} Use one that was loaded for training.")
-    # torch.compile accepts this operator only for weights that it packed itself, so it gets one of ours.
-    return _opaque(weight, bias, inputs) if torch.compiler.is_compiling() else _product(weight, bias, inputs)
+def reordered(layer: nn.Linear) -> Tensor:
+    """Returns a copy of a layer's weights in oneDNN's layout."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)  # noqa: SLF001 - as torch.compile
+    return cast("Tensor", packed)
 
 
 def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
@@ -132,9 +155,11 @@ def _(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
 def _speed(layer: nn.Linear) -> float:
     """Returns the speed of a layer with packed weights relative to the plain layer."""
     inputs = torch.randn(_ROWS, layer.in_features, dtype=layer.weight.dtype)
-    on_packed = packed(layer)
+    weight = reordered(layer)
     with torch.inference_mode():
-        plain, quick = best_seconds(lambda: F.linear(inputs, layer.weight, layer.bias), lambda: on_packed(inputs))
+        plain, quick = best_seconds(
+            lambda: F.linear(inputs, layer.weight, layer.bias), lambda: _product(weight, layer.bias, inputs)
+        )
     return plain / quick
 
 

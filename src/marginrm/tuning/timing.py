@@ -37,7 +37,12 @@ def best_seconds(*functions: Callable[[], object], times: int = 5) -> list[float
     best = [float("inf")] * len(functions)
     for _ in range(times):
         for number, function in enumerate(functions):
-            started = time.perf_counter()
-            function()
-            best[number] = min(best[number], time.perf_counter() - started)
+            best[number] = min(best[number], timed(function))
     return best
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Returns the seconds that a function takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started

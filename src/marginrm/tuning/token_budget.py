@@ -8,13 +8,12 @@ beyond that while tokens get cheaper.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from marginrm.encoding import EncodedResponse, Encoder
-from marginrm.tuning.timing import trial_groups
+from marginrm.tuning.timing import timed, trial_groups
 
 LONGEST_STEP = 20.0  # seconds
 _REACH = 4  # the first budget tried is the default divided by this, and the last one the default times this
@@ -47,23 +46,15 @@ def measure_token_budget(
 
     def seconds(tokens: int) -> float:
         groups = trial_groups(encoder, tokens)
-        taken[tokens] = _timed(forward, groups)
+        taken[tokens] = timed(lambda: forward(groups))
         if taken[tokens] < _BRIEF:  # the first pass also sets things up, and brief ones vary
-            taken[tokens] = min(taken[tokens], _timed(forward, groups))
+            taken[tokens] = min(taken[tokens], timed(lambda: forward(groups)))
         return taken[tokens]
 
     budget = choose_token_budget(seconds, default)
     shown = ", ".join(f"{tokens:,} tokens in {time * 1e3:,.0f} ms" for tokens, time in taken.items())
     _log.info("Steps of up to %s tokens (%s)", f"{budget:,}", shown)
     return budget
-
-
-def _timed(
-    forward: Callable[[Sequence[Sequence[EncodedResponse]]], object], groups: list[list[EncodedResponse]]
-) -> float:
-    started = time.perf_counter()
-    forward(groups)
-    return time.perf_counter() - started
 
 
 def choose_token_budget(seconds: Callable[[int], float], default: int) -> int:

@@ -31,10 +31,11 @@ def tune(module: RewardModule, purpose: Purpose, *, whole_last_layer: bool = Fal
         ModelError: The module cannot be compiled or made deterministic without changing rewards.
         ConfigError: The compiler does not work on this machine.
     """
+    compiled.undo(module)
     last_layer.undo(module)
     deterministic.undo(module)
-    kept = module.execution  # packed weights and compiled parts cannot be undone
-    module.execution = Execution(module.device.type, weights=kept.weights, compiled=kept.compiled)
+    kept = module.execution.weights  # packed weights cannot be undone
+    module.execution = Execution(module.device.type, weights=kept)
     if purpose == "deterministic_scoring":
         _note(module, deterministic.try_it(module))
         return module.execution
