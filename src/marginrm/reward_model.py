@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from marginrm import ranking
 from marginrm.encoding import EncodedGroup, Encoder
 from marginrm.errors import ConfigError, EmptyTextError, EncodingError, GoldenMismatchError, NonFiniteRewardError
 from marginrm.forward.module import RewardModule, evaluating
-from marginrm.loading import find_checkpoint, load_for_scoring
+from marginrm.loading import CheckpointFiles, find_checkpoint, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
 from marginrm.process_rewards import StepReading
 from marginrm.ranking import Comparison, Ranking
@@ -125,21 +126,23 @@ class RewardModel:
         manifest = None if ignore_manifest else Manifest.load(files.folder)
         if manifest and max_length is None:
             max_length = manifest.encoding.max_length
-        loaded = load_for_scoring(
-            files,
-            dtype=dtype,
-            device=device,
-            max_length=max_length,
-            reading=options,
-            manifest=manifest,
-            purpose="deterministic_scoring" if deterministic else "compiled_scoring" if compiled else "scoring",
-        )
+        with ThreadPoolExecutor(1, "hash") as pool:  # hashing takes seconds and leaves the interpreter to others
+            found = pool.submit(_revision, files)
+            loaded = load_for_scoring(
+                files,
+                dtype=dtype,
+                device=device,
+                max_length=max_length,
+                reading=options,
+                manifest=manifest,
+                purpose="deterministic_scoring" if deterministic else "compiled_scoring" if compiled else "scoring",
+            )
         return cls(
             loaded.module,
             loaded.encoder,
             manifest,
             name=name,
-            revision=f"hub:{files.commit}" if files.commit else revision_of(files.folder),
+            revision=found.result(),
             base_model=manifest.base_model if manifest else str(path),
             token_budget=token_budget,
             reading=loaded.reading,
@@ -314,3 +317,7 @@ class RewardModel:
                 "them; try --dtype float32."
             )
         return differences[worst]
+
+
+def _revision(files: CheckpointFiles) -> str:
+    return f"hub:{files.commit}" if files.commit else revision_of(files.folder)

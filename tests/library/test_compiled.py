@@ -150,7 +150,7 @@ def test_a_family_whose_layers_cannot_be_one_graph_stays_eager(
 
 def test_without_a_compiler_the_cure_is_told(eager: RewardModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="no-such-compiler.*without --compile"):
+    with pytest.raises(ConfigError, match=r"no-such-compiler.*without --compile"):
         compiled.try_it(eager)
 
 

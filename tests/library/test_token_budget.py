@@ -59,6 +59,17 @@ def test_trial_groups_have_their_size_and_share_nothing(tmp_path: Path, family: 
         assert all(one.type_ids is not None and len(one.type_ids) == length for (one,) in groups)
 
 
+def test_long_steps_are_extrapolated_from_two_sizes() -> None:
+    tried: list[int] = []
+
+    def seconds(tokens: int) -> float:
+        tried.append(tokens)
+        return 0.1 + tokens * 5e-4
+
+    assert choose_token_budget(seconds, 4096) == 4096
+    assert tried == [1024, 2048]
+
+
 def test_other_errors_of_the_trial_are_raised() -> None:
     def seconds(tokens: int) -> float:
         if tokens > 1024:

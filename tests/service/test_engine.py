@@ -192,7 +192,9 @@ def test_an_empty_job_is_done_at_once_and_an_unused_engine_closes():
 def test_background_work_runs_in_pieces_between_steps_and_returns_its_result():
     async def scenario():
         gate, order = Gate(), []
-        engine = ScoringEngine(FakeModel(token_budget=10, on_forward=lambda groups: (gate(groups), order.append("step"))))
+        engine = ScoringEngine(
+            FakeModel(token_budget=10, on_forward=lambda groups: (gate(groups), order.append("step")))
+        )
         engine.start()
 
         def work():

@@ -71,7 +71,8 @@ async def _fill_cache(skeleton: Skeleton) -> str | None:
         env=os.environ | _ONE_CORE,
         start_new_session=True,  # so that it can be killed with the compilers that it runs
     )
-    assert process.stdin and process.stderr
+    assert process.stdin
+    assert process.stderr
     try:
         process.stdin.write(skeleton.to_json() + b"\n")
         errors = await process.stderr.read()

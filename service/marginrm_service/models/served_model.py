@@ -165,7 +165,7 @@ class ServedModel:
                 choice = await compiling.compile_layers(self._model, self.engine)
             except EngineStoppedError:
                 return
-            except Exception:  # the eager layers go on
+            except Exception:  # noqa: BLE001 - of any class, and the eager layers go on
                 _log.exception("Model %r: compiling failed", self.name)
                 return
         module = self._model.module

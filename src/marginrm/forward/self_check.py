@@ -13,6 +13,7 @@ from marginrm.forward.own_forward import pad_token_of, vocabulary_of
 # matrix products. A token that attends to one token too many or too few is off by far more than rounding.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 _OTHER_DTYPES = 0.1
+_PROBE_TOKENS = (12, 40)
 
 
 _SENTENCE = "Why does bread rise, and how long should the dough rest before it goes into a hot oven? "
@@ -77,10 +78,11 @@ def groups_for(module: RewardModule, longest: int) -> list[list[EncodedResponse]
 
 
 def probe_rewards(module: RewardModule) -> Tensor:
-    """Returns the rewards of probes of two sizes, so that a kernel compiled for them serves every later size."""
+    """Returns the rewards of probes of two sizes, in one forward pass: a large model reads all its weights in each."""
+    groups = [group for size in _PROBE_TOKENS for group in groups_for(module, size)]
     with torch.inference_mode(), evaluating(module):
-        batches = (module.collate(groups_for(module, size)) for size in (12, 40))
-        return torch.cat([module(batch.to(module.device)) for batch in batches])
+        rewards: Tensor = module(module.collate(groups).to(module.device))
+        return rewards
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

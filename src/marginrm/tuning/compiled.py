@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -228,15 +228,14 @@ class _GraphLayout:
         return _attend(query, key, value, options.sinks, options.scale, options.window, options.softcap)
 
 
-@dataclass(frozen=True)
 class _StandIn:
     """Takes the place of a packed batch in a graph."""
 
-    layout: _GraphLayout = _GraphLayout()
-    prefixes: None = None
+    layout = _GraphLayout()
+    prefixes = None
 
 
-_STAND_IN = _StandIn()
+_STAND_IN: Any = _StandIn()
 
 
 @torch.library.custom_op("marginrm::attend", mutates_args=())

@@ -2,7 +2,8 @@
 
 A larger step shares more: fewer groups are split and compute their prompt twice. But a request that arrives while a step
 runs has to wait for it. So the budget grows, by doubling, to the device's default while a step takes seconds only, and
-beyond that while tokens get cheaper.
+beyond that while tokens get cheaper. Where two sizes take long, the others are not run but extrapolated: time is a fixed
+part and a part in proportion to the tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from marginrm.tuning.timing import timed, trial_groups
 
 LONGEST_STEP = 20.0  # seconds
 _REACH = 4  # the first budget tried is the default divided by this, and the last one the default times this
-_BRIEF = 2.0  # seconds
+_BRIEF = 1.0  # seconds; steps that take less are timed twice
+_LONG = 0.25  # seconds of the first step from which on larger ones may be extrapolated
 _CHEAPER = 1.25  # beyond the default, a doubled budget must give this many times the tokens per second
 
 _log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def default_token_budget(device: torch.device) -> int:
 def measure_token_budget(
     forward: Callable[[Sequence[Sequence[EncodedResponse]]], object], encoder: Encoder, default: int
 ) -> int:
-    """Returns the token budget that suits this machine, after ten forward passes at most.
+    """Returns the token budget that suits this machine, after nine forward passes at most.
 
     Args:
         forward: Runs one forward pass over some groups.
@@ -73,10 +75,20 @@ def choose_token_budget(seconds: Callable[[int], float], default: int) -> int:
             if not _out_of_memory(error):
                 raise
             break
+        if size < default and _clear(size, took, doubled, default):
+            return default
         if doubled > LONGEST_STEP or (size >= default and 2 * took < _CHEAPER * doubled):
             break
         size, took = 2 * size, doubled
     return size
+
+
+def _clear(size: int, took: float, doubled: float, default: int) -> bool:
+    """Returns whether two long steps say clearly that the default's step takes seconds, and a larger one pays nothing."""
+    fixed, proportional = 2 * took - doubled, (doubled - took) * default / size
+    if took < _LONG or fixed + proportional > LONGEST_STEP / 2:
+        return False
+    return 2 * (fixed + proportional) < (1 + _CHEAPER) / 2 * (fixed + 2 * proportional)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
