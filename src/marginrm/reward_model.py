@@ -249,7 +249,7 @@ class RewardModel:
         return self._run(groups, whole if self.forward_path == "packed" else self._planned(groups))
 
     def measure_token_budget(self) -> int:
-        """Sets the token budget that suits this machine, after ten forward passes at most, and returns it."""
+        """Sets the token budget that suits this machine, after nine forward passes at most, and returns it."""
         self.token_budget = measure_token_budget(self._forward, self.encoder, default_token_budget(self.module.device))
         return self.token_budget
 
