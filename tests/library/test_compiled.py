@@ -66,7 +66,7 @@ def test_another_process_fills_the_cache_for_all_layers_of_a_kind(eager: RewardM
         assert process.stdin
         process.stdin.write(skeleton.to_json() + b"\n")
         process.stdin.flush()
-        assert process.wait(300) == 0
+        assert process.wait(1200) == 0  # at the lowest priority, so a busy machine keeps it waiting
     assert any(cache.rglob("*.so"))
     torch.compiler.reset()
     counters.clear()
