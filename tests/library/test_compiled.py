@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch's own, as it imports its compiler
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs"),
 ]
+AHEAD = "from marginrm.tuning import compile_ahead as ahead; ahead._NICE = 0; ahead.main()"
 LAYERS = 13  # more than torch's limit of 8 recompilations
 
 
@@ -62,11 +63,11 @@ def test_another_process_fills_the_cache_for_all_layers_of_a_kind(eager: RewardM
     skeleton = Skeleton.of(eager)
     assert skeleton is not None
     assert skeleton.packed
-    with subprocess.Popen([sys.executable, "-m", compiled.AHEAD], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", AHEAD], stdin=subprocess.PIPE) as process:
         assert process.stdin
         process.stdin.write(skeleton.to_json() + b"\n")
         process.stdin.flush()
-        assert process.wait(1200) == 0  # at the lowest priority, so a busy machine keeps it waiting
+        assert process.wait(600) == 0
     assert any(cache.rglob("*.so"))
     torch.compiler.reset()
     counters.clear()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
     from marginrm.tuning.compile_ahead import Skeleton
 
+_COMMAND = (sys.executable, "-m", "marginrm.tuning.compile_ahead")
 _TRIAL_TOKENS = 1_024
 # The child works on one core: no pool of compilers, and no library's threads beside torch's own.
 _ONE_CORE = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -61,10 +62,8 @@ async def _fill_cache(skeleton: Skeleton) -> str | None:
 
     It ends when its standard input is closed, so it does not outlive this process, and is killed if the task is cancelled.
     """
-    from marginrm.tuning.compiled import AHEAD
-
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", AHEAD),
+        *_COMMAND,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

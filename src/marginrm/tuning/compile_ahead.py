@@ -29,7 +29,7 @@ from marginrm.forward.self_check import probe_rewards
 from marginrm.tuning import compiled
 from marginrm.tuning.packed_weights import PackedLinear
 
-_NICE = 19
+_NICE = 10  # lower still, it would hardly run beside a busy server
 _SMALL = 1 << 20  # elements; larger weights that are no layer's are not filled
 
 

@@ -34,7 +34,6 @@ from marginrm.forward.self_check import difference, probe_rewards, tolerance
 from marginrm.tuning.last_layer import layers_of
 from marginrm.tuning.timing import timed
 
-AHEAD = "marginrm.tuning.compile_ahead"  # the module that another process runs to fill the cache
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # Most graphs kept: one for each kind of layer, dtype and form of weights, of all models in the process.
 _GRAPHS = 64
