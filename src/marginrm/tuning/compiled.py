@@ -165,7 +165,7 @@ def switched_on(module: RewardModule) -> Iterator[None]:
 def apply(module: RewardModule) -> None:
     """Makes layers compile at their first call. A last layer that runs at the reward tokens only stays as it is."""
     for layer in _layers(module):
-        layer.forward = CompiledLayer(layer)  # type: ignore[method-assign,assignment]
+        layer.forward = CompiledLayer(layer)
     module.execution = replace(module.execution, compiled=True)
 
 
@@ -224,7 +224,8 @@ class _GraphLayout:
     ) -> Tensor:
         """Computes a layer's attention over the row of the present forward pass, its cached prefixes included."""
         del cached  # the operator asks the row itself
-        return _attend(query, key, value, options.sinks, options.scale, options.window, options.softcap)
+        result: Tensor = _attend(query, key, value, options.sinks, options.scale, options.window, options.softcap)
+        return result
 
 
 class _StandIn:
@@ -247,7 +248,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    options = {"scaling": scale, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    options: dict[str, Any] = {"scaling": scale, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
     result, _ = packed_attention(_NONE, query, key, value, None, packed_batch=_row.get(), **options)
     return result.contiguous()
 
