@@ -30,7 +30,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"), [("alpaca", 15), ("recipe", 15), ("pythia", 15), ("threshold", 18), ("recovery", 72)]
+    ("name", "runs"),
+    [("alpaca", 15), ("recipe", 15), ("pythia", 15), ("threshold", 18), ("recovery", 72), ("later", 15)],
 )
 def test_the_examples_are_valid_and_find_all_results_that_are_kept(name, runs):
     ablation = load_ablation(EXAMPLES / f"ablation_{name}.toml")

@@ -26,7 +26,7 @@ from support.training import config_file
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 # 70 pairs do not fill their last batch of 16.
-RUNS = [("bt", 64), ("bt", 70), ("margin", 64), ("margin", 70), ("style", 70)]
+RUNS = [("bt", 64), ("bt", 70), ("margin", 64), ("margin", 70), ("aplot", 70)]
 # Of each process; two of them make the same 16 pairs a forward pass.
 TWO: dict[str, Any] = {"learning_rate": 1e-2, "pairs_per_step": 16, "epochs": 2.0, "train_batch": 8}
 
@@ -122,10 +122,11 @@ def assert_same_curve(one: list[dict[str, float]], two: list[dict[str, float]]) 
 
 def test_two_processes_train_as_one_does(folder: Path) -> None:
     alone, together = [], []
+    method: dict[str, Any]
     for preset, pairs in RUNS:
         name, method = f"{preset}{pairs}", {"preset": preset}
-        if preset == "style":
-            method = {"preset": "margin", "style_control": True}
+        if preset == "aplot":
+            method["style_control"] = True
         train(load_config(run_file(folder, pairs, name=name, method=method)))
         alone.append(curve(folder / name))
         together.append(run_file(folder, pairs, name=f"{name}-two", method=method, optim=TWO))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +49,54 @@ def test_other_estimators_by_hand() -> None:
     expected = [math.exp((2 - x) / math.sqrt(3.5)) for x in D.tolist()]
     assert margins(MarginMethod(estimator="zscore_exp")) == pytest.approx(expected)
     assert margins(MarginMethod(estimator="column"), torch.tensor([1.0, 2.0, 0.0, 3.0])) == [1, 2, 0, 3]
+
+
+CHOSEN = torch.tensor([3.0, 0.0, 1.0, 2.0, 2.0])
+REJECTED = torch.tensor([1.0, 2.5, -4.0, 0.0, 1.0])
+POOL = replace(Reference.of(CHOSEN - REJECTED), pool=torch.stack([CHOSEN, REJECTED]))
+
+
+def test_transport_is_the_optimal_assignment_of_chosen_to_rejected_rewards() -> None:
+    """By brute force: of all ways to join the two sides, the one with the smallest sum of squared differences."""
+    chosen, rejected = CHOSEN.tolist(), REJECTED.tolist()
+    best = min(
+        itertools.permutations(rejected),
+        key=lambda joined: sum((a - b) ** 2 for a, b in zip(chosen, joined, strict=True)),
+    )
+    d = CHOSEN - REJECTED
+    method = MarginMethod(estimator="transport")
+    found = target_margins(method, d, POOL, chosen=CHOSEN).margins
+    by_quantile = sorted(zip(chosen, best, strict=True))
+    expected = {a: max(a - b, 0.0) for a, b in by_quantile if chosen.count(a) == 1}
+    assert {a: m for a, m in zip(chosen, found.tolist(), strict=True) if chosen.count(a) == 1} == pytest.approx(
+        expected
+    )
+    assert target_margins(PRESETS["aplot"], d, POOL, chosen=CHOSEN).margins.max() <= 1
+    distinct = CHOSEN + torch.arange(5) / 100
+    pool = replace(POOL, pool=torch.stack([distinct, distinct - 0.3]))
+    shifted = target_margins(method, torch.full((5,), 0.3), pool, chosen=distinct).margins
+    assert shifted.tolist() == pytest.approx([0.3] * 5)  # the plan of a shift is the shift
+    own = target_margins(method, d[:2], POOL, chosen=CHOSEN[:2]).margins  # one rank's pairs of the same batch
+    assert own.tolist() == found[:2].tolist()
+
+
+def test_small_margins_get_the_weights_of_sampling_by_them() -> None:
+    d = CHOSEN - REJECTED
+    weights = target_margins(PRESETS["mars"], d, POOL).margins
+    assert float(weights.mean()) == pytest.approx(1)
+    scale = sum(abs(x) for x in d.tolist()) / 5
+    odds = [math.exp(-abs(x) / scale) for x in d.tolist()]
+    assert (weights / 5).tolist() == pytest.approx([one / sum(odds) for one in odds])
+    drawn = torch.multinomial(weights / 5, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    losses = torch.nn.functional.softplus(-d)
+    assert float(losses[drawn].mean()) == pytest.approx(float((weights * losses).mean()), rel=0.02)
+
+
+def test_estimators_of_a_whole_batch_need_one() -> None:
+    for preset in ("aplot", "mars"):
+        with pytest.raises(ConfigError, match=r"too few: raise `train_batch` .* to 8 or more[.]"):
+            check_reference_batch(replace(PRESETS[preset], ema=0.9), 7)
+        check_reference_batch(PRESETS[preset], 8)
 
 
 @pytest.mark.parametrize(("c", "fired"), [(-1.0, 0.25), (0.0, 0.5), (1.0, 0.75), (5.0, 1.0)])

@@ -94,6 +94,15 @@ def evaluate(
     ] = None,
     candidates: Candidates = None,
     max_bad_rows: MaxBadRows = None,
+    to_within: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0001,
+            max=0.5,
+            help="Also print the number of pairs whose accuracy is known to +- this, such as 0.02 (95%).",
+            show_default=False,
+        ),
+    ] = None,
     form: Annotated[
         Format, typer.Option("--format", help="Format of the rows; by default recognised by the first row's fields.")
     ] = "auto",
@@ -106,12 +115,15 @@ def evaluate(
     from marginrm.reward_model import RewardModel
     from marginrm_training.evaluation.benchmarks.measure import measure_benchmark
     from marginrm_training.evaluation.measure import measure_candidates, measure_pairs
+    from marginrm_training.evaluation.sample_size import half_width, pairs_within
     from marginrm_training.report.run_report import Report
 
     _configure_logging()
     benchmark = _benchmark(data, form)
-    if benchmark and (report or candidates):
-        raise ConfigError(f"--report and --candidates are for pairs, and this is {benchmark}. Leave them out.")
+    if benchmark and (report or candidates or to_within):
+        raise ConfigError(
+            f"--report, --candidates and --to-within are for pairs, and this is {benchmark}. Leave them out."
+        )
     if candidates and not report:
         raise ConfigError("--candidates adds a figure to --report FILE.html; for the curve alone: marginrm best-of-n.")
     loaded = RewardModel.from_pretrained(model, max_length=max_length, reading=reading)
@@ -121,7 +133,10 @@ def evaluate(
         _show(scored.metrics, as_json=as_json)
         return
     measured = measure_pairs(loaded, str(data), max_bad_rows=max_bad_rows)
-    metrics = measured.metrics | measured.intervals()
+    d = measured.rewards.d
+    metrics = measured.metrics | measured.intervals() | {"accuracy_half_width": half_width(d)}
+    if to_within is not None:
+        metrics[f"pairs_to_within_{to_within:g}"] = float(pairs_within(d, to_within))
     _tell([measured.split.summary()])
     _show(metrics, as_json=as_json)
     if report:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marginrm.errors import ConfigError
-from marginrm_training.method.margins import ESTIMATED, MarginMethod, named
+from marginrm_training.method.margins import ESTIMATED, POOLED, Estimator, MarginMethod, named
 
 
 class _Section(BaseModel):
@@ -90,11 +90,15 @@ class DataConfig(_Section):
 class MethodConfig(_Section):
     """[method]: a preset and changes to it."""
 
-    preset: str = Field("margin", description="See `marginrm_training.method.margins.PRESETS`.")
+    preset: str = Field(
+        "margin", description="One of `marginrm_training.method.margins.PRESETS`, see docs/training.md."
+    )
     loss: Literal["margin", "scaled_bt", "soft_label"] | None = None
-    estimator: (
-        Literal["none", "fixed", "column", "strength", "batch_mean", "ema_mean", "deficit", "zscore_exp"] | None
-    ) = None
+    estimator: Estimator | None = Field(
+        None,
+        description="Source of the target margin. From later papers: zscore_exp (AMaPO), transport (APLOT), small_margin "
+        "(MARS, weights for the loss scaled_bt).",
+    )
     filter: Literal["none", "below_mean"] | None = None
     scale: float | None = Field(None, description="lambda. paper: 1")
     cap: float | None = Field(None, ge=0, description="m_max. paper: none; preset `margin`: 1, Llama 2's small top.")
@@ -121,7 +125,7 @@ class MethodConfig(_Section):
         idle = {
             "fixed": self.fixed is not None and method.estimator != "fixed",
             "scale": self.scale is not None and not estimated,
-            "ema": self.ema is not None and not estimated,
+            "ema": self.ema is not None and (not estimated or method.estimator in POOLED),
             "cap": self.cap is not None and no_margin,
             "threshold_std": bool(self.threshold_std) and method.filter == "none",
             "warmup_ratio": bool(self.warmup_ratio) and (no_margin or method.loss != "margin"),
@@ -184,7 +188,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, str(path))
 
 
@@ -225,7 +229,12 @@ def assign(raw: dict[str, Any], key: str, value: object) -> None:
     table[name] = value
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets `section.key=value` in nested tables in place; the value is TOML, or plain text.
+
+    Raises:
+        ConfigError: It is not of that form, or a section is a value.
+    """
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"--set {override}: write it as section.key=value.")

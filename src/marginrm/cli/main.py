@@ -35,6 +35,7 @@ _ORDER = (
     "compare",
     "best-of-n",
     "ablate",
+    "audit",
     "demo",
     "size",
 )

@@ -15,11 +15,23 @@ from torch import Tensor
 
 from marginrm.errors import ConfigError
 
-Estimator = Literal["none", "fixed", "column", "strength", "batch_mean", "ema_mean", "deficit", "zscore_exp"]
+Estimator = Literal[
+    "none",
+    "fixed",
+    "column",
+    "strength",
+    "batch_mean",
+    "ema_mean",
+    "deficit",
+    "zscore_exp",
+    "transport",
+    "small_margin",
+]
 Filter = Literal["none", "below_mean"]
 LossName = Literal["margin", "scaled_bt", "soft_label"]
 
-ESTIMATED: frozenset[Estimator] = frozenset({"batch_mean", "ema_mean", "deficit", "zscore_exp"})
+POOLED: frozenset[Estimator] = frozenset({"transport", "small_margin"})  # read every pair of the reference batch
+ESTIMATED: frozenset[Estimator] = frozenset({"batch_mean", "ema_mean", "deficit", "zscore_exp"}) | POOLED
 SMALLEST_REFERENCE_BATCH = 8
 
 
@@ -31,7 +43,7 @@ class MarginMethod:
         loss: `margin` softplus(m - d); `scaled_bt` m * softplus(-d); `soft_label` with p = strength.
         estimator: The one source of m.
         filter: `below_mean` asks m only of pairs with d < mu_B + c * std; the others keep plain Bradley-Terry.
-        scale: lambda, the factor on an estimated mean.
+        scale: lambda, the factor on an estimated mean; for `small_margin` the width of its weights.
         cap: m_max, the largest margin asked, or None for no cap.
         fixed: The margin of the `fixed` estimator.
         threshold_std: c of the filter.
@@ -67,6 +79,9 @@ PRESETS: dict[str, MarginMethod] = {
     "column": MarginMethod(estimator="column"),
     "scaled_bt": MarginMethod(loss="scaled_bt", estimator="strength"),
     "soft_label": MarginMethod(loss="soft_label", estimator="strength"),
+    # After the ideas of APLOT (arXiv 2510.10963) and MARS (arXiv 2602.17658), whose full texts were not available.
+    "aplot": MarginMethod(estimator="transport", cap=1.0),
+    "mars": MarginMethod(loss="scaled_bt", estimator="small_margin"),
 }
 
 
@@ -99,11 +114,13 @@ class Reference:
         mean: mu_B, the mean difference.
         std: Its standard deviation (population).
         pairs: |B|.
+        pool: Rewards of chosen and of rejected of all pairs, [2, pairs], for estimators in `POOLED`; otherwise None.
     """
 
     mean: float
     std: float
     pairs: int
+    pool: Tensor | None = None
 
     @classmethod
     def of(cls, d: Tensor) -> Reference:
@@ -128,7 +145,12 @@ class Targets:
 
 
 def target_margins(
-    method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None = None, warmup: float = 1.0
+    method: MarginMethod,
+    d: Tensor,
+    reference: Reference,
+    labels: Tensor | None = None,
+    warmup: float = 1.0,
+    chosen: Tensor | None = None,
 ) -> Targets:
     """Returns the target margin of each pair.
 
@@ -138,12 +160,14 @@ def target_margins(
         reference: Mean and deviation of the reference batch (for `ema_mean`, the running mean in its place).
         labels: The data's margins or strengths, [pairs], for `column` and `strength`.
         warmup: Factor from 0 to 1 while the margin is faded in.
+        chosen: Rewards of this rank's chosen responses, [pairs], for `transport`.
 
     Raises:
         ConfigError: The estimator needs a column that the batch does not have.
     """
     values = d.detach().float()
-    raw = _ESTIMATORS[method.estimator](method, values, reference, labels)
+    given = chosen.detach().float() if method.estimator == "transport" and chosen is not None else labels
+    raw = _ESTIMATORS[method.estimator](method, values, reference, given)
     capped = raw.clamp(min=0.0, max=method.cap) * warmup
     passes = torch.ones_like(values, dtype=torch.bool)
     if method.filter == "below_mean":
@@ -170,10 +194,12 @@ def check_reference_batch(method: MarginMethod, pairs: int) -> None:
     Raises:
         ConfigError: The margin is estimated from fewer than 8 pairs, without a running mean.
     """
-    if method.estimator in ESTIMATED and pairs < SMALLEST_REFERENCE_BATCH and method.ema is None:
+    averages = method.ema is not None and method.estimator not in POOLED
+    if method.estimator in ESTIMATED and pairs < SMALLEST_REFERENCE_BATCH and not averages:
         raise ConfigError(
             f"The margin is estimated from {pairs} pairs a step, which is too few: raise `train_batch` (times "
-            f"ranks) to {SMALLEST_REFERENCE_BATCH} or more, or set `ema = 0.9` under [method]."
+            f"ranks) to {SMALLEST_REFERENCE_BATCH} or more"
+            + ("." if method.estimator in POOLED else ", or set `ema = 0.9` under [method].")
         )
 
 
@@ -220,6 +246,32 @@ def _zscore_exp(method: MarginMethod, d: Tensor, reference: Reference, labels: T
     return method.scale * torch.exp((reference.mean - d) / deviation)
 
 
+def _transport(method: MarginMethod, d: Tensor, reference: Reference, chosen: Tensor | None) -> Tensor:
+    """Optimal transport from the chosen to the rejected rewards of the batch, after APLOT's idea (arXiv 2510.10963).
+
+    In one dimension, with a convex cost of the difference, the optimal plan joins the k-th largest reward of one side with
+    the k-th largest of the other. A pair's margin is its chosen reward's difference to the rejected one that it is joined
+    with. The mean over the batch is mu_B. APLOT's cost has a semantic part too, which rewards alone do not have.
+    """
+    if reference.pool is None or chosen is None:
+        raise ValueError("`transport` needs the rewards of the reference batch")
+    all_chosen, all_rejected = reference.pool.float().sort(dim=1).values
+    return method.scale * (chosen - all_rejected[torch.searchsorted(all_chosen, chosen).clamp(max=len(all_chosen) - 1)])
+
+
+def _small_margin(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
+    """Weights that favour small margins, after MARS's idea (arXiv 2602.17658): exp(-|d| / (lambda * mean |d|)).
+
+    Their mean over the batch is 1, so weighting is what sampling the batch's pairs with these odds does on average. MARS
+    also makes new responses for those pairs, which is left out here.
+    """
+    if reference.pool is None:
+        raise ValueError("`small_margin` needs the rewards of the reference batch")
+    pooled = (reference.pool[0] - reference.pool[1]).abs().float()
+    width = (method.scale * pooled.mean()).clamp(min=1e-6)
+    return torch.exp(-d.abs() / width) / torch.exp(-pooled / width).mean()
+
+
 _ESTIMATORS: dict[Estimator, EstimatorFn] = {
     "none": _none,
     "fixed": _fixed,
@@ -229,4 +281,6 @@ _ESTIMATORS: dict[Estimator, EstimatorFn] = {
     "ema_mean": _batch_mean,
     "deficit": _deficit,
     "zscore_exp": _zscore_exp,
+    "transport": _transport,
+    "small_margin": _small_margin,
 }

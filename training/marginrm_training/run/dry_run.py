@@ -43,7 +43,7 @@ def plan(config: TrainConfig, splits: Splits, module: RewardModule) -> str:
     accumulated = optim.pairs_per_step // (optim.train_batch * ranks())
     steps = math.ceil(math.ceil(an_epoch / accumulated) * optim.epochs)
     lengths = [len(side.ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
-    computed = _tokens(pairs, optim.train_batch, module)
+    computed = computed_tokens(pairs, optim.train_batch, module)
     measured = measure(config, pairs, module)
     minutes = measured.seconds_per_token * computed * optim.epochs / ranks() / 60
     weights = sum(weight.numel() for weight in module.parameters())
@@ -112,7 +112,7 @@ def _saved_bytes(module: RewardModule, pairs: Sequence[EncodedPair], config: Tra
     return sum(kept.values())
 
 
-def _tokens(pairs: Sequence[EncodedPair], size: int, module: RewardModule) -> int:
+def computed_tokens(pairs: Sequence[EncodedPair], size: int, module: RewardModule) -> int:
     """Returns how many tokens the forward passes of one epoch compute: shared prefixes once, padding included."""
     groups = [[pair.chosen, pair.rejected] for pair in pairs]
     return sum(module.collate(groups[start : start + size]).tokens for start in range(0, len(groups), size))

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from marginrm_training.files import replace_file
 from marginrm_training.method import losses
 from marginrm_training.method.margins import (
     ESTIMATED,
+    POOLED,
     SMALLEST_REFERENCE_BATCH,
     MarginMethod,
     Reference,
@@ -160,10 +161,10 @@ class MarginTrainer(Trainer):
         chosen, rejected = rewards[0::2], rewards[1::2]
         d = chosen - rejected
         margin = d if self.style is None else d + self.style.logits(self.style.standardised(_present(batch.style)))
-        reference = self._reference(margin)
+        reference = self._reference(margin, chosen)
         if not math.isfinite(reference.mean):
             self._stop_at(batch, rewards)
-        targets = target_margins(self.method, margin, reference, batch.labels, self._warmup())
+        targets = target_margins(self.method, margin, reference, batch.labels, self._warmup(), chosen)
         each = losses.preference_losses(self.method, margin, targets, self.method_config.label_smoothing)
         if self.style is not None:
             self._learn_style(self.style, margin, targets, _present(batch.style))
@@ -241,14 +242,20 @@ class MarginTrainer(Trainer):
         if self.style is not None:
             self.style = StyleTerm.from_state(state["style"])
 
-    def _reference(self, d: Tensor) -> Reference:
-        """Returns mean and deviation over all ranks' pairs; by sums, since the ranks' batches may differ in size."""
+    def _reference(self, d: Tensor, chosen: Tensor) -> Reference:
+        """Returns mean and deviation over all ranks' pairs; by sums, since the ranks' batches may differ in size.
+
+        Estimators in `POOLED` also get all ranks' rewards; the rejected one is chosen - d, with style where that is on.
+        """
         values = d.detach().double()
         count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
         sums = self.accelerator.reduce(torch.stack([values.sum(), values.square().sum(), count]), reduction="sum")
         total, squares, pairs = sums.tolist()  # one synchronisation with the device
         mean = total / pairs
         reference = Reference(mean, max(squares / pairs - mean**2, 0.0) ** 0.5, int(pairs))
+        if self.method.estimator in POOLED:
+            own = torch.stack([chosen.detach(), (chosen - d).detach()], dim=1).float()
+            return replace(reference, pool=self.accelerator.gather(own).T)
         small = reference.pairs < SMALLEST_REFERENCE_BATCH and self.method.ema is not None
         if self.method.estimator == "ema_mean" or (small and self.method.estimator in ESTIMATED):
             return Reference(self.running_mean.update(mean), reference.std, reference.pairs)

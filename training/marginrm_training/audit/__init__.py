@@ -1,0 +1,1 @@
+"""Labels that are probably wrong, found by models that were not trained on them."""
