@@ -256,7 +256,8 @@ def _transport(method: MarginMethod, d: Tensor, reference: Reference, chosen: Te
     if reference.pool is None or chosen is None:
         raise ValueError("`transport` needs the rewards of the reference batch")
     all_chosen, all_rejected = reference.pool.float().sort(dim=1).values
-    return method.scale * (chosen - all_rejected[torch.searchsorted(all_chosen, chosen).clamp(max=len(all_chosen) - 1)])
+    place = torch.searchsorted(all_chosen, chosen.contiguous()).clamp(max=len(all_chosen) - 1)
+    return method.scale * (chosen - all_rejected[place])
 
 
 def _small_margin(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
