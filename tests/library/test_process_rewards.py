@@ -14,11 +14,12 @@ import typer
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
 from typer.testing import CliRunner
 
+from marginrm.bulk.rows import parse_row, read_places
+from marginrm.bulk.scoring import RowOptions, score_chunk
+from marginrm.bulk.summary import Summary
 from marginrm.cli.inspect import inspect
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import ConfigError, EmptyTextError, HeadError, InvalidTextError
-from marginrm.file_scoring import InputFile, score_rows
-from marginrm.file_summary import Summary
 from marginrm.packing import plan_row
 from marginrm.process_rewards import FORMS as READINGS
 from marginrm.process_rewards import StepReading, StepReward, aggregated, steps_of
@@ -272,15 +273,22 @@ def test_a_file_is_scored_with_steps(tmp_path: Path) -> None:
         {"prompt": PROMPT, "response": text},
         {"prompt": PROMPT, "chosen": text, "rejected": "I do not know."},
         {"prompt": PROMPT, "candidates": ["No.", text]},
+        {"prompt": PROMPT, "response": STEPS},
+        {"prompt": PROMPT, "chosen": STEPS, "rejected": ["I do not know."]},
+        {"prompt": PROMPT, "candidates": [["No."], {"text": STEPS}]},
+        {"prompt": PROMPT, "completions": STEPS, "labels": [True, True, False]},
     ]
     given = tmp_path / "rows.jsonl"
     given.write_text("\n".join(map(json.dumps, rows)))
-    single, pair, group = score_rows(model, InputFile(given), "error", 0.5, Summary())
+    parsed = [parse_row(row) for row in read_places([str(given)])]
+    found = list(score_chunk(model, parsed, RowOptions(), Summary()))
     expected = pytest.approx(documented(PROMPT, STEPS), abs=1e-4)
-    assert single["steps"] == expected
-    assert pair["chosen"]["steps"] == expected
-    assert group["steps"][1] == expected
-    assert len(group["steps"][0]) == 1
+    for single, pair, group in (found[:3], found[3:6]):  # steps as text, and as lists
+        assert single["steps"] == expected
+        assert pair["chosen"]["steps"] == expected
+        assert group["steps"][1] == expected
+        assert len(group["steps"][0]) == 1
+    assert found[6]["steps"] == expected  # TRL's rows
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's own use of transformers

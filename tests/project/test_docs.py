@@ -130,7 +130,7 @@ def test_extras_on_a_page_exist() -> None:
         for listed in re.findall(r"(?:marginrm|'\.|\"\.)\[([\w,-]+)\]", page.read_text(encoding="utf-8"))
         for extra in listed.split(",")
     }
-    assert {"service", "training", "dev", "ray", "otel"} == named == set(declared)
+    assert {"service", "training", "data", "dev", "ray", "otel"} == named == set(declared)
 
 
 def test_no_page_names_a_folder_that_a_reader_lacks() -> None:

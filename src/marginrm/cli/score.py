@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,12 +11,33 @@ from marginrm.errors import ConfigError
 from marginrm.reading import ReadingOptions
 from marginrm.text import Dtype, Truncation
 
+_SHARDS = "Shards: all outputs but a single .jsonl file"
+_CLUSTER = "Ray"
+_ROWS_FAILED = 3  # exit status
+
 
 @takes_reading
 def score(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="JSON Lines file of rows to score; gzip too.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="One row per input row.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder or Hub name.")],
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IN...",
+            help="Rows to score: .jsonl, .json, .csv or .parquet files (.gz too), folders or globs of them, or a data set "
+            "(owner/name:split, or a folder that save_to_disk wrote).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="One row per input row: OUT.jsonl, OUT.jsonl.gz, OUT.parquet, or a folder of shards (OUT/).",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder or Hub name.", show_default=False)],
     reading: ReadingOptions,
     truncation: Annotated[
         Truncation, typer.Option(help="For sequences over the limit: error, or cut the prompt.")
@@ -35,51 +53,117 @@ def score(
         int | None,
         typer.Option(
             min=0,
-            help="Most rows of this run that cannot be scored; 0 stops at the first. Unset: any number, each with its "
-            "error in the output.",
+            help="Most rows that cannot be scored, those of earlier runs included; 0 stops at the first. Unset: any "
+            "number, each with its error in the output.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_columns: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-columns/--no-keep-columns",
+            help="Keep the input's columns, with the result in one more. Unset: for all outputs but a single .jsonl file.",
+            show_default=False,
+        ),
+    ] = None,
+    score_column: Annotated[str, typer.Option(help="Name of the result's column.")] = "score",
+    rank_by: Annotated[
+        Literal["uncertainty"] | None,
+        typer.Option(
+            help="Also write OUT.by-uncertainty.jsonl: the pairs and groups in the order in which to label them, the "
+            "least certain first.",
             show_default=False,
         ),
     ] = None,
     restart: Annotated[bool, typer.Option(help="Replace OUT instead of continuing it.")] = False,
+    form: Annotated[
+        Literal["jsonl", "jsonl.gz", "parquet"],
+        typer.Option("--format", help="Format of the shards in a folder.", rich_help_panel=_SHARDS),
+    ] = "jsonl",
+    shard_rows: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Rows of a shard, which is computed, written and repeated as a whole. It ends with a prompt's last row.",
+            rich_help_panel=_SHARDS,
+        ),
+    ] = 2048,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Take every N-th shard from the I-th on, I from 0: N processes of a batch system fill one folder.",
+            show_default=False,
+            rich_help_panel=_SHARDS,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Score on Ray: local starts a cluster here, auto joins the running one, or give an address.",
+            show_default=False,
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    ray_actors: Annotated[
+        str, typer.Option(metavar="MIN:MAX", help="Copies of the model.", rich_help_panel=_CLUSTER)
+    ] = "1",
+    ray_gpus: Annotated[
+        float, typer.Option(min=0, help="GPUs of each copy, such as 0.5.", rich_help_panel=_CLUSTER)
+    ] = 0,
+    ray_cpus: Annotated[
+        int, typer.Option(min=1, help="CPUs, and compute threads, of each copy.", rich_help_panel=_CLUSTER)
+    ] = 1,
 ) -> None:
-    """Score a file of pairs, single responses or groups; a run that was stopped continues where it was."""
-    from tqdm import tqdm
+    """Score pairs, single responses or groups; a run that was stopped, or killed, continues where it was.
 
-    from marginrm.file_scoring import InputFile, check_revision, resume, score_rows
-    from marginrm.file_summary import Summary
+    Exit status: 0 if every row has a result, 3 if some have an error, 1 if the run ended early.
+    """
+    from marginrm.bulk.labelling import write_order
+    from marginrm.bulk.output import Output
+    from marginrm.bulk.run import Run, score_in_shards, score_to_file
+    from marginrm.bulk.scoring import ModelOptions, RowOptions
+    from marginrm.bulk.workers import ThisProcess, Workers
 
-    if output.suffix == ".gz":
-        raise ConfigError(f"-o {output}: the output is written uncompressed, so that it can be continued.")
-    if output.exists() and source.exists() and output.samefile(source):
-        raise ConfigError(f"-o {output} is the input. Give another file.")
-    if not output.parent.is_dir():
-        raise ConfigError(f"-o {output}: there is no folder {output.parent}.")
-    rows = InputFile(source)
-    done, revision = (0, None) if restart else resume(rows, output)
-
-    from marginrm.reward_model import RewardModel
-
-    loaded = RewardModel.from_pretrained(
-        model,
-        dtype=dtype,
-        device=device,
-        max_length=max_length,
-        token_budget=token_budget,
-        reading=reading,
+    out = Output.of(output, form, shard, sharded=ray is not None, restart=restart)
+    out.check(source)
+    kept = out.in_shards_only if keep_columns is None else keep_columns
+    if out.form == "parquet" and not kept:
+        raise ConfigError(
+            "--no-keep-columns: a Parquet file has the input's columns. Write .jsonl or .jsonl.gz instead."
+        )
+    run = Run(
+        places=source,
+        model=ModelOptions(
+            model=model,
+            dtype=dtype,
+            device=device,
+            max_length=max_length,
+            token_budget=token_budget,
+            reading=reading,
+        ),
+        rows=RowOptions(truncation=truncation, tie_below=tie_below, column=score_column if kept else None),
+        max_bad_rows=max_bad_rows,
+        restart=restart,
     )
-    loaded.verify_golden()
-    check_revision(output, revision, loaded.info.revision)
-    if restart:
-        output.unlink(missing_ok=True)
-    summary = Summary(skipped=done, max_bad_rows=max_bad_rows)
-    started = time.monotonic()
-    with (
-        output.open("a", encoding="utf-8") as file,
-        tqdm(total=rows.size, initial=rows.position, unit="B", unit_scale=True, desc="scoring") as bar,
-    ):
-        for row in score_rows(loaded, rows, truncation, tie_below, summary):
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            bar.update(rows.position - bar.n)
-            bar.set_postfix(rows=done + summary.rows, refresh=False)
-    for line in summary.lines(time.monotonic() - started):
+
+    def workers() -> Workers:
+        if ray is None:
+            return ThisProcess()
+        from marginrm.bulk.ray_pool import RayOptions, RayPool
+
+        low, high = RayOptions.bounds(ray_actors)
+        return RayPool(RayOptions(address=ray, low=low, high=high, gpus=ray_gpus, cpus=ray_cpus))
+
+    if out.shards is None:
+        summary = score_to_file(run, out.path, typer.echo)
+    else:
+        summary = score_in_shards(run, out.sharding(shard_rows), out.shards, workers, typer.echo)
+    for line in summary.lines():
         typer.echo(line)
+    if rank_by and out.complete:
+        ranked, others = write_order(out.path, run.rows.column, out.order)
+        typer.echo(f"{out.order}: {ranked:,} rows by uncertainty; {others:,} rows have no confidence")
+    if summary.failed:
+        raise typer.Exit(_ROWS_FAILED)

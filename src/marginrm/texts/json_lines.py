@@ -23,7 +23,6 @@ def read_parsed(
     path: str | Path,
     parse: Callable[[dict[str, Any], str], _Row],
     on_error: OnError | None = None,
-    on_position: Callable[[int], object] | None = None,
 ) -> Iterator[_Row]:
     """Reads the rows of a file one by one.
 
@@ -31,14 +30,11 @@ def read_parsed(
         path: A file of one JSON object a line, compressed with gzip or not, whatever its name.
         parse: Makes a row of an object and its `path:line`; raises DataError for an unusable one.
         on_error: Called with the error of each unusable row, which is then left out. By default the first is raised.
-        on_position: Called before each row with the number of the file's bytes that have been read.
 
     Raises:
         DataError: The file cannot be read, or a row is unusable.
     """
-    for number, line, position in _lines(Path(path)):
-        if on_position:
-            on_position(position)
+    for number, line in _lines(Path(path)):
         source = f"{path}:{number}"
         try:
             row = parse(_object(line, source), source)
@@ -55,6 +51,15 @@ def read_rows(path: str | Path, on_error: OnError | None = None) -> Iterator[tup
     return read_parsed(path, lambda row, source: (row, source), on_error)
 
 
+def count_lines(path: Path) -> int:
+    """Returns the number of lines of a file that are not blank.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    return sum(1 for _ in _lines(path))
+
+
 def json_kind(value: Any) -> str:
     """Names the JSON type of a value. The value itself may be private and is not repeated."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -65,16 +70,15 @@ def json_kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Yields the lines that are not blank, each with its number from 1 and the position in the file."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines that are not blank, each with its number from 1."""
     try:
         with path.open("rb") as file:
-            seekable = file.seekable()  # a pipe is not
             lines = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(_GZIP_MAGIC) else file
             for number, line in enumerate(lines, start=1):
                 text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
                 if text.strip():
-                    yield number, text, file.tell() if seekable else 0
+                    yield number, text
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read: {reason}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import islice
@@ -11,7 +11,7 @@ from typing import Any
 
 from marginrm.errors import DataError
 from marginrm.texts.files import READERS, Row, needs, read_file, reader_of
-from marginrm.texts.json_lines import OnError
+from marginrm.texts.json_lines import OnError, count_lines, read_rows
 
 _SHUFFLE_BUFFER = 10_000
 
@@ -63,6 +63,22 @@ def files_of(place: str) -> list[Path]:
     if _looks_like_hub(place) and reader_of(path) is None and not has_magic(place):
         return []
     raise DataError(f"{place}: no such file, folder or data set. Give a path that exists, or owner/name on the Hub.")
+
+
+def count_rows(places: Iterable[str]) -> int | None:
+    """Returns the number of rows of places, unreadable ones included; None if one can be read only once, as a pipe."""
+    total = 0
+    for place in places:
+        files = files_of(place)
+        if not all(file.is_file() for file in files):
+            return None
+        lines = [file for file in files if reader_of(file) in (None, read_rows)]
+        total += sum(map(count_lines, lines))
+        others = [file for file in files if file not in lines]
+        failed: list[DataError] = []
+        rows = file_rows(others, failed.append) if files else data_set_rows(place, None)
+        total += sum(1 for _ in rows) + len(failed)
+    return total
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -39,8 +39,9 @@ def lines(rows: list[Any]) -> str:
 def score(checkpoint: Path, source: Path, output: Path, *options: str) -> list[dict[str, Any]]:
     arguments = ["score", str(source), "-o", str(output), "--model", str(checkpoint), "--dtype", "float32", *options]
     result = CliRunner().invoke(build_app(), arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert result.exit_code == (3 if any("error" in row for row in found) else 0), result.output
+    return found
 
 
 def test_each_row_gets_its_result_or_its_error_in_order(checkpoint: Path, tmp_path: Path) -> None:
@@ -130,22 +131,42 @@ def test_output_of_another_input_is_not_continued(checkpoint: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("name", "content", "message"),
     [
-        json.dumps(ROWS[:3]).encode(),
-        json.dumps(ROWS[:3], indent=1).encode(),
-        b"prompt,chosen,rejected\nHi?,Yes.,No.\n",
-        b"PAR1\x15\x04\x15\xb0\n\x8a\x00\nPAR1",
-        json.dumps({"question": "Hi?", "answer": "Yes."}).encode(),
+        ("in.jsonl", json.dumps(ROWS[:3]).encode(), "none of its first 1 rows can be scored"),
+        ("in.txt", b"prompt,chosen,rejected\nHi?,Yes.,No.\n", "none of its first 2 rows can be scored"),
+        ("in.json", b"prompt,chosen,rejected\nHi?,Yes.,No.\n", "cannot be read as JSON"),
+        ("in.parquet", b"PAR1\x15\x04\x15\xb0\n\x8a\x00\nPAR1", "cannot be read as Parquet"),
+        ("in.csv", b"question,answer\nHi?,Yes.\n", "none of its first 1 rows can be scored.*with|the fields"),
+        ("in.json", json.dumps({"question": "Hi?", "answer": "Yes."}).encode(), "none of its first 1 rows"),
     ],
-    ids=["a list on one line", "an indented list", "csv", "binary", "other fields"],
+    ids=["a list in jsonl", "csv in txt", "csv in json", "binary", "other columns", "other fields"],
 )
-def test_a_file_in_another_format_is_refused_before_a_model_is_loaded(tmp_path: Path, content: bytes) -> None:
-    source, output = tmp_path / "in.json", tmp_path / "out.jsonl"
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet", "out/"])
+def test_a_file_in_another_format_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, name: str, content: bytes, message: str, output: str
+) -> None:
+    source = tmp_path / name
     source.write_bytes(content)
-    with pytest.raises(DataError, match=r"in\.json: none of its first \d+ lines can be scored"):
-        score(tmp_path / "no model", source, output)
-    assert not output.exists()
+    arguments = ["score", str(source), "-o", f"{tmp_path}/{output}", "--model", str(tmp_path / "no model")]
+    with pytest.raises(DataError, match=message):
+        CliRunner().invoke(build_app(), arguments, catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_rows_of_an_earlier_run_count_as_failed(checkpoint: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(lines(ROWS))
+    score(checkpoint, source, output)
+    kept = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(kept[:-1]))
+    arguments = ["score", str(source), "-o", str(output), "--model", str(checkpoint), "--dtype", "float32"]
+    with pytest.raises(DataError, match=r"More than max_bad_rows = 2 rows .*1 empty text \(.*in\.jsonl:4\)"):
+        CliRunner().invoke(build_app(), [*arguments, "--max-bad-rows", "2"], catch_exceptions=False)
+    again = CliRunner().invoke(build_app(), arguments, catch_exceptions=False)
+    assert again.exit_code == 3
+    assert "7 rows, 4 with errors" in again.output
+    assert "1 rows scored" in again.output
 
 
 def test_the_input_is_read_once(checkpoint: Path, tmp_path: Path) -> None:
