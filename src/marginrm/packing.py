@@ -6,6 +6,9 @@ common prefix and one child run per member for its suffix; groups whose prefixes
 prompt in many requests, whole texts of candidates) branch from one copy of that, as in a radix tree. Prefixes are
 found on token ids, so it does not matter where a tokenizer puts its boundaries.
 
+The first tokens of a sequence may be *cached*: their keys and values are known from earlier steps (`prefix_cache`), so
+they are not in the row. Sequences with the same cached prefix branch from it.
+
 Everything here is array code on integers and independent of torch; `forward.batch` turns a plan into tensors.
 """
 
@@ -22,6 +25,7 @@ Ints = NDArray[np.int64]
 TokenIds = Sequence[int] | NDArray[np.int32]
 Group = Sequence[TokenIds]
 ROOT = -1
+UNCACHED = -1
 # Groups share a common start of at least this many tokens: the first tokens of a chat template are not worth a run.
 SHARE_FROM = 32
 
@@ -34,18 +38,33 @@ class Run:
         start: Row index of the first token.
         length: Number of tokens, at least 1.
         parent: Index of the run that comes before it in the sequence, or `ROOT`.
-        offset: Position id of the first token, which is the number of tokens in all ancestors.
+        offset: Position id of the first token: the number of tokens in all ancestors and in the cached prefix.
+        cached: Index of the cached prefix that its sequence begins with, or `UNCACHED`.
     """
 
     start: int
     length: int
     parent: int
     offset: int
+    cached: int = UNCACHED
 
     @property
     def stop(self) -> int:
         """Row index after the last token."""
         return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class CachedStarts:
+    """The cached prefixes of groups.
+
+    Attributes:
+        lengths: Tokens of each prefix. No two of them are the same tokens.
+        of_group: For each group the index of its prefix, or `UNCACHED`. Each member has at least one token more.
+    """
+
+    lengths: tuple[int, ...]
+    of_group: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +79,7 @@ class PackingPlan:
         costs: Tokens that each group put into the row; a prefix that several groups share counts for the first one.
         causal: Whether a token attends only to the tokens before it (decoders), or to its whole sequence (encoders).
         filler: Index of the run that only fills the row to a multiple and belongs to no response, or None.
+        cached: Tokens of each cached prefix, none of which is in the row.
     """
 
     ids: Ints
@@ -69,6 +89,7 @@ class PackingPlan:
     costs: tuple[int, ...]
     causal: bool
     filler: int | None = None
+    cached: tuple[int, ...] = ()
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -107,6 +128,10 @@ class PackingPlan:
                 read.append(run.start + position - run.offset)
                 first.append(start)
         return read, first
+
+    def cached_before(self) -> Ints:
+        """Returns for each token the index of the cached prefix that its sequence begins with, or `UNCACHED`, [tokens]."""
+        return np.repeat([run.cached for run in self.runs], [run.length for run in self.runs])
 
     def ancestors(self, run: int) -> list[int]:
         """Returns the runs that a run continues, first to last."""
@@ -147,7 +172,14 @@ def cost(group: Group, *, share_prefix: bool) -> int:
     return sum(len(member) for member in group) - shared * max(len(group) - 1, 0)
 
 
-def plan_row(groups: Sequence[Group], *, causal: bool, share_from: int = SHARE_FROM, multiple: int = 1) -> PackingPlan:
+def plan_row(
+    groups: Sequence[Group],
+    *,
+    causal: bool,
+    share_from: int = SHARE_FROM,
+    multiple: int = 1,
+    cached: CachedStarts | None = None,
+) -> PackingPlan:
     """Lays groups end to end in one row.
 
     Args:
@@ -156,14 +188,15 @@ def plan_row(groups: Sequence[Group], *, causal: bool, share_from: int = SHARE_F
             shares nothing.
         share_from: Groups that start alike share those tokens too when there are at least so many.
         multiple: The row is filled to a multiple of so many tokens, by a run that no response attends to.
+        cached: The first tokens of groups that the row leaves out, for decoders; None for none.
 
     Returns:
         The plan; its leaves follow the order of the groups and of their members.
     """
-    row = _Row([[_array(member) for member in group] for group in groups])
+    row = _Row([[_array(member) for member in group] for group in groups], cached)
     if causal:
         heads = [group[0][: shared_prefix(group) if len(group) > 1 else -1] for group in row.groups]
-        row.branch(list(range(len(groups))), heads, share_from, ROOT, 0)
+        row.branch_all(heads, share_from)
     else:
         for number in range(len(groups)):
             row.lay(number, 0, ROOT, 0)
@@ -173,13 +206,23 @@ def plan_row(groups: Sequence[Group], *, causal: bool, share_from: int = SHARE_F
 class _Row:
     """A row while groups are laid into it."""
 
-    def __init__(self, groups: Sequence[Sequence[NDArray[np.int32]]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[NDArray[np.int32]]], cached: CachedStarts | None) -> None:
         self.groups = groups
+        self._cached = cached or CachedStarts((), (UNCACHED,) * len(groups))
         self._tokens = 0
         self._parts: list[NDArray[np.int32]] = []
         self._runs: list[Run] = []
         self._leaves: list[list[int]] = [[] for _ in groups]
         self._costs = [0] * len(groups)
+
+    def branch_all(self, heads: Sequence[NDArray[np.int32]], share_from: int) -> None:
+        """Lays all groups, those with the same cached prefix one after another."""
+        together: dict[int, list[int]] = defaultdict(list)
+        for number, prefix in enumerate(self._cached.of_group):
+            together[prefix].append(number)
+        for prefix, numbers in together.items():
+            depth = 0 if prefix == UNCACHED else self._cached.lengths[prefix]
+            self.branch(numbers, heads, share_from, ROOT, depth)
 
     def branch(
         self, numbers: list[int], heads: Sequence[NDArray[np.int32]], share_from: int, parent: int, depth: int
@@ -229,11 +272,12 @@ class _Row:
             costs=tuple(self._costs),
             causal=causal,
             filler=len(runs) - 1 if missing else None,
+            cached=self._cached.lengths,
         )
 
     def _append(self, number: int, tokens: NDArray[np.int32], parent: int, offset: int) -> int:
         self._costs[number] += len(tokens)
-        self._runs.append(Run(self._tokens, len(tokens), parent, offset))
+        self._runs.append(Run(self._tokens, len(tokens), parent, offset, self._cached.of_group[number]))
         self._tokens += len(tokens)
         self._parts.append(tokens)
         return len(self._runs) - 1

@@ -7,9 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from marginrm import ranking
 from marginrm.encoding import EncodedGroup, Encoder
@@ -17,14 +20,16 @@ from marginrm.errors import ConfigError, EmptyTextError, EncodingError, GoldenMi
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.loading import CheckpointFiles, find_checkpoint, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
+from marginrm.prefix_cache import PrefixCache, StepPrefixes, reusable
+from marginrm.prefix_cache.memory import default_bytes
 from marginrm.process_rewards import StepReading
 from marginrm.ranking import Comparison, Ranking
 from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.schemas import ModelInfo
-from marginrm.steps import ForwardPath, GroupSlice, StepResult, plan_steps
+from marginrm.steps import ForwardPath, GroupSlice, PrefixUse, StepResult, plan_steps
 from marginrm.text import Dtype, Prompt, Response, Truncation
 from marginrm.tuning import compiled as compilation
-from marginrm.tuning.token_budget import default_token_budget, measure_token_budget
+from marginrm.tuning.token_budget import default_token_budget, measure_token_budget, out_of_memory
 
 # Row lengths on CPUs: oneDNN makes kernels for each length that it meets and keeps them, megabytes each, and making
 # them takes a quarter of a pass of the demo's model in bfloat16 (docs/reliability.md).
@@ -44,6 +49,7 @@ class RewardModel:
         token_budget: Tokens that one forward pass computes at most, padding included; a single longer response exceeds it.
         row_multiple: Packed rows are filled to a multiple of so many tokens.
         reading: What the checkpoint is and how it is read; None for a module in memory.
+        prefixes: Keys and values of prefixes that are kept across steps; None if nothing is kept.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class RewardModel:
         base_model: str,
         token_budget: int | None = None,
         reading: CheckpointReading | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.module = module
         self.encoder = encoder
@@ -64,6 +71,9 @@ class RewardModel:
         self.reading = reading
         self.token_budget = token_budget or default_token_budget(module.device)
         self.row_multiple = _ROW_MULTIPLE if module.device.type == "cpu" else 1
+        token_bytes = module.execution.prefix_bytes
+        fits = token_bytes and prefix_cache_bytes >= token_bytes
+        self.prefixes = PrefixCache(prefix_cache_bytes, token_bytes) if fits and token_bytes else None
         calibration = manifest.calibration if manifest else None
         self.info = ModelInfo(
             name=name,
@@ -90,6 +100,7 @@ class RewardModel:
         compiled: bool = False,
         deterministic: bool = False,
         ignore_manifest: bool = False,
+        prefix_cache_mib: float | None = 0,
     ) -> RewardModel:
         """Loads a checkpoint that `marginrm train` wrote, or any other reward model that gives one reward to a response.
 
@@ -109,6 +120,9 @@ class RewardModel:
                 asked for: a library starts no compiler in the background, as the server does.
             deterministic: Give batch-invariant rewards (`tuning.deterministic`); slower.
             ignore_manifest: Load as a checkpoint without a manifest, so that a broken one can be written again.
+            prefix_cache_mib: MiB of keys and values to keep of what was scored, so that later calls do not compute the
+                same prompt again; 0 keeps nothing, None takes an eighth of the memory that is free after loading. The
+                weights must not change afterwards.
 
         Raises:
             ModelError: The checkpoint cannot be loaded or is not a reward model, or deterministic rewards are not
@@ -146,11 +160,17 @@ class RewardModel:
             base_model=manifest.base_model if manifest else str(path),
             token_budget=token_budget,
             reading=loaded.reading,
+            prefix_cache_bytes=(
+                default_bytes(loaded.module.device) if prefix_cache_mib is None else int(prefix_cache_mib * 2**20)
+            ),
         )
 
     @classmethod
     def from_module(cls, module: RewardModule, encoder: Encoder, manifest: Manifest | None = None) -> RewardModel:
-        """Wraps a module that is in memory, such as one in training; its mode stays as it is between forward passes."""
+        """Wraps a module that is in memory, such as one in training; its mode stays as it is between forward passes.
+
+        No prefixes are kept, since its weights may change.
+        """
         base = manifest.base_model if manifest else str(getattr(module.config, "name_or_path", "") or "in memory")
         return cls(module, encoder, manifest, name="default", revision="in memory", base_model=base)
 
@@ -172,7 +192,9 @@ class RewardModel:
     @property
     def forward_reason(self) -> str:
         """Why that path, and how packed rows are computed here, in words."""
-        return self.module.forward_reason
+        if self.prefixes is None:
+            return self.module.forward_reason
+        return f"{self.module.forward_reason}; prefixes kept across steps, up to {self.prefixes.max_bytes / 2**20:,.0f} MiB"
 
     @property
     def compiled(self) -> bool:
@@ -235,37 +257,60 @@ class RewardModel:
         Returns:
             Rewards in the groups' shape; NaN and infinity are returned as the model gave them.
         """
-        return self._run(groups, self._planned(groups), progress).rewards
+        tenants = [""] * len(groups)
+        return self._run(groups, self._planned(groups, tenants), progress, tenants).rewards
 
-    def run_step(self, groups: Sequence[EncodedGroup]) -> StepResult:
+    def run_step(self, groups: Sequence[EncodedGroup], tenants: Sequence[str | None] | None = None) -> StepResult:
         """Computes groups together, whatever their size: in one forward pass if packed.
 
         Otherwise it takes as many forward passes as the token budget requires.
 
         Args:
             groups: Encoded responses, those with a common prompt together; no group is empty.
+            tenants: For each group the name under which its prefixes are read and kept, so that names never share any;
+                None for a group, or for all, neither reads nor keeps.
         """
+        names = tenants or [None] * len(groups)
         whole = [[GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]]
-        return self._run(groups, whole if self.forward_path == "packed" else self._planned(groups))
+        steps = whole if self.forward_path == "packed" else self._planned(groups, names)
+        return self._run(groups, steps, None, names)
+
+    def cached_tokens(self, ids: NDArray[np.int32], tenant: str | None) -> int:
+        """Returns how many first tokens of a sequence need not be computed now. Thread-safe.
+
+        Args:
+            ids: Token ids, as far as they may come from a cache (`prefix_cache.reusable`).
+            tenant: As for `run_step`.
+        """
+        return 0 if self.prefixes is None or tenant is None else self.prefixes.cached_tokens(ids, tenant)
 
     def measure_token_budget(self) -> int:
         """Sets the token budget that suits this machine, after nine forward passes at most, and returns it."""
-        self.token_budget = measure_token_budget(self._forward, self.encoder, default_token_budget(self.module.device))
+        default = default_token_budget(self.module.device)
+        self.token_budget = measure_token_budget(partial(self._computed, prefixes=None), self.encoder, default)
         return self.token_budget
 
-    def _planned(self, groups: Sequence[EncodedGroup]) -> Iterator[list[GroupSlice]]:
+    def _planned(self, groups: Sequence[EncodedGroup], tenants: Sequence[str | None]) -> Iterator[list[GroupSlice]]:
         ids = [[response.array for response in group] for group in groups]
-        return plan_steps(ids, self.token_budget, path=self.forward_path, share_prefix=self.shares_prefixes)
+        cached: list[int] = []
+        if self.prefixes:
+            named = zip(groups, tenants, strict=True)
+            cached = [self.cached_tokens(group[0].array[: reusable(group)], tenant) for group, tenant in named]
+        path, share = self.forward_path, self.shares_prefixes
+        return plan_steps(ids, self.token_budget, path=path, share_prefix=share, cached=cached)
 
     def _run(
         self,
         groups: Sequence[EncodedGroup],
         steps: Iterable[Sequence[GroupSlice]],
-        progress: Callable[[int], object] | None = None,
+        progress: Callable[[int], object] | None,
+        tenants: Sequence[str | None],
     ) -> StepResult:
         result = StepResult([[math.nan] * len(group) for group in groups], [0] * len(groups))
         for step in steps:
-            flat, costs = self._forward([groups[part.group][part.start : part.stop] for part in step])
+            now = [groups[part.group][part.start : part.stop] for part in step]
+            flat, costs, used = self._forward(now, [tenants[part.group] for part in step])
+            result.prefixes += used
             rewards = iter(flat)
             for part, cost in zip(step, costs, strict=True):
                 result.rewards[part.group][part.start : part.stop] = itertools.islice(rewards, part.stop - part.start)
@@ -274,9 +319,31 @@ class RewardModel:
                 progress(len(flat))
         return result
 
-    def _forward(self, groups: Sequence[EncodedGroup]) -> tuple[list[float], tuple[int, ...]]:
-        """Runs one forward pass over groups of any size; returns rewards in order, and tokens computed per group."""
-        batch = self.module.collate(groups, multiple=self.row_multiple)
+    def _forward(
+        self, groups: Sequence[EncodedGroup], tenants: Sequence[str | None]
+    ) -> tuple[list[float], tuple[int, ...], PrefixUse]:
+        """Runs one forward pass over groups of any size.
+
+        Returns:
+            Rewards in order, tokens computed for each group, and what the prefix cache gave.
+        """
+        if self.prefixes is None or not any(tenant is not None for tenant in tenants):
+            return *self._computed(groups, None), PrefixUse()
+        try:
+            with self.prefixes.step(groups, tenants) as step:
+                rewards, costs = self._computed(groups, step)
+                if all(math.isfinite(reward) for reward in rewards):  # keys and values may be at fault, too
+                    step.commit()
+        except RuntimeError as error:
+            if out_of_memory(error):
+                self.prefixes.clear()
+            raise
+        return rewards, costs, step.use
+
+    def _computed(
+        self, groups: Sequence[EncodedGroup], prefixes: StepPrefixes | None
+    ) -> tuple[list[float], tuple[int, ...]]:
+        batch = self.module.collate(groups, multiple=self.row_multiple, prefixes=prefixes)
         with torch.inference_mode(), evaluating(self.module):
             values: list[float] = self.module(batch.to(self.module.device)).tolist()
         responses = [response for group in groups for response in group]
@@ -306,7 +373,9 @@ class RewardModel:
                     f"golden[{index}]: the tokenizer gives {len(found.ids)} token ids that differ from the "
                     f"{len(sample.ids)} recorded in training. Was the tokenizer or its chat template replaced?"
                 )
-        rewards = [rewards[0] for rewards in self.score_encoded([[response] for response in encoded])]
+        nameless = [None] * len(encoded)  # neither reads nor keeps prefixes
+        groups = [[response] for response in encoded]
+        rewards = [one[0] for one in self._run(groups, self._planned(groups, nameless), None, nameless).rewards]
         differences = [abs(reward - sample.reward) for reward, sample in zip(rewards, samples, strict=True)]
         worst = max(range(len(differences)), key=lambda index: (math.isnan(differences[index]), differences[index]))
         tolerance = self.manifest.golden_tolerance.get(self.info.dtype, 0.0)

@@ -7,7 +7,7 @@ response times the number of responses, since padding is computed too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from marginrm.packing import Group, shared_prefix
@@ -25,6 +25,24 @@ class GroupSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixUse:
+    """The use of a prefix cache by one step, or by several.
+
+    Attributes:
+        hits: Groups whose first tokens were kept.
+        tokens: Tokens that were not computed, each counted once for its group.
+        evicted: Tokens that left the cache to make room.
+    """
+
+    hits: int = 0
+    tokens: int = 0
+    evicted: int = 0
+
+    def __add__(self, other: PrefixUse) -> PrefixUse:
+        return PrefixUse(self.hits + other.hits, self.tokens + other.tokens, self.evicted + other.evicted)
+
+
+@dataclass(slots=True)
 class StepResult:
     """The result of `RewardModel.run_step`.
 
@@ -32,10 +50,12 @@ class StepResult:
         rewards: One reward per response, in the groups' shape; NaN and infinity as the model gave them.
         computed: For each group the tokens that were computed for it; a prefix that groups share counts for the first
             of them, and padding for the group that is padded.
+        prefixes: What was taken from the prefix cache.
     """
 
     rewards: list[list[float]]
     computed: list[int]
+    prefixes: PrefixUse = field(default_factory=PrefixUse)
 
 
 def part_room(budget: int, shared: int) -> int:
@@ -47,13 +67,13 @@ def part_room(budget: int, shared: int) -> int:
 
     Args:
         budget: Tokens that a step may compute.
-        shared: Tokens of the prefix that the group shares.
+        shared: Tokens of the prefix that the group shares, without those that are cached.
     """
     return shared + max(budget + min(budget // 8, shared), shared)
 
 
 def plan_steps(
-    groups: Sequence[Group], budget: int, *, path: ForwardPath, share_prefix: bool
+    groups: Sequence[Group], budget: int, *, path: ForwardPath, share_prefix: bool, cached: Sequence[int] = ()
 ) -> Iterator[list[GroupSlice]]:
     """Cuts groups into steps of at most `budget` tokens, one forward pass each.
 
@@ -64,32 +84,37 @@ def plan_steps(
             computes the prefix again, so a slice may hold as many other tokens as `part_room` says. `padded` sorts all
             responses by length, longest first. `one_at_a_time` gives each response a step.
         share_prefix: Whether a packed row computes the prefix of a group once, as for `plan_row`.
+        cached: For each group the first tokens that a packed row leaves out, at most those that its members share; empty
+            for none.
 
     Yields:
         The slices of one step.
     """
     if path == "packed":
-        return _packed_steps(groups, budget, share_prefix=share_prefix)
+        return _packed_steps(groups, budget, cached or [0] * len(groups), share_prefix=share_prefix)
     return _padded_steps([[len(member) for member in group] for group in groups], budget if path == "padded" else 0)
 
 
-def _packed_steps(groups: Sequence[Group], budget: int, *, share_prefix: bool) -> Iterator[list[GroupSlice]]:
+def _packed_steps(
+    groups: Sequence[Group], budget: int, cached: Sequence[int], *, share_prefix: bool
+) -> Iterator[list[GroupSlice]]:
     step: list[GroupSlice] = []
     used = 0
     for number, group in enumerate(groups):
-        shared = shared_prefix(group) if share_prefix else 0
-        whole = sum(len(member) for member in group) - shared * max(len(group) - 1, 0)
+        shared = max(shared_prefix(group) if share_prefix else 0, cached[number])
+        prompt = shared - cached[number]
+        whole = sum(len(member) - shared for member in group) + prompt
         if step and used + whole > budget:
             yield step
             step, used = [], 0
-        room = budget if whole <= budget else part_room(budget, shared)
-        start, size = 0, shared
+        room = budget if whole <= budget else part_room(budget, prompt)
+        start, size = 0, prompt
         for index, member in enumerate(group):
             suffix = len(member) - shared
             if index > start and used + size + suffix > room:
                 yield [*step, GroupSlice(number, start, index)]
                 step, used = [], 0
-                start, size = index, shared
+                start, size = index, prompt
             size += suffix
         step.append(GroupSlice(number, start, len(group)))
         used += size

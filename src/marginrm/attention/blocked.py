@@ -10,6 +10,7 @@ differently. `tuning.deterministic` explains the use.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marginrm.attention.gathered import sequences_of
-from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError
+from marginrm.attention.layout import AttentionOptions, KeysAndValues, UnsupportedAttentionError
 from marginrm.packing import Ints, PackingPlan
 
 BLOCK = 64  # positions
@@ -88,12 +89,21 @@ class BlockLayout:
         """Returns the layout on another device."""
         return BlockLayout(tuple(batch.to(device) for batch in self.batches), self.order.to(device), self.causal)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        cached: Sequence[KeysAndValues] = (),
+    ) -> Tensor:
         """Computes a layer's attention over the row, as `AttentionLayout.attend` says.
 
         Raises:
-            UnsupportedAttentionError: Soft-capping or sinks are asked for.
+            UnsupportedAttentionError: Soft-capping, sinks or cached prefixes are asked for.
         """
+        if cached:
+            raise UnsupportedAttentionError("attention in blocks computes whole sequences")
         if not options.plain:
             raise UnsupportedAttentionError("attention in blocks does not support soft-capping or attention sinks")
         results = []

@@ -5,7 +5,8 @@ In a decoder causality hides the padding, so no mask is needed; tokens that two 
 their result is taken from the first one. Where several sequences share a long prefix, attention to it is computed
 apart: all suffixes' queries against one copy of the prefix, without a mask, merged with the rest by their log-sum-exp.
 That is exact: softmax over a union of keys is the mean of the parts' softmax, weighted by the parts' sums of
-exponentials (as in FlashAttention, arXiv 2205.14135, section 3.1).
+exponentials (as in FlashAttention, arXiv 2205.14135, section 3.1). A cached prefix is such a prefix, too: its keys and
+values come from earlier steps, and only the tokens behind it are queries.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marginrm.attention.cpu_fused import FusedCPUAttention
-from marginrm.attention.layout import AttentionOptions, UnsupportedAttentionError, additive
+from marginrm.attention.layout import AttentionOptions, KeysAndValues, UnsupportedAttentionError, additive
 from marginrm.attention.matmul import masked_attention, matmul_attention
-from marginrm.packing import ROOT, Ints, PackingPlan
+from marginrm.packing import ROOT, UNCACHED, Ints, PackingPlan
 
 # A shorter prefix is cheaper to read again in each sequence than to merge.
 SPLIT_FROM = 128
@@ -39,8 +40,10 @@ class PaddedCall:
     Attributes:
         lengths: Real tokens of each sequence, [sequences].
         longest: Tokens of a sequence, padding included.
-        prefix: Tokens of the shared prefix that all sequences also attend to; 0 for whole sequences.
+        prefix: Tokens of the prefix that all sequences also attend to; 0 for whole sequences.
         causal: Whether a token attends only to the tokens before it.
+        cached: Index of the cached prefix that the prefix begins with, or `UNCACHED`.
+        cached_tokens: Tokens of it; those of the prefix that are in the row come after them.
         masks: The masks made so far, by window and dtype.
     """
 
@@ -48,12 +51,19 @@ class PaddedCall:
     longest: int
     prefix: int
     causal: bool
+    cached: int = UNCACHED
+    cached_tokens: int = 0
     masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict, compare=False)
 
     @property
     def sequences(self) -> int:
         """Number of sequences."""
         return self.lengths.shape[0]
+
+    @property
+    def prefix_in_row(self) -> int:
+        """Tokens of the prefix that are in the row."""
+        return self.prefix - self.cached_tokens
 
     def to(self, device: torch.device) -> PaddedCall:
         """Returns the call on another device."""
@@ -102,7 +112,7 @@ class GatheredLayout:
     Attributes:
         calls: The calls.
         tokens: Row indices of the calls' sequences, end to end, [sum of sequences * longest].
-        prefixes: Row indices of the calls' shared prefixes, end to end, [sum of prefix].
+        prefixes: Row indices of the calls' prefixes, end to end, [sum of prefix_in_row].
         order: Index of each row token's result among the results of all calls, [tokens].
         matmul: Whether causal calls without gradients are computed by `matmul_attention` instead of the fused kernel.
     """
@@ -119,21 +129,29 @@ class GatheredLayout:
         tokens, prefixes, order = (part.to(device) for part in (self.tokens, self.prefixes, self.order))
         return GatheredLayout(calls, tokens, prefixes, order, self.matmul)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        cached: Sequence[KeysAndValues] = (),
+    ) -> Tensor:
         """Computes a layer's attention over the row, as `AttentionLayout.attend` says.
 
         Raises:
-            UnsupportedAttentionError: A prefix is computed apart, and the layer asks for dropout or for values of another
-                size than keys.
+            UnsupportedAttentionError: A prefix of the row is computed apart, and the layer asks for dropout or for values
+                of another size than keys.
         """
         if options.window is not None and options.window >= max(call.prefix + call.longest for call in self.calls):
             options = replace(options, window=None)
         # One gather for all calls: its gradient is one scatter, where a gather per call would fill a whole row each.
         sizes = [call.sequences * call.longest for call in self.calls]
         suffixes = [_gathered(tensor, self.tokens, sizes) for tensor in (query, key, value)]
-        prefixes = [_gathered(tensor, self.prefixes, [call.prefix for call in self.calls]) for tensor in (key, value)]
+        in_row = [call.prefix_in_row for call in self.calls]
+        prefixes = [_gathered(tensor, self.prefixes, in_row) for tensor in (key, value)]
         results = [
-            _run_call(call, suffix, prefix, options, matmul=self.matmul)
+            _run_call(call, suffix, _whole_prefix(call, prefix, cached), options, matmul=self.matmul)
             for call, suffix, prefix in zip(
                 self.calls, zip(*suffixes, strict=True), zip(*prefixes, strict=True), strict=True
             )
@@ -152,7 +170,8 @@ def gathered_layout(plan: PackingPlan, *, split_from: int | None = None, matmul:
     order = np.empty(len(plan.ids), np.int64)
     calls, tokens, prefixes = [], [], []
     base = 0
-    for prefix, sequences in _calls(plan, split_from if plan.causal else None):
+    for cached, prefix, sequences in _calls(plan, split_from if plan.causal else None):
+        known = 0 if cached == UNCACHED else plan.cached[cached]
         lengths = [len(sequence) for sequence in sequences]
         longest = max(lengths)
         if plan.causal:
@@ -163,7 +182,9 @@ def gathered_layout(plan: PackingPlan, *, split_from: int | None = None, matmul:
             places[number, : len(sequence)] = sequence
             order[sequence] = np.arange(first, first + len(sequence))
         base += places.size
-        calls.append(PaddedCall(torch.tensor(lengths), longest, len(prefix), plan.causal))
+        calls.append(
+            PaddedCall(torch.tensor(lengths), longest, known + len(prefix), plan.causal, cached, cached_tokens=known)
+        )
         tokens.append(places.ravel())
         prefixes.append(prefix)
     return GatheredLayout(
@@ -176,7 +197,7 @@ def gathered_layout(plan: PackingPlan, *, split_from: int | None = None, matmul:
 
 
 def sequences_of(plan: PackingPlan) -> list[Ints]:
-    """Returns for each run the row indices from its sequence's first token to the run's last."""
+    """Returns for each run the row indices from its sequence's first token in the row to the run's last."""
     found: list[Ints] = []
     for run in plan.runs:
         suffix = np.arange(run.start, run.stop)
@@ -184,24 +205,30 @@ def sequences_of(plan: PackingPlan) -> list[Ints]:
     return found
 
 
-def _calls(plan: PackingPlan, split_from: int | None) -> Iterator[tuple[Ints, list[Ints]]]:
-    """Yields the prefix and the sequences of each call: suffixes of one shared prefix, or whole sequences."""
+def _calls(plan: PackingPlan, split_from: int | None) -> Iterator[tuple[int, Ints, list[Ints]]]:
+    """Yields the cached prefix, the prefix in the row and the sequences of each call.
+
+    The sequences are suffixes of one prefix that they share in the row, or all that the row has of them.
+    """
     found = sequences_of(plan)
-    prefix_ends = _prefix_ends(plan, split_from)
-    whole = [found[end] for end in plan.ends if end not in prefix_ends]
+    prefix_ends = _prefix_ends(plan, found, split_from)
+    whole: dict[int, list[Ints]] = defaultdict(list)
     suffixes: dict[int, list[int]] = defaultdict(list)
     for leaf, run in prefix_ends.items():
         suffixes[run].append(leaf)
-    whole += [found[run] for run in suffixes]  # a shared prefix's own results come from a sequence like any other
-    for sequences in _of_like_length(whole):
-        yield np.empty(0, np.int64), sequences
+    # A shared prefix's own results come from a sequence like any other.
+    for end in (*(end for end in plan.ends if end not in prefix_ends), *suffixes):
+        whole[plan.runs[end].cached].append(found[end])
+    for cached, alike in whole.items():
+        for sequences in _of_like_length(alike):
+            yield cached, np.empty(0, np.int64), sequences
     for run, leaves in suffixes.items():
         shared = _aligned(len(found[run]), split_from)
         for sequences in _of_like_length([found[leaf][shared:] for leaf in leaves]):
-            yield found[run][:shared], sequences
+            yield plan.runs[run].cached, found[run][:shared], sequences
 
 
-def _prefix_ends(plan: PackingPlan, split_from: int | None) -> dict[int, int]:
+def _prefix_ends(plan: PackingPlan, found: Sequence[Ints], split_from: int | None) -> dict[int, int]:
     """Returns for each leaf that has one the run that ends its shared prefix: the one that saves most reading."""
     if split_from is None:
         return {}
@@ -212,10 +239,7 @@ def _prefix_ends(plan: PackingPlan, split_from: int | None) -> dict[int, int]:
             leaves_under[run] += 1
     best: dict[int, int] = {}
     for leaf, above in ancestors.items():
-        saved = {
-            run: (leaves_under[run] - 1) * _aligned(plan.runs[run].offset + plan.runs[run].length, split_from)
-            for run in above
-        }
+        saved = {run: (leaves_under[run] - 1) * _aligned(len(found[run]), split_from) for run in above}
         end = max(saved, key=lambda run: saved[run], default=ROOT)
         if end != ROOT and saved[end]:
             best[leaf] = end
@@ -249,19 +273,40 @@ def _gathered(tensor: Tensor, index: Tensor, sizes: list[int]) -> tuple[Tensor, 
     return torch.split(tensor[0].transpose(0, 1).index_select(0, index), sizes)
 
 
+def _whole_prefix(
+    call: PaddedCall, in_row: tuple[Tensor, ...], cached: Sequence[KeysAndValues]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns keys and values of a call's prefix, [1, key heads, prefix, size] each; None without one.
+
+    Args:
+        call: The call.
+        in_row: Keys and values of the part that is in the row, [prefix_in_row, key heads, size].
+        cached: As for `attend`. If the whole prefix is cached, it is not copied.
+    """
+    if not call.prefix:
+        return None, None
+    parts = [part.transpose(0, 1)[None] for part in in_row]
+    if call.cached != UNCACHED:
+        known = [part[None] for part in cached[call.cached]]
+        parts = [torch.cat(both, 2) for both in zip(known, parts, strict=True)] if call.prefix_in_row else known
+    key, value = parts
+    return key, value
+
+
 def _run_call(
     call: PaddedCall,
     suffix: tuple[Tensor, ...],
-    prefix: tuple[Tensor, ...],
+    prefix: tuple[Tensor | None, Tensor | None],
     options: AttentionOptions,
     *,
     matmul: bool,
 ) -> Tensor:
     """Returns the attention of one call, [sequences * longest, heads, value size]."""
     query, key, value = (part.view(call.sequences, call.longest, *part.shape[1:]).transpose(1, 2) for part in suffix)
-    if call.prefix and (options.dropout or key.shape[-1] != value.shape[-1]):
+    fused = query.device.type == "cpu" and not options.dropout and key.shape[-1] == value.shape[-1]
+    if call.prefix_in_row and not fused:
         raise UnsupportedAttentionError("prefixes cannot be computed apart with dropout or values of another size")
-    prefix_key, prefix_value = (part.transpose(0, 1)[None] if call.prefix else None for part in prefix)
+    prefix_key, prefix_value = prefix
     mask = call.mask(options.window, query.dtype)
     causal = call.causal and mask is None
     gradients = torch.is_grad_enabled() and query.requires_grad
@@ -270,18 +315,19 @@ def _run_call(
     elif not options.plain or (call.prefix and not causal):
         keys, values = _with_prefix(key, prefix_key), _with_prefix(value, prefix_value)
         result = masked_attention(query, keys, values, call.causal_mask(query.dtype) if causal else mask, options)
-    elif call.prefix or _backward_is_slow(query, value, options.dropout):
+    elif (call.prefix and fused) or _backward_is_slow(query, value, options.dropout):
         result = FusedCPUAttention.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             query, key, value, prefix_key, prefix_value, mask, causal, options.scale
         )
     else:
+        square = causal and not call.prefix
         result = F.scaled_dot_product_attention(
             query,
-            key,
-            value,
-            attn_mask=mask,
+            _with_prefix(key, prefix_key),
+            _with_prefix(value, prefix_value),
+            attn_mask=mask if square or not causal else call.causal_mask(query.dtype),
             dropout_p=options.dropout,
-            is_causal=causal,
+            is_causal=square,
             scale=options.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

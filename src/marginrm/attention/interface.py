@@ -8,7 +8,8 @@ is transformers' own SDPA attention, so one loaded model takes packed and padded
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,28 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from marginrm.attention.layout import AttentionLayout, AttentionOptions
+from marginrm.attention.layout import AttentionLayout, AttentionOptions, KeysAndValues
 
 ATTENTION_NAME = "marginrm_packed"
+
+
+class PrefixExchange(Protocol):
+    """The keys and values that a forward pass reads from a prefix cache, and those that it gives to it."""
+
+    def exchange(self, key: Tensor, value: Tensor) -> Sequence[KeysAndValues]:
+        """Takes the row's keys and values of the pass's next attention call; returns those of the cached prefixes."""
+
+
+class PackedInputs(Protocol):
+    """The part of a packed batch that attention reads (`forward.batch.PackedBatch`)."""
+
+    @property
+    def layout(self) -> AttentionLayout:
+        """How attention is computed over the row."""
+
+    @property
+    def prefixes(self) -> PrefixExchange | None:
+        """The prefixes that are read from a cache, or kept in it; None for none."""
 
 
 def packed_attention(
@@ -41,7 +61,7 @@ def packed_attention(
         attention_mask: Used only without a packed row.
         scaling: Factor on the dot products.
         dropout: Attention dropout, for training.
-        **kwargs: `packed_batch` (a `forward.batch.PackedBatch`) and the model's further options.
+        **kwargs: `packed_batch` (`PackedInputs`) and the model's further options.
 
     Returns:
         [1, tokens, heads, value size], and None for the weights, which are not materialised.
@@ -49,7 +69,7 @@ def packed_attention(
     Raises:
         UnsupportedAttentionError: The model asks for an option that the row's layout does not support.
     """
-    batch = kwargs.pop("packed_batch", None)
+    batch: PackedInputs | None = kwargs.pop("packed_batch", None)
     if batch is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -57,7 +77,6 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # autocast casts the inputs of SDPA, but not of our kernels
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    layout: AttentionLayout = batch.layout
     options = AttentionOptions(
         scale=scaling,
         dropout=dropout,
@@ -65,7 +84,8 @@ def packed_attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    return layout.attend(query, key, value, options), None
+    cached = batch.prefixes.exchange(key, value) if batch.prefixes else ()
+    return batch.layout.attend(query, key, value, options, cached), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -41,13 +42,32 @@ class AttentionOptions:
         return self.softcap is None and self.sinks is None
 
 
+class KeysAndValues(NamedTuple):
+    """Keys and values of consecutive tokens in one attention call, as the attention function gets them (after RoPE).
+
+    Attributes:
+        key: [key heads, tokens, head size].
+        value: [key heads, tokens, value size].
+    """
+
+    key: Tensor
+    value: Tensor
+
+
 class AttentionLayout(Protocol):
     """How attention is computed over one row: prepared once per row, the same for every layer."""
 
     def to(self, device: torch.device) -> Self:
         """Returns the layout on another device."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        cached: Sequence[KeysAndValues] = (),
+    ) -> Tensor:
         """Computes a layer's attention over the row.
 
         Args:
@@ -55,6 +75,7 @@ class AttentionLayout(Protocol):
             key: [1, key heads, tokens, head size]; key heads divide heads.
             value: [1, key heads, tokens, value size].
             options: The layer's settings.
+            cached: Keys and values of each of the plan's cached prefixes.
 
         Returns:
             [1, tokens, heads, value size].

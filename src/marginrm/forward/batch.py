@@ -13,6 +13,7 @@ from marginrm.attention.gathered import gathered_layout
 from marginrm.attention.layout import AttentionLayout, LayoutFn
 from marginrm.encoding import EncodedGroup
 from marginrm.packing import Ints, plan_row
+from marginrm.prefix_cache import StepPrefixes
 from marginrm.steps import GroupSlice
 
 
@@ -33,6 +34,8 @@ class PackedBatch:
         end: Row index after the last one that attends to it, [tokens].
         layout: How attention is computed over the row.
         costs: Tokens that each group put into the row.
+        prefixes: The prefixes that are read from a cache, and the tokens that are kept in it; None for none.
+        cached_before: Index of the cached prefix that each token's sequence begins with, or -1, [tokens].
     """
 
     ids: Tensor
@@ -45,6 +48,8 @@ class PackedBatch:
     end: Tensor
     layout: AttentionLayout
     costs: tuple[int, ...]
+    prefixes: StepPrefixes | None = None
+    cached_before: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,6 +75,7 @@ class PackedBatch:
             start=self.start.to(target),
             end=self.end.to(target),
             layout=self.layout.to(target),
+            cached_before=None if self.cached_before is None else self.cached_before.to(target),
         )
 
 
@@ -174,7 +180,12 @@ def split(
 
 
 def pack(
-    groups: Sequence[EncodedGroup], *, causal: bool, layout: LayoutFn = gathered_layout, multiple: int = 1
+    groups: Sequence[EncodedGroup],
+    *,
+    causal: bool,
+    layout: LayoutFn = gathered_layout,
+    multiple: int = 1,
+    prefixes: StepPrefixes | None = None,
 ) -> PackedBatch:
     """Packs groups into one row; decoders (causal) share prefixes, encoders share nothing.
 
@@ -183,8 +194,12 @@ def pack(
         causal: Whether the model is a decoder.
         layout: Decides how attention is computed over the row; it affects rewards by rounding only.
         multiple: The row is filled to a multiple of so many tokens.
+        prefixes: What a prefix cache has of these groups, for decoders; it also learns what to keep.
     """
-    plan = plan_row([[response.array for response in group] for group in groups], causal=causal, multiple=multiple)
+    ids = [[response.array for response in group] for group in groups]
+    plan = plan_row(ids, causal=causal, multiple=multiple, cached=prefixes.starts if prefixes else None)
+    if prefixes:
+        prefixes.choose(plan)
     responses = [response for group in groups for response in group]
     tokens = len(plan.ids)
     owner = None
@@ -212,6 +227,8 @@ def pack(
         end=_tensor(end),
         layout=layout(plan),
         costs=plan.costs,
+        prefixes=prefixes,
+        cached_before=_tensor(plan.cached_before()) if plan.cached else None,
     )
 
 

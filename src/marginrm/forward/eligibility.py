@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from marginrm.attention.interface import ATTENTION_NAME
-from marginrm.attention.layout import AttentionLayout, AttentionOptions
+from marginrm.attention.layout import AttentionLayout, AttentionOptions, KeysAndValues
 from marginrm.encoding import Architecture, EncodedGroup, EncodedResponse
 from marginrm.errors import HeadError, ModelError
 from marginrm.forward.batch import Batch, PackedBatch, PaddedBatch, SplitBatch, pad
@@ -259,9 +259,16 @@ class _Noting:
     def to(self, device: torch.device) -> _Noting:
         return replace(self, layout=self.layout.to(device))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        cached: Sequence[KeysAndValues] = (),
+    ) -> Tensor:
         self.windows.add(options.window)
-        return self.layout.attend(query, key, value, options)
+        return self.layout.attend(query, key, value, options, cached)
 
 
 def _silent_window(module: RewardModule, recorder: _WindowRecorder) -> str | None:

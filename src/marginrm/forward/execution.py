@@ -32,6 +32,7 @@ class Execution:
         last_layer: Whether the last layer computes all tokens, or only those that rewards are read at.
         weights: Whether linear layers use their own weights or weights packed for oneDNN.
         compiled: Whether the parts between the matrix products run through `torch.compile`.
+        prefix_bytes: Memory of one token's keys and values, where prefixes may be kept across steps; None where not.
         tile: Row lengths are filled to a multiple of this many tokens in deterministic mode; None otherwise.
         reasons: Why, one sentence part for each optimisation that was tried.
 
@@ -45,6 +46,7 @@ class Execution:
     last_layer: Literal["whole", "reward_tokens"] = "whole"
     weights: Literal["plain", "packed"] = "plain"
     compiled: bool = False
+    prefix_bytes: int | None = None
     tile: int | None = None
     reasons: tuple[str, ...] = ()
 
@@ -58,7 +60,7 @@ class Execution:
             (self.tile is None) == (self.attention != "blocked"), "blocked attention needs tiles, and only it"
         )
         # Deterministic mode fixes the shapes of all kernels; each of these would choose shapes by itself.
-        fixed = self.last_layer == "whole" and self.weights == "plain" and not self.compiled
+        fixed = self.last_layer == "whole" and self.weights == "plain" and not self.compiled and not self.prefix_bytes
         self._require(self.tile is None or fixed, "deterministic mode takes no other optimisation")
 
     @staticmethod

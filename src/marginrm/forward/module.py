@@ -22,6 +22,7 @@ from marginrm.forward.execution import Execution
 from marginrm.forward.own_forward import own_rewards, pad_token_of
 from marginrm.forward.pooling import Pooling, ResponseBounds
 from marginrm.forward.rope import every_length_differs
+from marginrm.prefix_cache import StepPrefixes
 from marginrm.steps import ForwardPath, GroupSlice, split_by_length
 
 
@@ -107,14 +108,17 @@ class RewardModule(nn.Module):
         """The backbone's dtype; the head is always float32."""
         return next(self.backbone.parameters()).dtype
 
-    def collate(self, groups: Sequence[EncodedGroup], *, multiple: int = 1) -> Batch:
+    def collate(
+        self, groups: Sequence[EncodedGroup], *, multiple: int = 1, prefixes: StepPrefixes | None = None
+    ) -> Batch:
         """Makes the batch of some groups for this module's path, on the CPU.
 
         Args:
             groups: Encoded responses, those with a common prompt together.
             multiple: Packed rows are filled to a multiple of so many tokens (in deterministic mode to whole tiles).
+            prefixes: What a prefix cache has of these groups (`execution.prefix_bytes` says if the module takes any).
         """
-        collate = partial(self._collate, multiple=multiple)
+        collate = partial(self._collate, multiple=multiple, prefixes=prefixes)
         if self.length_boundary is None and self.forward_path != "one_at_a_time":
             return collate(groups)
         whole = [GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]
@@ -123,10 +127,13 @@ class RewardModule(nn.Module):
         steps = list(split_by_length(whole, lengths, self.length_boundary, every_length=differ, alone=alone))
         return collate(groups) if len(steps) == 1 else split(steps, groups, collate)
 
-    def _collate(self, groups: Sequence[EncodedGroup], *, multiple: int) -> PackedBatch | PaddedBatch:
+    def _collate(
+        self, groups: Sequence[EncodedGroup], *, multiple: int, prefixes: StepPrefixes | None
+    ) -> PackedBatch | PaddedBatch:
         if self.forward_path == "packed":
             multiple = self.execution.tile or multiple
-            return pack(groups, causal=self.architecture == "decoder", layout=self._layout(), multiple=multiple)
+            causal = self.architecture == "decoder"
+            return pack(groups, causal=causal, layout=self._layout(), multiple=multiple, prefixes=prefixes)
         return pad(groups, pad_token_id=pad_token_of(self.base))
 
     def forward(self, batch: Batch) -> Tensor:

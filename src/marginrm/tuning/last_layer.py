@@ -7,7 +7,7 @@ values; then over the reward tokens alone, with those. It does not depend on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marginrm.attention.layout import AttentionOptions, additive
+from marginrm.attention.layout import AttentionOptions, KeysAndValues, additive
 from marginrm.attention.matmul import masked_attention
 from marginrm.forward.batch import PackedBatch
 from marginrm.forward.execution import Choice
@@ -106,11 +106,10 @@ class TruncatedLastLayer:
         """
         if packed_batch is None:
             return self.whole(hidden, *args, packed_batch=packed_batch, **kwargs)
-        key, value = self._keys_and_values(hidden, args, kwargs, packed_batch)
+        key, value, cached = self._keys_and_values(hidden, args, kwargs, packed_batch)
         read_at = packed_batch.last if self._reads == "last" else packed_batch.first
         index = F.pad(read_at[None], (0, -len(read_at) % _UNIT), mode="replicate")[0]
-        seen = (packed_batch.start <= index[:, None]) & (index[:, None] < packed_batch.end)
-        layout = _RewardTokenLayout(key, value, seen, packed_batch.position_ids[0], index)
+        layout = _reward_token_layout(packed_batch, index, key, value, cached)
 
         def at(value: Any) -> Any:
             return _taken(value, tokens=hidden.shape[1], index=index)
@@ -118,18 +117,38 @@ class TruncatedLastLayer:
         return self.whole(
             at(hidden),
             *map(at, args),
-            packed_batch=replace(packed_batch, layout=layout),
+            packed_batch=replace(packed_batch, layout=layout, prefixes=None),
             **{name: at(value) for name, value in kwargs.items()},
         )
 
     def _keys_and_values(
         self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], batch: PackedBatch
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Sequence[KeysAndValues]]:
         try:
             self.whole(hidden, *args, packed_batch=replace(batch, layout=_CapturingLayout()), **kwargs)
         except _AttentionReached as reached:
-            return reached.key, reached.value
+            return reached.key, reached.value, reached.cached
         raise RuntimeError("the last layer did not call its attention function")
+
+
+def _reward_token_layout(
+    batch: PackedBatch, index: Tensor, key: Tensor, value: Tensor, cached: Sequence[KeysAndValues]
+) -> _RewardTokenLayout:
+    """Returns the layout of the reward tokens, which are at an index of the row."""
+    seen = (batch.start <= index[:, None]) & (index[:, None] < batch.end)
+    positions = batch.position_ids[0]
+    own = positions[index]
+    if cached:
+        assert batch.cached_before is not None  # the plan has cached prefixes
+        lengths = [known.key.shape[1] for known in cached]
+        prefix = torch.arange(len(cached), device=key.device).repeat_interleave(
+            torch.tensor(lengths, device=key.device)
+        )
+        seen = torch.cat([batch.cached_before[index][:, None] == prefix, seen], 1)
+        positions = torch.cat([*(torch.arange(length, device=key.device) for length in lengths), positions])
+        key = torch.cat([*(known.key for known in cached), key[0]], 1)[None]
+        value = torch.cat([*(known.value for known in cached), value[0]], 1)[None]
+    return _RewardTokenLayout(key, value, seen, positions, own)
 
 
 def _taken(value: Any, *, tokens: int, index: Tensor) -> Any:
@@ -144,10 +163,11 @@ def _taken(value: Any, *, tokens: int, index: Tensor) -> Any:
 class _AttentionReached(Exception):  # noqa: N818 - not an error
     """A layer has called its attention function."""
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
+    def __init__(self, key: Tensor, value: Tensor, cached: Sequence[KeysAndValues]) -> None:
         super().__init__()
         self.key = key
         self.value = value
+        self.cached = cached
 
 
 class _CapturingLayout:
@@ -156,36 +176,50 @@ class _CapturingLayout:
     def to(self, device: torch.device) -> _CapturingLayout:
         return self
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        raise _AttentionReached(key, value)
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        cached: Sequence[KeysAndValues] = (),
+    ) -> Tensor:
+        raise _AttentionReached(key, value, cached)
 
 
 @dataclass(frozen=True, slots=True)
 class _RewardTokenLayout:
-    """Attention of the reward tokens to the whole row.
+    """Attention of the reward tokens to the cached prefixes and the whole row.
 
     Attributes:
-        key: Keys of the whole row, [1, key heads, tokens, head size].
-        value: Values of the whole row, [1, key heads, tokens, value size].
-        seen: Which of the row's tokens each reward token attends to, [reward tokens, tokens].
-        positions: Positions of the row's tokens in their sequences, [tokens].
-        index: Row indices of the reward tokens, [reward tokens].
+        key: Keys of all these tokens, [1, key heads, tokens, head size].
+        value: Values of all these tokens, [1, key heads, tokens, value size].
+        seen: Which of them each reward token attends to, [reward tokens, tokens].
+        positions: Their positions in their sequences, [tokens].
+        own: Positions of the reward tokens, [reward tokens].
     """
 
     key: Tensor
     value: Tensor
     seen: Tensor
     positions: Tensor
-    index: Tensor
+    own: Tensor
 
     def to(self, device: torch.device) -> _RewardTokenLayout:
         key, value, seen = self.key.to(device), self.value.to(device), self.seen.to(device)
-        return _RewardTokenLayout(key, value, seen, self.positions.to(device), self.index.to(device))
+        return _RewardTokenLayout(key, value, seen, self.positions.to(device), self.own.to(device))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        cached: Sequence[KeysAndValues] = (),
+    ) -> Tensor:
         seen = self.seen
         if options.window is not None:
-            seen = seen & ((self.positions[self.index][:, None] - self.positions).abs() < options.window)
+            seen = seen & ((self.own[:, None] - self.positions).abs() < options.window)
         if options.plain:
             result = F.scaled_dot_product_attention(
                 query,

@@ -72,7 +72,7 @@ def choose_token_budget(seconds: Callable[[int], float], default: int) -> int:
         try:
             doubled = seconds(2 * size)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             break
         if size < default and _clear(size, took, doubled, default):
@@ -91,5 +91,6 @@ def _clear(size: int, took: float, doubled: float, default: int) -> bool:
     return 2 * (fixed + proportional) < (1 + _CHEAPER) / 2 * (fixed + 2 * proportional)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether an error of torch says that a device has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # CPUs raise the latter

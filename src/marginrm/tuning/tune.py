@@ -6,7 +6,7 @@ from typing import Literal
 
 from marginrm.forward.execution import Choice, Execution
 from marginrm.forward.module import RewardModule
-from marginrm.tuning import attention, compiled, deterministic, last_layer, packed_weights
+from marginrm.tuning import attention, compiled, deterministic, last_layer, packed_weights, prefixes
 
 # Scoring packs weights, which can then be neither trained nor saved; training also compares gradients.
 Purpose = Literal["scoring", "compiled_scoring", "deterministic_scoring", "training"]
@@ -38,6 +38,7 @@ def tune(module: RewardModule, purpose: Purpose, *, whole_last_layer: bool = Fal
     module.execution = Execution(module.device.type, weights=kept)
     if purpose == "deterministic_scoring":
         _note(module, deterministic.try_it(module))
+        _note(module, prefixes.try_it(module))
         return module.execution
     _note(module, attention.try_it(module, gradients=purpose == "training"))
     if not whole_last_layer:
@@ -46,6 +47,8 @@ def tune(module: RewardModule, purpose: Purpose, *, whole_last_layer: bool = Fal
         _note(module, packed_weights.try_it(module))
     if purpose == "compiled_scoring":
         _note(module, compiled.try_it(module))
+    if purpose != "training":
+        _note(module, prefixes.try_it(module))
     return module.execution
 
 
