@@ -132,6 +132,16 @@ class Settings(BaseSettings):
     reward_cache_mib: float = Field(
         default=64.0, ge=0, allow_inf_nan=False, description="MiB of rewards to cache per model; 0 turns the cache off."
     )
+    prefix_cache_mib: Annotated[float | None, Option(default="an eighth of the free memory")] = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="MiB per model for keys and values of prompts and chats, so that later requests do not compute them "
+        "again; 0 turns it off. For decoders.",
+    )
+    prefix_cache_shared: bool = Field(
+        default=False, description="Let API keys use each other's kept prefixes. Without keys, all requests do."
+    )
     max_body_bytes: int = Field(
         default=32 * 2**20, ge=1_024, description="The largest request body, after decompression; beyond, 413."
     )

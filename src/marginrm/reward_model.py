@@ -20,13 +20,13 @@ from marginrm.errors import ConfigError, EmptyTextError, EncodingError, GoldenMi
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.loading import CheckpointFiles, find_checkpoint, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
-from marginrm.prefix_cache import PrefixCache, StepPrefixes, reusable
+from marginrm.prefix_cache import PrefixCache, StepPrefixes
 from marginrm.prefix_cache.memory import default_bytes
 from marginrm.process_rewards import StepReading
 from marginrm.ranking import Comparison, Ranking
 from marginrm.reading import CheckpointReading, ReadingOptions
 from marginrm.schemas import ModelInfo
-from marginrm.steps import ForwardPath, GroupSlice, PrefixUse, StepResult, plan_steps
+from marginrm.steps import ForwardPath, GroupSlice, PrefixUse, StepResult, plan_steps, reusable
 from marginrm.text import Dtype, Prompt, Response, Truncation
 from marginrm.tuning import compiled as compilation
 from marginrm.tuning.token_budget import default_token_budget, measure_token_budget, out_of_memory
@@ -279,7 +279,7 @@ class RewardModel:
         """Returns how many first tokens of a sequence need not be computed now. Thread-safe.
 
         Args:
-            ids: Token ids, as far as they may come from a cache (`prefix_cache.reusable`).
+            ids: Token ids, as far as they may come from a cache (`steps.reusable`).
             tenant: As for `run_step`.
         """
         return 0 if self.prefixes is None or tenant is None else self.prefixes.cached_tokens(ids, tenant)

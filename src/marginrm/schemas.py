@@ -306,6 +306,15 @@ class StreamError(_Reply):
     error: ErrorBody
 
 
+class PrefixCacheInfo(_Reply):
+    """The prefix cache of a served model: keys and values of prompts and chats that later requests need not compute."""
+
+    max_bytes: int = Field(description="Most memory that it takes.")
+    bytes: int = Field(description="Memory that it takes now.")
+    hits: int = Field(description="Groups of responses that began with a kept prefix, since the model was loaded.")
+    tokens_saved: int = Field(description="Tokens that were not computed, since the model was loaded.")
+
+
 class ModelCard(ModelInfo):
     """A served model, in the shape of OpenAI's models, with facts about its forward pass."""
 
@@ -316,6 +325,9 @@ class ModelCard(ModelInfo):
     forward_path: Literal["packed", "padded", "one_at_a_time"] = Field(description="Layout of its batches.")
     forward_reason: str = Field(description="Reason for that layout and the other optimisations in use.")
     max_length: int = Field(description="Most tokens of a sequence.")
+    prefix_cache: PrefixCacheInfo | None = Field(
+        default=None, description="Prefixes that are kept across requests; null where none are, see `forward_reason`."
+    )
 
 
 class ModelList(_Reply):

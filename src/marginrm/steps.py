@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from marginrm.encoding import EncodedGroup
 from marginrm.packing import Group, shared_prefix
 
 ForwardPath = Literal["packed", "padded", "one_at_a_time"]
@@ -56,6 +57,21 @@ class StepResult:
     rewards: list[list[float]]
     computed: list[int]
     prefixes: PrefixUse = field(default_factory=PrefixUse)
+
+
+def reusable(group: EncodedGroup, shared: int | None = None) -> int:
+    """Returns how many first tokens of a group may come from a prefix cache.
+
+    They are common to all members. Tokens that a value is read at are always computed.
+
+    Args:
+        group: Encoded responses, at least one.
+        shared: Tokens that all members share, if they are counted already (`packing.shared_prefix`).
+    """
+    end = min(len(one.ids) - 1 if one.read_at is None else min(one.read_at, default=0) for one in group)
+    if len(group) == 1:
+        return end
+    return min(end, shared_prefix([one.array for one in group]) if shared is None else shared)
 
 
 def part_room(budget: int, shared: int) -> int:

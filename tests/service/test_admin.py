@@ -63,7 +63,7 @@ def test_models_are_loaded_swapped_and_unloaded_at_run_time(tmp_path: Path) -> N
 
 
 def test_gauges_of_an_unloaded_model_are_gone() -> None:
-    gauges = ("queue_tokens", "queue_requests", "reward_cache_bytes", "ready")
+    gauges = ("queue_tokens", "queue_requests", "reward_cache_bytes", "prefix_cache_bytes", "ready")
     with serving(FakeRewardModel(), FakeRewardModel("m")) as server, httpx.Client(base_url=server.url) as http:
 
         def shown() -> dict[str, bool]:

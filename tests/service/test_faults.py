@@ -51,9 +51,9 @@ class FaultyModel(RewardModel):
 
     before_forward: Callable[[Groups], None] = staticmethod(lambda _: None)
 
-    def run_step(self, groups: Groups) -> StepResult:
+    def run_step(self, groups: Groups, tenants=None) -> StepResult:
         self.before_forward(groups)
-        return super().run_step(groups)
+        return super().run_step(groups, tenants)
 
 
 class FaultyEncoder(Encoder):

@@ -29,6 +29,8 @@ VALUES = {
     "max_queue_tokens": "1000",
     "max_queue_requests": "10",
     "reward_cache_mib": "0.5",
+    "prefix_cache_mib": "0.25",
+    "prefix_cache_shared": "true",
     "max_body_bytes": "4096",
     "body_timeout": "3",
     "request_timeout": "1.5",

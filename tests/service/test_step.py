@@ -56,8 +56,8 @@ def test_the_log_says_what_the_model_raised(caplog):
 
 def test_a_model_that_gives_too_few_rewards_is_at_fault():
     class Forgetful(FakeModel):
-        def run_step(self, groups):
-            result = super().run_step(groups)
+        def run_step(self, groups, tenants=None):
+            result = super().run_step(groups, tenants)
             return StepResult([rewards[:-1] for rewards in result.rewards], result.computed)
 
     (outcomes,) = run_step(Forgetful(), [group([1], [2])]).outcomes

@@ -47,8 +47,12 @@ class FakeModel:
     nan_token: int | None = None
     on_forward: Callable[[Groups], None] = lambda _: None
     steps: list[Groups] = field(default_factory=list)
+    prefixes: None = None
 
-    def run_step(self, groups: Groups) -> StepResult:
+    def cached_tokens(self, ids: Sequence[int], tenant: str | None) -> int:
+        return 0
+
+    def run_step(self, groups: Groups, tenants: Sequence[str | None] | None = None) -> StepResult:
         rewards = iter(self._rewards(groups))
         plan = plan_row([[one.array for one in members] for members in groups], causal=self.shares_prefixes)
         return StepResult([list(islice(rewards, len(members))) for members in groups], list(plan.costs))

@@ -21,15 +21,17 @@ _CLASSES = {"interactive": False, "bulk": True}
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """The options that a request's headers ask for.
+    """The options that a request's headers ask for, and the owner of its key.
 
     Attributes:
         seconds: The time that it may take.
         bulk: It uses the capacity that interactive requests leave.
+        key_owner: Owner of its API key; empty if the server has no keys.
     """
 
     seconds: float
     bulk: bool
+    key_owner: str
 
     @classmethod
     def of(cls, request: Request, settings: Settings) -> Self:
@@ -39,7 +41,7 @@ class RequestOptions:
             InvalidHeaderError: `X-Request-Timeout` or `X-Priority` is invalid.
         """
         seconds = _seconds(request, settings.request_timeout, settings.max_request_timeout)
-        return cls(seconds, _is_bulk(request))
+        return cls(seconds, _is_bulk(request), request.scope.get("state", {}).get("key_owner", ""))
 
 
 def _seconds(request: Request, default: float, most: float) -> float:

@@ -49,7 +49,8 @@ async def run(
     """
     with service.registry.lease(model_name) as model:
         options = RequestOptions.of(http, service.settings)
-        request = ScoringRequest(groups, truncation, bulk=options.bulk, seconds=options.seconds)
+        tenant = "" if service.settings.prefix_cache_shared else options.key_owner
+        request = ScoringRequest(groups, truncation, bulk=options.bulk, seconds=options.seconds, tenant=tenant)
         try:
             async with deadline(options.seconds), while_connected(http):
                 result = await scoring.score(model, request, service.pool, on_group)

@@ -11,11 +11,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
+from marginrm.steps import PrefixUse
 from marginrm_service.engine.compute_thread import ComputeThread
 from marginrm_service.engine.job import Job
 from marginrm_service.engine.queue import FairQueue, Step
@@ -37,6 +38,7 @@ class StepReport:
         started: Its start, in seconds of `perf_counter`.
         seconds: Its duration.
         faults: Forward passes that raised or gave a reward that is not finite.
+        prefixes: What was taken from the prefix cache.
     """
 
     responses: int
@@ -45,6 +47,7 @@ class StepReport:
     started: float
     seconds: float
     faults: int
+    prefixes: PrefixUse = field(default_factory=PrefixUse)
 
 
 class ScoringEngine:
@@ -64,7 +67,7 @@ class ScoringEngine:
         self._model = model
         self._name = name
         self._on_step = on_step
-        self._queue = FairQueue(model.token_budget)
+        self._queue = FairQueue(model.token_budget, model.cached_tokens)
         self._background: deque[tuple[Generator[None, None, Any], asyncio.Future[Any]]] = deque()
         self._wake = threading.Condition()  # guards the queue, the background work and the flags
         self._closing = False
@@ -187,7 +190,8 @@ class ScoringEngine:
 
     def _run_step(self, step: Step) -> None:
         self._step_began = started = perf_counter()
-        result = run_step(self._model, [job.groups[part.group][part.start : part.stop] for job, part in step])
+        groups = [job.groups[part.group][part.start : part.stop] for job, part in step]
+        result = run_step(self._model, groups, [job.tenant for job, _ in step])
         self._step_began = None
         self._post(self._deliver, step, result, started, perf_counter() - started)
 
@@ -235,7 +239,9 @@ class ScoringEngine:
                 job.done.set_result(None)
         if self._on_step:
             responses = sum(len(outcomes) for outcomes in result.outcomes)
-            self._on_step(StepReport(responses, requested, sum(result.computed), started, seconds, result.faults))
+            computed = sum(result.computed)
+            report = StepReport(responses, requested, computed, started, seconds, result.faults, result.prefixes)
+            self._on_step(report)
 
     def _fail_all(self, reason: str) -> None:
         with self._wake:

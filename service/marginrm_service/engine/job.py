@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import numpy as np
+from numpy.typing import NDArray
+
 from marginrm.encoding import EncodedGroup
 from marginrm.errors import MarginRMError
 from marginrm.packing import shared_prefix
+from marginrm.steps import reusable
 
 Outcome = float | MarginRMError
+CachedTokens = Callable[[NDArray[np.int32], str | None], int]  # `RewardModel.cached_tokens`
 
 
 @dataclass(slots=True)
@@ -21,28 +26,43 @@ class GroupPlan:
     Attributes:
         lengths: Tokens of each member.
         shared: Leading tokens that all members share and that are computed once.
-        cost: Tokens to compute for the whole group in one step.
+        reusable: Leading tokens that may come from a prefix cache.
+        cached: Those that are in it, when it was looked up last.
     """
 
     lengths: list[int]
     shared: int
-    cost: int = field(init=False)
+    reusable: int = 0
+    cached: int = 0
 
-    def __post_init__(self) -> None:
-        self.cost = sum(self.lengths) - self.shared * (len(self.lengths) - 1)
+    @property
+    def common(self) -> int:
+        """Leading tokens that are not computed for each member."""
+        return max(self.shared, self.cached)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens that are computed once for all members of a step."""
+        return self.common - self.cached
+
+    @property
+    def cost(self) -> int:
+        """Tokens to compute for the whole group in one step."""
+        return sum(self.lengths) - self.common * len(self.lengths) + self.prompt
 
     @classmethod
     def of(cls, group: EncodedGroup, *, share_prefix: bool) -> GroupPlan:
         """Measures a group that is not empty. Takes time on large ones: call it off the event loop."""
         shared = shared_prefix([member.array for member in group]) if share_prefix else 0
-        return cls([len(member.ids) for member in group], shared)
+        return cls([len(member.ids) for member in group], shared, reusable(group, shared))
 
     def subset(self, members: Sequence[int]) -> GroupPlan:
         """Returns the plan of some members, with the shared prefix of the whole group.
 
         Some members may share more than the group does. Looking for it takes time, so it is not done here.
         """
-        return GroupPlan([self.lengths[member] for member in members], self.shared if len(members) > 1 else 0)
+        shared = self.shared if len(members) > 1 else 0
+        return GroupPlan([self.lengths[member] for member in members], shared, self.reusable, self.cached)
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +76,7 @@ class Job:
         groups: Encoded responses, those with a common prompt together; no group is empty.
         plans: One for each group.
         bulk: It uses the capacity that interactive work leaves.
+        tenant: The name under which prefixes are read and kept; None neither reads nor keeps.
         group: Index of the next group to schedule.
         member: Index of the first member of that group that is not yet scheduled.
         outcomes: For each response its reward, or the error in its place; None while it is unknown.
@@ -74,6 +95,7 @@ class Job:
     groups: Sequence[EncodedGroup]
     plans: list[GroupPlan]
     bulk: bool = False
+    tenant: str | None = None
     group: int = 0
     member: int = 0
     outcomes: list[list[Outcome | None]] = field(init=False)
@@ -94,9 +116,14 @@ class Job:
         self.remaining = sum(self.missing)
 
     @classmethod
-    def of(cls, groups: Sequence[EncodedGroup], *, share_prefix: bool) -> Job:
+    def of(cls, groups: Sequence[EncodedGroup], *, share_prefix: bool, tenant: str | None = None) -> Job:
         """Makes a job of groups that are not empty. Takes time on large ones: call it off the event loop."""
-        return cls(groups, [GroupPlan.of(group, share_prefix=share_prefix) for group in groups])
+        return cls(groups, [GroupPlan.of(group, share_prefix=share_prefix) for group in groups], tenant=tenant)
+
+    def look_up(self, group: int, cached_tokens: CachedTokens) -> None:
+        """Brings the plan of a group up to date with a prefix cache."""
+        plan = self.plans[group]
+        plan.cached = cached_tokens(self.groups[group][0].array[: plan.reusable], self.tenant)
 
     def subset(self, members: Mapping[int, Sequence[int]]) -> Job:
         """Returns a job of some members of some groups of this one.
@@ -106,7 +133,7 @@ class Job:
         """
         groups = [[self.groups[group][member] for member in chosen] for group, chosen in members.items()]
         plans = [self.plans[group].subset(chosen) for group, chosen in members.items()]
-        return Job(groups, plans, bulk=self.bulk, on_computed=self.on_computed)
+        return Job(groups, plans, bulk=self.bulk, tenant=self.tenant, on_computed=self.on_computed)
 
     def add_cost_of(self, subset: Job) -> None:
         """Adds the tokens and the time that a subset of this job has cost."""

@@ -10,6 +10,8 @@ caller is not delayed. So does the step after it if another job continues, becau
 was served goes behind those that arrived while the step ran. So a single pair is in the next step, and that step is
 short, however many candidates another request has left; and that other request still gets a turn in every step.
 
+What a prefix cache has of a group does not count. It is looked up again in each step, since the steps fill it.
+
 Bulk jobs are served in the room that interactive jobs leave, and go first in every fourth step. Interactive work is
 hardly delayed by bulk work, and bulk work never starves.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 
 from marginrm.steps import GroupSlice, part_room
-from marginrm_service.engine.job import Job
+from marginrm_service.engine.job import CachedTokens, Job
 
 BULK_FIRST_EVERY = 4  # steps
 _QUANTA_PER_STEP = 4
@@ -38,15 +40,17 @@ class FairQueue:
     Args:
         budget: The most tokens that a step may compute, apart from the prompt of a group that is cut and comes first. A
             single response above the budget gets a step to itself.
+        cached_tokens: Looks a group up in a prefix cache; None without one.
 
     Raises:
         ValueError: The budget is below 1.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, cached_tokens: CachedTokens | None = None) -> None:
         if budget < 1:
             raise ValueError(f"budget = {budget}: a step computes at least 1 token.")
         self._budget = budget
+        self._cached_tokens = cached_tokens
         self._interactive = _RoundRobin()
         self._bulk = _RoundRobin()
         self._steps = 0
@@ -66,7 +70,7 @@ class FairQueue:
 
     def take(self) -> Step:
         """Returns the next step; it is empty only if no job waits. Cancelled jobs are dropped on the way."""
-        step = _OpenStep(self._budget, single_round=self._single_round)
+        step = _OpenStep(self._budget, self._cached_tokens, single_round=self._single_round)
         self._steps += 1
         bulk_first = self._steps % BULK_FIRST_EVERY == 0
         for jobs in (self._bulk, self._interactive) if bulk_first else (self._interactive, self._bulk):
@@ -123,11 +127,12 @@ class _RoundRobin:
 class _OpenStep:
     """A step while it is filled."""
 
-    def __init__(self, budget: int, *, single_round: bool) -> None:
+    def __init__(self, budget: int, cached_tokens: CachedTokens | None, *, single_round: bool) -> None:
         self.slices: dict[tuple[Job, int], GroupSlice] = {}  # by job and index of the group
         self.completes_a_job = False
         self.single_round = single_round
         self._budget = budget
+        self._cached_tokens = cached_tokens
         self._room = budget
 
     def take_turn(self, job: Job) -> bool:
@@ -152,15 +157,17 @@ class _OpenStep:
     def _fitting(self, job: Job, allowance: int, *, first: bool) -> tuple[int, int]:
         """Returns how many of the current group's next members may be added now, and their cost."""
         plan = job.plans[job.group]
+        if self._cached_tokens and (job, job.group) not in self.slices:
+            job.look_up(job.group, self._cached_tokens)
         if plan.cost <= self._budget:
             fits = plan.cost <= self._room and (first or plan.cost <= allowance)
             return (len(plan.lengths), plan.cost) if fits else (0, 0)
         if not self.slices:
-            self._room = part_room(self._budget, plan.shared)
-        prompt = 0 if (job, job.group) in self.slices else plan.shared
+            self._room = part_room(self._budget, plan.prompt)
+        prompt = 0 if (job, job.group) in self.slices else plan.prompt
         members = suffixes = 0
         for index in range(job.member, len(plan.lengths)):
-            grown = suffixes + plan.lengths[index] - plan.shared
+            grown = suffixes + plan.lengths[index] - plan.common
             # A turn has room for one member, and an empty step for any, so there is always progress.
             turn_over = grown > allowance and not (first and not members)
             step_full = prompt + grown > self._room and bool(members or self.slices)

@@ -45,12 +45,14 @@ class ScoringRequest:
         truncation: The treatment of sequences above the model's limit.
         bulk: The request uses the capacity that interactive requests leave.
         seconds: Time until its deadline.
+        tenant: Kept prefixes are shared among requests with this name only.
     """
 
     groups: Sequence[TextGroup]
     truncation: AnyTruncation = "error"
     bulk: bool = False
     seconds: float = math.inf
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

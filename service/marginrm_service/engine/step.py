@@ -6,12 +6,15 @@ import logging
 import math
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from marginrm.encoding import EncodedGroup
 from marginrm.errors import MarginRMError, NonFiniteRewardError
-from marginrm.steps import StepResult
+from marginrm.steps import PrefixUse, StepResult
 from marginrm_service.engine.job import Outcome
 from marginrm_service.errors import ForwardFailedError
 
@@ -25,8 +28,11 @@ class ForwardModel(Protocol):
     def token_budget(self) -> int:
         """Tokens that a step computes at most."""
 
-    def run_step(self, groups: Sequence[EncodedGroup]) -> StepResult:
+    def run_step(self, groups: Sequence[EncodedGroup], tenants: Sequence[str | None] | None = None) -> StepResult:
         """Returns one reward per response, and the tokens computed for each group."""
+
+    def cached_tokens(self, ids: NDArray[np.int32], tenant: str | None) -> int:
+        """Returns how many first tokens of a sequence need not be computed now. Called from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,46 +43,55 @@ class StepOutcome:
         outcomes: For each group one outcome per response.
         computed: For each group the tokens that were computed for it.
         faults: Runs that raised an error or gave a reward that is not finite.
+        prefixes: What was taken from the prefix cache.
     """
 
     outcomes: list[list[Outcome]]
     computed: list[int]
     faults: int
+    prefixes: PrefixUse = field(default_factory=PrefixUse)
 
 
-def run_step(model: ForwardModel, groups: Sequence[EncodedGroup]) -> StepOutcome:
+def run_step(
+    model: ForwardModel, groups: Sequence[EncodedGroup], tenants: Sequence[str | None] | None = None
+) -> StepOutcome:
     """Scores the groups of one step; a response at fault gets an error in place of its reward.
 
     Args:
         model: The model.
         groups: Encoded responses, at least one per group.
+        tenants: For each group the name under which its prefixes are read and kept; None for a group, or for all, neither
+            reads nor keeps.
 
     Returns:
         One outcome per response. Only a `BaseException` that is not an `Exception` is raised.
     """
-    isolation = _Isolation(model, len(groups))
+    isolation = _Isolation(model, tenants or [None] * len(groups))
     isolation.run(list(enumerate(groups)))
-    return StepOutcome(isolation.outcomes, isolation.computed, isolation.faults)
+    return StepOutcome(isolation.outcomes, isolation.computed, isolation.faults, isolation.prefixes)
 
 
 class _Isolation:
     """The outcomes of a step while it is run, whole or in halves."""
 
-    def __init__(self, model: ForwardModel, groups: int) -> None:
+    def __init__(self, model: ForwardModel, tenants: Sequence[str | None]) -> None:
         self._model = model
+        self._tenants = tenants
         self._logged: set[bool] = set()
-        self.outcomes: list[list[Outcome]] = [[] for _ in range(groups)]
-        self.computed = [0] * groups
+        self.outcomes: list[list[Outcome]] = [[] for _ in tenants]
+        self.computed = [0] * len(tenants)
+        self.prefixes = PrefixUse()
         self.faults = 0
 
     def run(self, numbered: Sequence[tuple[int, EncodedGroup]]) -> None:
         """Runs groups, each with its number in the step; their outcomes come in order."""
         responses = sum(len(group) for _, group in numbered)
-        found = self._attempt([group for _, group in numbered], responses)
+        found = self._attempt(numbered, responses)
         if isinstance(found, StepResult):
             for (number, _), rewards, computed in zip(numbered, found.rewards, found.computed, strict=True):
                 self.outcomes[number] += rewards
                 self.computed[number] += computed
+            self.prefixes += found.prefixes
             return
         self.faults += 1
         if responses == 1:
@@ -87,10 +102,11 @@ class _Isolation:
         for half in halves(numbered):
             self.run(half)
 
-    def _attempt(self, groups: Sequence[EncodedGroup], responses: int) -> StepResult | MarginRMError:
+    def _attempt(self, numbered: Sequence[tuple[int, EncodedGroup]], responses: int) -> StepResult | MarginRMError:
         """Returns the rewards, or the error that a lone response gets."""
+        groups = [group for _, group in numbered]
         try:
-            result = self._model.run_step(groups)
+            result = self._model.run_step(groups, [self._tenants[number] for number, _ in numbered])
             if [len(rewards) for rewards in result.rewards] != [len(group) for group in groups]:
                 found = sum(map(len, result.rewards))
                 raise RuntimeError(f"the model gave {found} rewards for {responses} responses")

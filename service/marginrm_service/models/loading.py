@@ -77,6 +77,7 @@ def load_model(spec: ModelSpec, settings: Settings) -> LoadedModel:
         token_budget=settings.token_budget,
         compiled=settings.compile == "on",
         deterministic=settings.deterministic,
+        prefix_cache_mib=settings.prefix_cache_mib,
     )
     golden = model.verify_golden()
     if settings.token_budget is None:

@@ -253,6 +253,7 @@ class ModelRegistry:
                 requests=state.requests,
                 cache_bytes=state.cache_bytes,
                 compiled=served.compiled,
+                prefix_bytes=state.prefix_bytes,
             )
 
     async def close(self, drain_seconds: float) -> None:

@@ -51,7 +51,8 @@ async def score(
     with admission.acquire(admission.expected_tokens(characters), request.seconds, bulk=request.bulk) as permit:
         started = perf_counter()
         encoded = await encode(model.encoder, request.groups, request.truncation, pool)
-        job, positions = await asyncio.get_running_loop().run_in_executor(pool, _job_of, encoded, model)
+        loop = asyncio.get_running_loop()
+        job, positions = await loop.run_in_executor(pool, _job_of, encoded, model, request.tenant)
         tokenised = perf_counter()
         admission.observe_characters_per_token(characters, job.cost)
         job.bulk = request.bulk
@@ -82,10 +83,12 @@ def _characters(groups: Sequence[TextGroup], *, shared: bool) -> int:
     )
 
 
-def _job_of(encoded: Sequence[Sequence[Encoded]], model: ServedModel) -> tuple[Job, PositionsByKey]:
+def _job_of(encoded: Sequence[Sequence[Encoded]], model: ServedModel, tenant: str) -> tuple[Job, PositionsByKey]:
     """Returns the job of all responses that could be encoded, and their positions if rewards are reused."""
     groups = [usable for outcomes in encoded if (usable := _usable(outcomes))]
-    job = Job.of(groups, share_prefix=model.shares_prefixes)
+    job = Job.of(groups, share_prefix=model.shares_prefixes, tenant=tenant)
+    for group in range(len(groups)):
+        job.look_up(group, model.cached_tokens)
     return job, positions_by_key(groups) if model.coalescer else {}
 
 

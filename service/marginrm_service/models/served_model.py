@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from marginrm.encoding import Encoder
-from marginrm.schemas import ModelCard, ModelInfo
+from marginrm.schemas import ModelCard, ModelInfo, PrefixCacheInfo
+from marginrm.steps import PrefixUse
 from marginrm_service.engine.admission import Admission
 from marginrm_service.engine.coalescing import Coalescer
 from marginrm_service.engine.engine import ScoringEngine, StepReport
@@ -39,6 +43,7 @@ class QueueState:
         waiting_for_others: Admitted requests that hold no tokens: all that they lack is computed for another request.
         keys_in_flight: Distinct responses that are being computed; 0 if rewards are not reused.
         cache_bytes: Memory of the cached rewards.
+        prefix_bytes: Memory of the kept prefixes.
     """
 
     tokens: int
@@ -46,6 +51,7 @@ class QueueState:
     waiting_for_others: int
     keys_in_flight: int
     cache_bytes: int
+    prefix_bytes: int
 
 
 class ServedModel:
@@ -103,6 +109,7 @@ class ServedModel:
         self._stall_seconds = settings.stall_seconds
         self._created = int(time.time())
         self._compiling: asyncio.Task[None] | None = None
+        self._prefix_use = PrefixUse()
         self._leases = 0
         self._unleased = asyncio.Event()
         self._unleased.set()
@@ -172,6 +179,10 @@ class ServedModel:
         module.execution = module.execution.because(choice.reason)
         _log.info("Model %r: %s", self.name, choice.reason)
 
+    def cached_tokens(self, ids: NDArray[np.int32], tenant: str | None) -> int:
+        """Returns how many first tokens of a sequence the prefix cache has, as `RewardModel.cached_tokens` does."""
+        return self._model.cached_tokens(ids, tenant)
+
     def card(self) -> ModelCard:
         """Returns the model's entry in `/v1/models`."""
         return ModelCard(
@@ -181,7 +192,14 @@ class ServedModel:
             forward_path=self._model.forward_path,
             forward_reason=self._model.forward_reason,
             max_length=self.encoder.max_length,
+            prefix_cache=self._prefix_cache(),
         )
+
+    def _prefix_cache(self) -> PrefixCacheInfo | None:
+        kept, use = self._model.prefixes, self._prefix_use
+        if kept is None:
+            return None
+        return PrefixCacheInfo(max_bytes=kept.max_bytes, bytes=kept.size, hits=use.hits, tokens_saved=use.tokens)
 
     def queue_state(self) -> QueueState:
         """Returns the present load."""
@@ -192,8 +210,10 @@ class ServedModel:
             waiting_for_others=sum(permit.tokens == 0 for permit in permits),
             keys_in_flight=self.coalescer.keys_in_flight if self.coalescer else 0,
             cache_bytes=self.coalescer.cache.size if self.coalescer else 0,
+            prefix_bytes=self._model.prefixes.size if self._model.prefixes else 0,
         )
 
     def _observe_step(self, report: StepReport) -> None:
+        self._prefix_use += report.prefixes
         self.admission.observe_step(report.computed, report.seconds, started=report.started)
         self._metrics.step_done(self.name, report)

@@ -75,6 +75,13 @@ class Metrics:
             "reward_cache_hits", "Responses whose reward was cached, or being computed.", "model", "kind"
         )
         self._cache_misses = self._counter("reward_cache_misses", "Responses that had to be computed.", "model")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Groups whose first tokens were kept.", "model")
+        self._prefix_tokens = self._counter(
+            "prefix_cache_tokens", "Tokens that were not computed, since earlier steps had.", "model"
+        )
+        self._prefix_evicted = self._counter(
+            "prefix_cache_evicted_tokens", "Tokens that left the prefix cache to make room.", "model"
+        )
         self._item_errors = self._counter("item_errors", "Responses that got an error and no reward.", "model", "code")
         self._non_finite_rewards = self._counter(
             "non_finite_rewards", "Responses for which the model gave NaN or infinity.", "model"
@@ -95,6 +102,7 @@ class Metrics:
         self._queue_requests = self._gauge("queue_requests", "Requests that wait or are computed.", "model")
         self._cache_bytes = self._gauge("reward_cache_bytes", "Memory of the cached rewards.", "model")
         self._compiled = self._gauge("compiled", "1 if the model's layers are compiled.", "model")
+        self._prefix_bytes = self._gauge("prefix_cache_bytes", "Memory of the kept prefixes.", "model")
         self._model = self._gauge(
             "model",
             "1 for each model that is served, and what it is.",
@@ -117,6 +125,9 @@ class Metrics:
         self._step_responses.labels(model).observe(report.responses)
         self._tokens_asked.labels(model).inc(report.requested)
         self._tokens_computed.labels(model).inc(report.computed)
+        self._prefix_hits.labels(model).inc(report.prefixes.hits)
+        self._prefix_tokens.labels(model).inc(report.prefixes.tokens)
+        self._prefix_evicted.labels(model).inc(report.prefixes.evicted)
         if report.faults:
             self._forward_faults.labels(model).inc(report.faults)
 
@@ -166,19 +177,29 @@ class Metrics:
         self._drift.refer(card.name, margin_quantiles)
 
     def model_state(
-        self, name: str, *, ready: bool, tokens: int, requests: int, cache_bytes: int, compiled: bool
+        self,
+        name: str,
+        *,
+        ready: bool,
+        tokens: int,
+        requests: int,
+        cache_bytes: int,
+        prefix_bytes: int,
+        compiled: bool,
     ) -> None:
-        """Records the present state of a model's queue, reward cache and layers."""
+        """Records the present state of a model's queue, caches and layers."""
         self._ready.labels(name).set(ready)
         self._queue_tokens.labels(name).set(tokens)
         self._queue_requests.labels(name).set(requests)
         self._cache_bytes.labels(name).set(cache_bytes)
         self._compiled.labels(name).set(compiled)
+        self._prefix_bytes.labels(name).set(prefix_bytes)
 
     def model_left(self, name: str) -> None:
         """Removes the gauges of a model that is no longer served. Its counters keep their values."""
         self._remove_info(name)
-        for gauge in (self._ready, self._queue_tokens, self._queue_requests, self._cache_bytes, self._compiled):
+        gauges = self._ready, self._queue_tokens, self._queue_requests
+        for gauge in (*gauges, self._cache_bytes, self._prefix_bytes, self._compiled):
             gauge.remove(name)
         self._drift.forget(name)
 

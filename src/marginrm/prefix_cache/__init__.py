@@ -1,5 +1,5 @@
 """Keys and values of prefixes, kept across steps: what trainers and chats send again is not computed again."""
 
-from marginrm.prefix_cache.cache import PrefixCache, StepPrefixes, reusable
+from marginrm.prefix_cache.cache import PrefixCache, StepPrefixes
 
-__all__ = ["PrefixCache", "StepPrefixes", "reusable"]
+__all__ = ["PrefixCache", "StepPrefixes"]

@@ -18,9 +18,9 @@ from torch import Tensor
 from marginrm.attention.gathered import sequences_of
 from marginrm.attention.layout import KeysAndValues
 from marginrm.encoding import EncodedGroup
-from marginrm.packing import ROOT, UNCACHED, CachedStarts, Ints, PackingPlan, shared_prefix
+from marginrm.packing import ROOT, UNCACHED, CachedStarts, Ints, PackingPlan
 from marginrm.prefix_cache.tree import BLOCK, Part, PrefixTree, TokenArray
-from marginrm.steps import PrefixUse
+from marginrm.steps import PrefixUse, reusable
 
 # A shorter prefix is not worth an attention call of its own.
 READ_FROM = 2 * BLOCK
@@ -35,15 +35,6 @@ class Span:
     def part(self, start: int, stop: int) -> Span:
         """Returns a copy of tokens `start` to `stop` (exclusive)."""
         return Span([KeysAndValues(*(_copy(one[:, start:stop]) for one in call)) for call in self.calls])
-
-
-def reusable(group: EncodedGroup) -> int:
-    """Returns how many first tokens of a group may come from a cache.
-
-    They are common to all members. Tokens that a value is read at are always computed.
-    """
-    ends = [len(one.ids) - 1 if one.read_at is None else min(one.read_at, default=0) for one in group]
-    return min(*ends, shared_prefix([one.array for one in group])) if len(group) > 1 else ends[0]
 
 
 class PrefixCache:
@@ -69,7 +60,7 @@ class PrefixCache:
         """Returns how many first tokens of a sequence are kept now.
 
         Args:
-            ids: Token ids, at most as many as `reusable` says.
+            ids: Token ids, at most as many as `steps.reusable` says.
             tenant: As for `step`.
         """
         with self._lock:

@@ -61,6 +61,7 @@ class ApiKeyAuth:
             message = f"This key has reached its rate limit; send its next request in {wait} s."
             await error_response(429, "rate_limited", message, headers={"Retry-After": str(wait)})(scope, receive, send)
             return
+        scope.setdefault("state", {})["key_owner"] = owner
         await self._app(scope, receive, send)
 
 
