@@ -15,6 +15,7 @@ OURS = "marginrm"
 COMPILED = "marginrm, compiled"
 DETERMINISTIC = "marginrm, deterministic"
 OVER_HTTP = "marginrm over HTTP"
+UNCACHED = "marginrm served, no prefix cache"
 ENGINE = "marginrm, engine"
 REFERENCE = "loop, float32"
 ARRIVAL = "padded, arrival order"
@@ -85,6 +86,13 @@ def contenders(device: str = "cpu") -> list[Contender]:
         Contender(COMPILED, f"{_SCORERS}in_process", own | {"compiled": True}, uses=batched, architecture=decoder),
         Contender(DETERMINISTIC, f"{_SCORERS}in_process", own | {"deterministic": True}),
         Contender(OVER_HTTP, f"{_SCORERS}over_http", own, uses=("comparison", "requests")),
+        Contender(
+            UNCACHED,
+            f"{_SCORERS}over_http",
+            own | {"arguments": ("--prefix-cache-mib", "0")},
+            uses=("requests",),
+            architecture=decoder,
+        ),
         Contender(VLLM_OVER_HTTP, f"{_SCORERS}vllm_over_http", _VLLM, "vllm", uses=("requests",), architecture=decoder),
     ]
 
