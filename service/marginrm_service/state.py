@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from marginrm_service.errors import DrainingError
 from marginrm_service.models.registry import ModelRegistry
 from marginrm_service.settings import Settings
 from marginrm_service.telemetry.metrics import Metrics
+from marginrm_service.telemetry.replicas import Snapshot
 
 
 class Service:
@@ -27,6 +28,7 @@ class Service:
         registry: The models.
         pool: Threads that tokenise.
         draining: Whether the server is shutting down.
+        scrape: Returns the content of `/metrics`. On Ray it asks all replicas.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Service:
         self.registry = ModelRegistry(settings, self.metrics, on_ready=on_ready, on_failure=on_failure)
         self.pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="encode")
         self.draining = False
+        self.scrape: Callable[[], Awaitable[bytes]] = self._own_metrics
 
     def check_ready(self) -> None:
         """Returns if requests are welcome.
@@ -51,6 +54,15 @@ class Service:
         if self.draining:
             raise DrainingError("The server is shutting down.")
         self.registry.check_ready()
+
+    def snapshot(self, replica: str) -> Snapshot:
+        """Returns the present metrics of this process, under the name of its replica."""
+        self.registry.refresh_gauges()
+        return Snapshot(replica, list(self.metrics.collect()))
+
+    async def _own_metrics(self) -> bytes:
+        self.registry.refresh_gauges()
+        return self.metrics.exposition()
 
     async def close(self) -> None:
         """Finishes accepted requests and ends all threads."""

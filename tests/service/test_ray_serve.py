@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from marginrm import RewardModel
 from marginrm.errors import ConfigError
@@ -25,28 +29,63 @@ pytest.importorskip("ray", reason="needs the extra: pip install -c constraints.t
 
 SHIPPED = Path(__file__).parents[2] / "deploy/ray-serve/serve.yaml"
 SERVE = Path(sys.executable).with_name("serve")
-ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "marginrm_service.ray_serve.proxy.middleware",
+}
 MANY = 200
+STARTS = 10
 PATIENCE = 600  # s. Ray starts processes of its own, which takes minutes where other tests keep both cores busy
 
 
 class RayServe:
-    """The shipped configuration in a cluster of this machine, with another model and port."""
+    """The shipped configuration in a cluster of this machine, with another model and port, and two replicas."""
 
     def __init__(self, folder: Path, **arguments: Any) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
-        config["http_options"] = {"host": "127.0.0.1", "port": self.port}
-        application = config["applications"][0]
-        application["args"] = arguments
-        application["deployments"][0]["ray_actor_options"]["num_cpus"] = 1
+        self.values = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+        self.values["http_options"] = {"host": "127.0.0.1", "port": self.port}
+        self.application["args"] = arguments
+        self.deployment["ray_actor_options"]["num_cpus"] = 1
+        self.scaling = self.deployment.pop("autoscaling_config")
+        self.deployment["num_replicas"] = 2
         self.config, self.log_path = folder / "serve.yaml", folder / "serve.log"
-        self.config.write_text(yaml.safe_dump(config), encoding="utf-8")
+        self.config.write_text(yaml.safe_dump(self.values), encoding="utf-8")
+        self.start()
+
+    def start(self) -> None:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [SERVE, "run", self.config], stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=ENVIRONMENT
+                [SERVE, "run", self.config],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.config.parent,
+                env=ENVIRONMENT,
             )
+
+    def wait_until_ready(self) -> None:
+        """Waits for both replicas. Ray gives its own processes 30 s to start, which a busy machine may exceed."""
+        for _ in range(STARTS):
+            try:
+                self.wait_for(self.ready)
+            except AssertionError:
+                if self.process.poll() is None or "node timed out during startup" not in self.log:
+                    raise
+                self.start()
+            else:
+                return
+        raise AssertionError(self.log)
+
+    @property
+    def application(self) -> dict[str, Any]:
+        return self.values["applications"][0]
+
+    @property
+    def deployment(self) -> dict[str, Any]:
+        return self.application["deployments"][0]
 
     @property
     def log(self) -> str:
@@ -65,14 +104,26 @@ class RayServe:
             time.sleep(0.2)
 
     def ready(self) -> bool:
+        """Whether both replicas answer."""
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/readyz").status_code == 200
+            with httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE) as client:
+                return client.get("/readyz").status_code == 200 and len(responses_by_replica(client)) == 2
         except httpx.TransportError:
             return False
+
+    def deploy(self) -> None:
+        self.config.write_text(yaml.safe_dump(self.values), encoding="utf-8")
+        command = [SERVE, "deploy", "--address", self.dashboard, self.config]
+        subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
 
     def status(self) -> str:
         command = [SERVE, "status", "--address", self.dashboard]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT).stdout
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of the replicas."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "ServeReplica:marginrm" in " ".join(child.cmdline())]
 
     def __enter__(self) -> Self:
         return self
@@ -95,13 +146,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_serve(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServe]:
     folder = tmp_path_factory.mktemp("ray")
     with RayServe(folder, models=str(checkpoint), dtype="float32", reward_cache_mib=0) as started:
-        started.wait_for(started.ready)
+        started.wait_until_ready()
         yield started
 
 
 @pytest.fixture(scope="module")
 def client(ray_serve: RayServe) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://127.0.0.1:{ray_serve.port}", timeout=120) as opened:
+    with httpx.Client(base_url=f"http://127.0.0.1:{ray_serve.port}", timeout=PATIENCE) as opened:
         yield opened
 
 
@@ -109,58 +160,109 @@ def body(number: int) -> dict[str, Any]:
     return {"pairs": [{"prompt": f"Question {number}?", "chosen": SENTENCES[0], "rejected": SENTENCES[1]}]}
 
 
-def counted(client: httpx.Client, name: str) -> float:
-    return float(re.findall(rf"^{name}\{{.*\}} (\S+)$", client.get("/metrics").text, re.MULTILINE)[0])
+def samples(client: httpx.Client, name: str) -> dict[str, float]:
+    """The values of a metric by replica, from one scrape."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    found = [sample for family in families for sample in family.samples if sample.name == name]
+    return {sample.labels["replica"]: sample.value for sample in found}
 
 
-def test_a_deployment_is_ready_with_its_model_and_gives_the_librarys_rewards(
-    client: httpx.Client, checkpoint: Path
-) -> None:
+def responses_by_replica(client: httpx.Client) -> Counter[str]:
+    return Counter({replica: int(value) for replica, value in samples(client, "marginrm_step_responses_sum").items()})
+
+
+def rewards(pair: dict[str, Any]) -> list[float]:
+    return [pair["chosen"]["reward"], pair["rejected"]["reward"]]
+
+
+async def answers(url: str, bodies: list[dict[str, Any]]) -> list[int]:
+    """The status of each of these requests, sent at once and not sent again."""
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=httpx.Limits()) as client:
+        replies = await asyncio.gather(*(client.post("/score", json=one) for one in bodies))
+    return [reply.status_code for reply in replies]
+
+
+def test_each_of_two_replicas_gives_the_librarys_rewards(client: httpx.Client, checkpoint: Path) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
-    pair = client.post("/score", json=body(1)).json()["pairs"][0]
+    before = responses_by_replica(client)
     local = RewardModel.from_pretrained(checkpoint, dtype="float32").score("Question 1?", list(SENTENCES[:2]))
-    assert [pair["chosen"]["reward"], pair["rejected"]["reward"]] == pytest.approx(local, abs=1e-5)
+    for session in range(20):  # Ray's header chooses the replica
+        reply = client.post("/score", json=body(1), headers={"X-Session-ID": str(session)})
+        assert rewards(reply.json()["pairs"][0]) == pytest.approx(local, abs=1e-5)
+    counts = responses_by_replica(client) - before
+    assert len(counts) == 2
+    assert sum(counts.values()) == 40
     refused = client.post("/score", json={"pairs": []})
     assert refused.status_code == 422
     assert refused.json()["error"]["request_id"] == refused.headers["X-Request-ID"].split(",")[0]
 
 
+def test_the_samples_of_a_prompt_go_to_one_replica_and_prompts_to_both(client: httpx.Client) -> None:
+    used = Counter[str]()
+    for prompt in range(20):
+        before = responses_by_replica(client)
+        answer = [{"items": [{"prompt": f"Prompt {prompt}?", "response": text}]} for text in SENTENCES[:4]]
+        assert asyncio.run(answers(str(client.base_url), answer)) == [200] * 4
+        counts = responses_by_replica(client) - before
+        assert list(counts.values()) == [4]
+        used += counts
+    assert len(used) == 2
+
+
 def test_concurrent_requests_share_steps(client: httpx.Client) -> None:
-    before = counted(client, "marginrm_step_tokens_count")
-    assert asyncio.run(answers(str(client.base_url), MANY)) == [200] * MANY
-    assert counted(client, "marginrm_step_tokens_count") - before < MANY / 5
+    before = sum(samples(client, "marginrm_step_tokens_count").values())
+    assert asyncio.run(answers(str(client.base_url), [body(number) for number in range(MANY)])) == [200] * MANY
+    assert sum(samples(client, "marginrm_step_tokens_count").values()) - before < MANY / 2
 
 
-async def answers(url: str, count: int) -> list[int]:
-    """The status of each of so many requests at once."""
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits()) as client:
-        replies = await asyncio.gather(*(client.post("/score", json=body(number)) for number in range(count)))
-    return [reply.status_code for reply in replies]
+def test_a_replica_that_is_killed_with_requests_in_it_loses_none(ray_serve: RayServe, client: httpx.Client) -> None:
+    stopped = ray_serve.replicas()[0]
+    stopped.send_signal(signal.SIGSTOP)  # so that its requests cannot be answered before it dies
+
+    async def kill_it_under_load() -> list[int]:
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=PATIENCE, limits=httpx.Limits()) as many:
+            tasks = [asyncio.create_task(many.post("/score", json=body(number))) for number in range(40)]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(1)
+            waiting = sum(not task.done() for task in tasks)
+            stopped.kill()
+            statuses = [reply.status_code for reply in await asyncio.gather(*tasks)]
+        assert waiting > 0
+        return statuses
+
+    assert asyncio.run(kill_it_under_load()) == [200] * 40
+    ray_serve.wait_for(ray_serve.ready)
 
 
-def test_a_new_version_in_mid_load_loses_no_request(ray_serve: RayServe, client: httpx.Client) -> None:
-    config = ray_serve.config.read_text(encoding="utf-8").replace("float32", "bfloat16")
-    ray_serve.config.write_text(config, encoding="utf-8")
+def test_a_new_version_in_mid_load_loses_no_request_and_scales_by_queued_tokens(
+    ray_serve: RayServe, client: httpx.Client
+) -> None:
+    ray_serve.application["args"]["dtype"] = "bfloat16"
+    del ray_serve.deployment["num_replicas"]
+    # One replica for so few tokens, although Ray's own policy would want two for 20 requests at once.
+    scaling = ray_serve.scaling | {"max_replicas": 2, "downscale_delay_s": 0}
+    ray_serve.deployment["autoscaling_config"] = scaling
     statuses: list[int] = []
-    command = [SERVE, "deploy", "--address", ray_serve.dashboard, ray_serve.config]
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    ray_serve.deploy()
     deadline = time.monotonic() + PATIENCE
-    while client.get("/v1/models").json()["data"][0]["dtype"] != "bfloat16":
-        statuses += asyncio.run(answers(str(client.base_url), 20))
+    while client.get("/v1/models").json()["data"][0]["dtype"] != "bfloat16" or len(responses_by_replica(client)) > 1:
+        statuses += asyncio.run(answers(str(client.base_url), [body(number) for number in range(20)]))
         assert time.monotonic() < deadline, ray_serve.log
     assert set(statuses) == {200}
 
 
-def test_a_model_that_cannot_be_served_fails_the_deployment_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with RayServe(tmp_path, models=str(tmp_path / "empty")) as started:
-        started.wait_for(lambda: "Submitted deploy config" in started.log)
-        started.wait_for(lambda: "DEPLOY_FAILED" in started.status())
-        assert "empty has neither config.json nor adapter_config.json" in started.status()
-        assert not started.ready()
+def test_a_model_that_cannot_be_served_fails_the_deployment_with_the_reason(
+    ray_serve: RayServe, client: httpx.Client, tmp_path: Path
+) -> None:
+    broken = {**ray_serve.application, "name": "broken", "route_prefix": "/broken", "args": {"models": str(tmp_path)}}
+    broken["deployments"] = [{"name": "marginrm", "ray_actor_options": {"num_cpus": 0, "num_gpus": 0}}]
+    ray_serve.values["applications"].append(broken)
+    ray_serve.deploy()
+    ray_serve.wait_for(lambda: "DEPLOY_FAILED" in ray_serve.status())
+    assert "has neither config.json nor adapter_config.json" in ray_serve.status()
+    assert client.get("/readyz").status_code == 200
 
 
-@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # Ray's own
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

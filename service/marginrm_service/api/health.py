@@ -30,5 +30,4 @@ async def readyz(service: ServiceOf) -> dict[str, str]:
 @router.get("/metrics", response_class=Response)
 async def metrics(service: ServiceOf) -> Response:
     """Returns the metrics in Prometheus' text format."""
-    service.registry.refresh_gauges()
-    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
+    return Response(await service.scrape(), media_type=CONTENT_TYPE)

@@ -242,6 +242,10 @@ class ModelRegistry:
         """Returns the cards of the models that are loaded."""
         return [served.card() for served in self._served.values()]
 
+    def queued_tokens(self) -> int:
+        """Returns the tokens of all models that wait or are computed."""
+        return sum(served.queue_state().tokens for served in self._served.values())
+
     def refresh_gauges(self) -> None:
         """Records the present state of all queues in the metrics."""
         for served in self._served.values():

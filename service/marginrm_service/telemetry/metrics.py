@@ -25,6 +25,7 @@ from marginrm.model_schema import DriftState
 from marginrm.schemas import ModelCard, PairOut, PromptOut
 from marginrm_service.engine.engine import StepReport
 from marginrm_service.engine.request import ScoredResponse, ScoringResult
+from marginrm_service.errors import DeadlineExceededError, OverloadedError, WouldBeLateError
 from marginrm_service.telemetry.distribution import Distribution
 from marginrm_service.telemetry.drift import Drift
 
@@ -162,6 +163,7 @@ class Metrics:
     def model_loading(self, name: str) -> None:
         """Records a model that will be served and takes no requests yet."""
         self._ready.labels(name).set(0)
+        self._start_at_zero(name)
 
     def model_loaded(self, card: ModelCard, margin_quantiles: Mapping[str, float]) -> None:
         """Records a model that is served from now on. It replaces an earlier one of its name.
@@ -174,7 +176,15 @@ class Metrics:
         labels = card.name, card.revision, card.dtype, card.forward_path, str(card.calibrated).lower()
         self._info[card.name] = labels
         self._model.labels(*labels).set(1)
+        self._start_at_zero(card.name)
         self._drift.refer(card.name, margin_quantiles)
+
+    def _start_at_zero(self, name: str) -> None:
+        """Shows counters of faults before the first fault. An alert on an increase would miss a counter that starts at 1."""
+        for counter in (self._forward_faults, self._non_finite_rewards):
+            counter.labels(name)
+        for error in (OverloadedError, WouldBeLateError, DeadlineExceededError):
+            self._rejections.labels(name, error.default_code)
 
     def model_state(
         self,
