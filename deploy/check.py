@@ -5,50 +5,18 @@
 
 from __future__ import annotations
 
-import shutil
+import argparse
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-ROOT = Path(__file__).resolve().parent.parent
-MANIFESTS = "deploy/kubernetes"
-OVERLAY = "deploy/kubernetes-keys"
+from manifests import check_kubernetes
+from outcome import Outcome, find_tool, run_tool
+
 COMPOSE = ("compose.yaml", "deploy/compose.keys.yaml")
 PROMETHEUS = ("docker/prometheus.yml", "docker/prometheus.keys.yml")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of one check.
-
-    Attributes:
-        status: `ok`, `failed`, or `not checked` if its tool is not on this machine.
-        what: The command that ran, or the check that could not run.
-        detail: The output of the tool, or the reason why it did not run.
-    """
-
-    status: Literal["ok", "failed", "not checked"]
-    what: str
-    detail: str = ""
-
-
-def find_tool(name: str) -> str | None:
-    """Returns the path of a tool in this environment, or else on this machine."""
-    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-
-
-def run_tool(tool: str, *arguments: str) -> Outcome:
-    """Runs a tool of the dev extra in the repository root. A missing tool is a failure, because setup installs it."""
-    path = find_tool(tool)
-    what = " ".join([tool, *arguments])
-    if path is None:
-        return Outcome("failed", what, f"{tool} is missing: run `make setup`")
-    done = subprocess.run([path, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return Outcome("failed" if done.returncode else "ok", what, done.stdout + done.stderr if done.returncode else "")
+ALERTS, ALERT_TESTS = "docker/alerts.yml", "docker/alerts.test.yml"
 
 
 def has_compose_plugin() -> bool:
@@ -78,45 +46,30 @@ def check_dockerfile() -> list[Outcome]:
     return [run_tool("hadolint", "docker/Dockerfile")]
 
 
-def check_kubernetes() -> list[Outcome]:
-    """Checks the manifests strictly: rendered by kustomize if kubectl is installed, else file by file."""
-    kubectl = find_tool("kubectl")
-    if kubectl is None:
-        resources = [f for f in sorted((ROOT / MANIFESTS).glob("*.yaml")) if f.name != "kustomization.yaml"]
-        paths = [str(path.relative_to(ROOT)) for path in resources]
-        reason = "kubectl is not installed; the manifests were checked one by one"
-        return [
-            run_tool("kubernetes-validate", "--strict", "--quiet", *paths),
-            Outcome("not checked", f"kubectl kustomize {OVERLAY}", reason),
-        ]
-    return [outcome for folder in (MANIFESTS, OVERLAY) for outcome in check_rendered(kubectl, folder)]
-
-
-def check_rendered(kubectl: str, folder: str) -> list[Outcome]:
-    """Renders a folder with kustomize and checks the result."""
-    what = f"kubectl kustomize {folder}"
-    rendered = subprocess.run([kubectl, "kustomize", folder], cwd=ROOT, capture_output=True, text=True, check=False)
-    if rendered.returncode:
-        return [Outcome("failed", what, rendered.stderr)]
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "rendered.yaml"
-        path.write_text(rendered.stdout, encoding="utf-8")
-        return [Outcome("ok", what), run_tool("kubernetes-validate", "--strict", "--quiet", str(path))]
-
-
 def check_prometheus() -> list[Outcome]:
-    """Checks the Prometheus configurations with promtool, if it is installed."""
+    """Checks the Prometheus configurations and runs the tests of the alerts, if promtool is installed."""
     if find_tool("promtool") is None:
-        return [Outcome("not checked", f"promtool check config {PROMETHEUS[0]}", "promtool is not installed")]
-    return [run_tool("promtool", "check", "config", *PROMETHEUS)]
+        return [Outcome("not checked", "promtool test rules", "promtool is not installed (Debian: prometheus)")]
+    return [
+        # The files that a configuration names are in the container.
+        run_tool("promtool", "check", "config", "--syntax-only", *PROMETHEUS),
+        run_tool("promtool", "check", "rules", ALERTS),
+        run_tool("promtool", "test", "rules", ALERT_TESTS),
+    ]
 
 
-CHECKS: Sequence[Callable[[], list[Outcome]]] = (check_compose, check_dockerfile, check_kubernetes, check_prometheus)
+def check_copies() -> list[Outcome]:
+    """Checks that no generated resource differs from its source."""
+    return [run_tool(sys.executable, "deploy/generate.py", "--check")]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints every outcome; returns 1 if a check failed."""
-    outcomes = [outcome for check in CHECKS for outcome in check()]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--crds", type=Path, help="folder of custom resource definitions in YAML")
+    crds = parser.parse_args(arguments).crds
+    checks = check_compose, check_dockerfile, lambda: check_kubernetes(crds), check_prometheus, check_copies
+    outcomes = [outcome for check in checks for outcome in check()]
     for outcome in outcomes:
         print(f"{outcome.status:<12} {outcome.what}")
         if outcome.detail:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -51,11 +52,12 @@ def server() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pod() -> dict[str, Any]:
-    return load_yaml("deploy/kubernetes/deployment.yaml")["spec"]["template"]["spec"]
+    return load_yaml("deploy/kubernetes/base/deployment.yaml")["spec"]["template"]["spec"]
 
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "deploy"))  # as for `python deploy/check.py`
     spec = importlib.util.spec_from_file_location("deploy_check", ROOT / "deploy/check.py")
     assert spec is not None
     assert spec.loader is not None
@@ -68,7 +70,7 @@ def check() -> ModuleType:
 def test_one_port_everywhere(server, pod):
     entrypoint = json.loads(last("ENTRYPOINT"))
     port = int(entrypoint[entrypoint.index("--port") + 1])
-    service = load_yaml("deploy/kubernetes/service.yaml")["spec"]["ports"]
+    service = load_yaml("deploy/kubernetes/base/service.yaml")["spec"]["ports"]
     container = pod["containers"][0]["ports"]
     targets = load_yaml("docker/prometheus.yml")["scrape_configs"][0]["static_configs"][0]["targets"]
     health = json.loads(last("HEALTHCHECK").split("CMD", 1)[1])
@@ -105,8 +107,8 @@ def test_the_grace_period_covers_every_phase_of_the_shutdown(pod):
 
 def with_keys() -> dict[str, Any]:
     """Returns the deployment with the overlay's patch, which adds to mappings and to ends of lists."""
-    (patch,) = load_yaml("deploy/kubernetes-keys/kustomization.yaml")["patches"]
-    deployment = load_yaml("deploy/kubernetes/deployment.yaml")
+    patch = load_yaml("deploy/kubernetes/components/keys/kustomization.yaml")["patches"][0]
+    deployment = load_yaml("deploy/kubernetes/base/deployment.yaml")
     assert patch["target"] == {"kind": deployment["kind"], "name": deployment["metadata"]["name"]}
     for operation in yaml.safe_load(patch["patch"]):
         assert operation["op"] == "add"
@@ -167,7 +169,7 @@ def test_threads_follow_the_requested_cores(pod):
 
 
 def test_kubernetes_sets_no_variable_that_the_server_reads(pod):
-    service = load_yaml("deploy/kubernetes/service.yaml")["metadata"]["name"]
+    service = load_yaml("deploy/kubernetes/base/service.yaml")["metadata"]["name"]
     prefix = Settings.model_config["env_prefix"]
     assert not f"{service.upper()}_PORT".startswith(prefix) or pod["enableServiceLinks"] is False
 
@@ -205,16 +207,31 @@ def test_ports_are_published_on_this_host_only():
 
 
 def test_selectors_match_the_pods():
-    labels = load_yaml("deploy/kubernetes/deployment.yaml")["spec"]["template"]["metadata"]["labels"]
-    assert load_yaml("deploy/kubernetes/deployment.yaml")["spec"]["selector"]["matchLabels"] == labels
-    assert load_yaml("deploy/kubernetes/service.yaml")["spec"]["selector"] == labels
-    assert load_yaml("deploy/kubernetes/poddisruptionbudget.yaml")["spec"]["selector"]["matchLabels"] == labels
+    labels = load_yaml("deploy/kubernetes/base/deployment.yaml")["spec"]["template"]["metadata"]["labels"]
+    assert load_yaml("deploy/kubernetes/base/deployment.yaml")["spec"]["selector"]["matchLabels"] == labels
+    assert load_yaml("deploy/kubernetes/base/service.yaml")["spec"]["selector"] == labels
+    assert load_yaml("deploy/kubernetes/base/poddisruptionbudget.yaml")["spec"]["selector"]["matchLabels"] == labels
+    assert load_yaml("deploy/kubernetes/base/networkpolicy.yaml")["spec"]["podSelector"]["matchLabels"] == labels
+    monitor = load_yaml("deploy/kubernetes/components/monitoring/servicemonitor.yaml")["spec"]
+    assert monitor["selector"]["matchLabels"] == load_yaml("deploy/kubernetes/base/service.yaml")["metadata"]["labels"]
 
 
-def test_kustomization_names_every_manifest():
-    kustomization = load_yaml("deploy/kubernetes/kustomization.yaml")
-    manifests = {path.name for path in (ROOT / "deploy/kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
-    assert set(kustomization["resources"]) == manifests
+def test_every_kustomization_names_its_manifests():
+    files = sorted((ROOT / "deploy/kubernetes").rglob("kustomization.yaml"))
+    assert len(files) == 12
+    for file in files:
+        manifests = {path.name for path in file.parent.glob("*.yaml")} - {"kustomization.yaml", "adapter.yaml"}
+        named = load_yaml(str(file.relative_to(ROOT))).get("resources", [])
+        assert {name for name in named if name.endswith(".yaml")} == manifests, file
+
+
+def test_the_autoscaler_and_the_adapter_name_one_metric_that_the_server_has():
+    (patch,) = load_yaml("deploy/kubernetes/components/autoscaling-tokens/kustomization.yaml")["patches"]
+    metric = yaml.safe_load(patch["patch"])[0]["value"]["pods"]["metric"]["name"]
+    (rule,) = load_yaml("deploy/kubernetes/components/autoscaling-tokens/adapter.yaml")["rules"]["custom"]
+    assert rule["name"]["as"] == metric
+    assert rule["seriesQuery"].startswith(metric)
+    assert metric in {family.name for family in Metrics().collect()}
 
 
 def test_mounted_files_exist():
@@ -249,11 +266,34 @@ def test_the_dashboard_uses_the_provisioned_datasource_and_folder():
     assert datasource["url"] == "http://prometheus:9090"
 
 
-def test_the_dashboard_uses_metrics_that_the_server_has():
+def exported() -> set[str]:
+    """Returns the names of the server's metrics, without the endings of histograms."""
     families = list(Metrics().collect())
-    exported = {family.name for family in families} | {
+    return {family.name for family in families} | {
         f"{family.name}_total" for family in families if family.type == "counter"
     }
+
+
+def alerts() -> list[dict[str, Any]]:
+    (group,) = load_yaml("docker/alerts.yml")["groups"]
+    return group["rules"]
+
+
+def test_every_alert_has_a_runbook_and_a_test_and_uses_metrics_that_the_server_has():
+    named = [rule["alert"] for rule in alerts() if "alert" in rule]
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    assert re.findall(r"^### (Marginrm\w+)$", page, re.MULTILINE) == named
+    severities = {rule["alert"]: rule["labels"]["severity"] for rule in alerts() if "alert" in rule}
+    for name, severity in severities.items():
+        assert re.search(rf"^### {name}\n\n\*{severity.capitalize()}\.\*", page, re.MULTILINE), name
+    cases = [case for test in load_yaml("docker/alerts.test.yml")["tests"] for case in test["alert_rule_test"]]
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == set(named)
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == set(named)
+    asked = {name for rule in alerts() for name in re.findall(r"\bmarginrm_\w+", rule["expr"])}
+    assert sorted({name.removesuffix("_bucket") for name in asked} - exported()) == []
+
+
+def test_the_dashboard_uses_metrics_that_the_server_has():
     asked = {
         name.removesuffix("_bucket")
         for panel in dashboard()["panels"]
@@ -261,24 +301,79 @@ def test_the_dashboard_uses_metrics_that_the_server_has():
         for name in re.findall(r"\bmarginrm_\w+", target["expr"])
     }
     assert asked
-    assert sorted(asked - exported) == []
+    assert sorted(asked - exported()) == []
 
 
 def test_every_deployment_file_passes(check, capsys):
-    assert check.main() == 0
+    assert check.main([]) == 0
     printed = capsys.readouterr().out
     for line in printed.splitlines():
         assert line.startswith(("ok ", "not checked ", " "))
     assert re.search(r"^ok +check-jsonschema .*compose.yaml$", printed, re.MULTILINE)
-    assert re.search(r"^ok +kubernetes-validate", printed, re.MULTILINE)
+    assert re.search(
+        r"^ok +(kubectl kustomize deploy/kubernetes|deploy/kubernetes/base/deployment.yaml) ", printed, re.MULTILINE
+    )
+    assert re.search(r"^ok +deploy/ray-serve/rayservice.yaml \(1 resources\)$", printed, re.MULTILINE)
+
+
+RAY, MONITOR = "deploy/ray-serve/rayservice.yaml", "deploy/kubernetes/components/monitoring/servicemonitor.yaml"
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("deploy/kubernetes/base/networkpolicy.yaml", "policyTypes", "policyType"),
+        ("deploy/kubernetes/components/autoscaling-cpu/hpa.yaml", "maxReplicas: 10", "maxReplicas: ten"),
+        (RAY, "runAsUser: 10001", "runAsUser: root"),
+        (MONITOR, "interval: 15s", "interval: fifteen"),
+    ],
+)
+def test_the_checks_find_mistakes_in_manifests(check, file, right, wrong):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    right_one = sys.modules["manifests"].check_text(file, text, {})
+    if file == MONITOR and len(right_one) > 1:
+        pytest.skip(right_one[1].detail)
+    assert right_one[0].status == "ok"
+    broken = sys.modules["manifests"].check_text(file, text.replace(right, wrong), {})
+    assert broken[0].status == "failed"
+    assert broken[0].detail
+
+
+def test_a_definition_of_a_custom_resource_finds_unknown_fields_and_wrong_types(check, tmp_path):
+    spec = {"type": "object", "properties": {"size": {"x-kubernetes-int-or-string": True}, "name": {"type": "string"}}}
+    schema = {
+        "type": "object",
+        "properties": {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "spec": spec},
+    }
+    versions = [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]
+    definition = {"spec": {"group": "ray.io", "names": {"kind": "Thing"}, "versions": versions}}
+    (tmp_path / "thing.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+    definitions = sys.modules["manifests"].definitions_in(tmp_path)
+
+    def status(**fields: Any) -> str:
+        thing = {"apiVersion": "ray.io/v1", "kind": "Thing", "metadata": {"name": "a"}, "spec": fields}
+        return sys.modules["manifests"].check_text("thing", yaml.safe_dump(thing), definitions)[0].status
+
+    assert [status(size=1, name="a"), status(size="10%")] == ["ok", "ok"]
+    assert [status(sizes=1), status(name=1)] == ["failed", "failed"]
+
+
+def test_copies_are_noticed_when_their_source_changes(check, monkeypatch, capsys):
+    sys.modules.pop("generate", None)
+    generate = importlib.import_module("generate")
+    target, source = next(iter(generate.COPIES.items()))
+    monkeypatch.setattr(generate, "COPIES", {target: "docker/alerts.yml"})
+    with pytest.raises(ValueError, match=r"the lines .# generated from docker/alerts\.yml. and .# end. are missing"):
+        generate.refreshed(target, "docker/alerts.yml")
+    assert yaml.safe_load(load_yaml(target)["spec"]["serveConfigV2"]) == load_yaml(source)
 
 
 @pytest.mark.parametrize(
     ("tool", "arguments", "file", "right", "wrong"),
     [
         ("check-jsonschema", ["--builtin-schema", "vendor.compose-spec"], "compose.yaml", "mem_limit:", "memlimit:"),
-        ("kubernetes-validate", ["--strict"], "deploy/kubernetes/deployment.yaml", "replicas:", "replica:"),
-        ("kubernetes-validate", ["--strict"], "deploy/kubernetes/service.yaml", "port: 8000", "port: eighty"),
+        ("kubernetes-validate", ["--strict"], "deploy/kubernetes/base/deployment.yaml", "replicas:", "replica:"),
+        ("kubernetes-validate", ["--strict"], "deploy/kubernetes/base/service.yaml", "port: 8000", "port: eighty"),
         ("hadolint", [], "docker/Dockerfile", "RUN useradd", "RUN sudo useradd"),
     ],
 )
