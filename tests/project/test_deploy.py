@@ -253,6 +253,30 @@ def test_the_image_is_built_from_files_that_its_context_holds():
     assert all((ROOT / source).exists() for source in sources)
 
 
+def test_every_target_of_the_image_ends_without_root():
+    users: dict[str, str] = {}
+    for name, rest in dockerfile():
+        if name == "FROM":
+            base, _, stage = rest.partition(" AS ")
+            users[stage] = users.get(base, "root")
+            current = stage
+        elif name == "USER":
+            users[current] = rest
+    assert {users[target] for target in ("server", "server-cuda", "ray", "train")} == {f"{UID}:{UID}"}
+
+
+def test_the_hashed_packages_of_the_image_are_the_pinned_ones():
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    text = (ROOT / "docker/requirements.txt").read_text(encoding="utf-8")
+    hashed = dict(re.findall(r"^([\w.-]+)==(\S+) \\\n +--hash=sha256:", text, re.MULTILINE))
+    assert "fastapi" in hashed
+    assert "torch" not in hashed, "its build is chosen by TORCH_INDEX_URL"
+    assert {name: pins.get(name) for name in hashed if name != "setuptools"} == {
+        name: version for name, version in hashed.items() if name != "setuptools"
+    }
+
+
 def dashboard() -> dict[str, Any]:
     return json.loads((ROOT / "docker/grafana/dashboards/marginrm.json").read_text(encoding="utf-8"))
 
