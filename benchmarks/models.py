@@ -23,6 +23,7 @@ from benchmarks.harness.texts import load_texts
 MINILM = "minilm"
 MINILM_SHAPE = "minilm-shape"
 GEMMA2 = "gemma-2-2b"
+HOST = "one-layer"  # next to no computation, to time the rest
 XLM_R_MINILM = "xlm-r-minilm"  # a multilingual reranker of bge's kind, at the size of mMiniLMv2-L12-H384
 _VOCABULARY = 16_384  # tokens of the tokenizer; the embedding has as many rows as the published model
 _SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
@@ -68,6 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "pythia-2.8b": _shape(_GPT_NEOX, 2560, 10_240, 32, 32),
     "llama-7b": _shape(_LLAMA, 4096, 11_008, 32, 32),
     "llama-3-8b": _shape(_LLAMA3, 4096, 14_336, 32, 32, num_key_value_heads=8),
+    HOST: _shape(_QWEN3, 16, 16, 1, 1, num_key_value_heads=1, head_dim=16, vocab_size=_VOCABULARY),
     # For tests of the benchmarks; its figures mean nothing.
     "tiny": _shape(_QWEN3, 64, 192, 2, 4, num_key_value_heads=2, head_dim=32, vocab_size=_VOCABULARY),
 }

@@ -54,7 +54,7 @@ class GroupPlan:
     def of(cls, group: EncodedGroup, *, share_prefix: bool) -> GroupPlan:
         """Measures a group that is not empty. Takes time on large ones: call it off the event loop."""
         shared = shared_prefix([member.array for member in group]) if share_prefix else 0
-        return cls([len(member.ids) for member in group], shared, reusable(group, shared))
+        return cls([member.tokens for member in group], shared, reusable(group, shared))
 
     def subset(self, members: Sequence[int]) -> GroupPlan:
         """Returns the plan of some members, with the shared prefix of the whole group.

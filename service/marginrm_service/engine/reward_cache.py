@@ -26,8 +26,8 @@ def key_of(response: EncodedResponse) -> bytes:
     same holds for the tokens that steps are read at, which come after -1, for no token has that id.
     """
     digest = blake2b(response.array.data, digest_size=16)
-    if response.type_ids is not None:
-        digest.update(array("i", response.type_ids))
+    if response.types is not None:
+        digest.update(response.types.data)
     if response.read_at is not None:
         digest.update(array("i", (-1, *response.read_at)))
     return digest.digest()

@@ -97,7 +97,7 @@ class _Isolation:
         if responses == 1:
             ((number, group),) = numbered
             self.outcomes[number].append(found)
-            self.computed[number] += len(group[0].ids)
+            self.computed[number] += group[0].tokens
             return
         for half in halves(numbered):
             self.run(half)

@@ -49,8 +49,9 @@ async def load(spec: ModelSpec, settings: Settings) -> LoadedModel:
     loaded = await in_compute_thread(partial(load_model, spec, settings), "load-model")
     model, golden, info = loaded.model, loaded.golden, loaded.model.info
     _log.info(
-        "Model %r is loaded after %.1f s: %s, %s; %s; %s; %s; at most %s tokens",
+        "Model %r is loaded after %.1f s: %s, %s; %s; %s; %s; %s; at most %s tokens",
         *(info.name, perf_counter() - started, info.revision, info.dtype, model.forward_reason),
+        model.encoder.token_ids.reason,
         "no golden samples to reproduce" if golden is None else f"golden samples reproduced within {golden:.2g}",
         f"calibrated, T = {info.temperature:.3g}" if info.calibrated else "not calibrated, T = 1",
         f"{model.encoder.max_length:,}",
@@ -82,6 +83,7 @@ def load_model(spec: ModelSpec, settings: Settings) -> LoadedModel:
     golden = model.verify_golden()
     if settings.token_budget is None:
         model.measure_token_budget()
+    model.encoder.token_ids.load()
     folder = Path(spec.path)
     return LoadedModel(model, golden, folder if folder.is_dir() else None)
 

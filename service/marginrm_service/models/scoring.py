@@ -130,7 +130,7 @@ def _results(outcomes: Sequence[Encoded], rewards: Iterator[Outcome | None]) -> 
         if isinstance(reward, MarginRMError):
             results.append(reward)
         else:
-            results.append(ScoredResponse(float(reward), len(one.ids), one.truncated, steps_of(reward)))
+            results.append(ScoredResponse(float(reward), one.tokens, one.truncated, steps_of(reward)))
     return results
 
 

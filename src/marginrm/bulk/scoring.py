@@ -183,7 +183,7 @@ def _result(
         return NonFiniteRewardError("The model gave NaN or infinity.")
     steps = [steps_of(reward) for reward in rewards]
     parts = [
-        {"reward": reward, "tokens": len(response.ids), "truncated": response.truncated}
+        {"reward": reward, "tokens": response.tokens, "truncated": response.truncated}
         | ({} if found is None else {"steps": list(found)})
         for reward, response, found in zip(rewards, group.values(), steps, strict=True)
     ]

@@ -85,7 +85,7 @@ class Summary:
         """Counts a scored row."""
         self.rows += 1
         self.responses += len(group)
-        self.tokens += sum(len(response.ids) for response in group)
+        self.tokens += sum(response.tokens for response in group)
         self.truncated += sum(response.truncated for response in group)
         if "verdict" in result:
             self.pairs += 1

@@ -8,18 +8,18 @@ sequence and at the first of an encoder's, always by position, so nothing here d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from marginrm.encoding.client_texts import ClientTexts
+from marginrm.encoding.encoded import EncodedResponse
 from marginrm.encoding.fitting import Draft, common_cut, fit, sequence_range, shorten, token_range
 from marginrm.encoding.frames import SEAM
 from marginrm.encoding.process_steps import StepEncoder
-from marginrm.encoding.rendering import Renderer, transcript
+from marginrm.encoding.rendering import RenderedText, Renderer, transcript
 from marginrm.encoding.special_tokens import EncodingPolicy, SpecialTokens
+from marginrm.encoding.token_ids import Ids, TokenIds
 from marginrm.encoding.tokenizer_backend import backend_of
 from marginrm.errors import EncodingError, InvalidTextError, SequenceTooLongError
 from marginrm.manifest import EncodingInfo, template_hash
@@ -30,36 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Architecture = Literal["decoder", "encoder"]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedResponse:
-    """One response, with its prompt, as a model reads it.
-
-    Attributes:
-        ids: Token ids of the whole sequence, special tokens included.
-        type_ids: Segment ids of the same length for encoders that use them, else None.
-        truncated: Whether tokens were cut.
-        read_at: Indices of the tokens that step rewards are read at; None for the one that the model reads.
-        array: The token ids as [tokens] int32, made once, for array code such as `packing`.
-    """
-
-    ids: tuple[int, ...]
-    type_ids: tuple[int, ...] | None = None
-    truncated: bool = False
-    read_at: tuple[int, ...] | None = None
-    array: NDArray[np.int32] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "array", np.fromiter(self.ids, np.int32, len(self.ids)))
-
-    @property
-    def values(self) -> int:
-        """How many values the model gives for it."""
-        return 1 if self.read_at is None else len(self.read_at)
-
-
-EncodedGroup = Sequence[EncodedResponse]  # the responses to one prompt
 
 
 class Encoder:
@@ -97,6 +67,7 @@ class Encoder:
         self._vocabulary = len(tokenizer)
         self._renderer = Renderer(tokenizer, self.policy.frame, strip_end=self.policy.eos == "on")
         self.special = SpecialTokens(tokenizer, self._backend, self._renderer, self.policy)
+        self.token_ids = TokenIds(self._backend)
         self._ending = self._renderer.ending()
         self._client_texts = ClientTexts(
             tokenizer,
@@ -169,7 +140,11 @@ class Encoder:
                 outcomes[index] = error
         try:
             texts = list(good.values())
-            drafts = self._steps.drafts(messages, texts) if self._steps else self._drafts(messages, texts)
+            drafts = (
+                self._steps.drafts(messages, texts)
+                if self._steps
+                else self._drafts(messages, texts, uncut=truncation == "error", most_tokens=most_tokens)
+            )
         except EncodingError as error:
             drafts = [error.about(error.param or "prompt") for _ in good]
         drafts = [shorten(draft, most_tokens) if isinstance(draft, Draft) else draft for draft in drafts]
@@ -262,26 +237,45 @@ class Encoder:
             self._renderer.check_turns(messages, found)
         return found
 
-    def _drafts(self, messages: list[dict[str, Any]], responses: list[Any]) -> list[Draft | EncodingError]:
+    def _drafts(
+        self, messages: list[dict[str, Any]], responses: list[Any], *, uncut: bool, most_tokens: int | None
+    ) -> list[Draft | EncodingError]:
+        """Encodes checked texts; where prompt and response lie is found only for what may be cut."""
         if self.architecture == "encoder" and self.policy.frame is None:
-            prompt = transcript(messages)
-            pairs = [(prompt, one if isinstance(one, str) else transcript(one)) for one in responses]
-            encodings = self._backend.encode_batch(pairs, add_special_tokens=True)
-            return [
-                Draft(e.ids, e.type_ids, sequence_range(e, 0), sequence_range(e, 1), keeps_prompt_end=False)
-                for e in encodings
-            ]
+            return self._pair_drafts(transcript(messages), responses)
         rendered = self._renderer.texts(messages, responses)
+        texts = [one.text for one in rendered]
+        removed = self._renderer.removed(messages, responses, texts)
+        encoded = self.token_ids.of(texts, special=self.special.added_by_tokenizer)
+        drafts = [Draft(self.special.put(ids, rendered_here=True)[0], None) for ids in encoded]
+        longest = max((len(draft.ids) for draft in drafts), default=0)
+        if longest > (self.max_length if most_tokens is None else min(most_tokens, self.max_length)) and not (
+            uncut and most_tokens is None
+        ):
+            drafts = self._located_drafts(rendered)
+        return [removed.get(index, draft) for index, draft in enumerate(drafts)]
+
+    def _pair_drafts(self, prompt: str, responses: list[Any]) -> list[Draft | EncodingError]:
+        pairs = [(prompt, one if isinstance(one, str) else transcript(one)) for one in responses]
+        return [
+            Draft(
+                np.array(one.ids, np.int32),
+                np.array(one.type_ids, np.int32),
+                sequence_range(one, 0),
+                sequence_range(one, 1),
+                keeps_prompt_end=False,
+            )
+            for one in self._backend.encode_batch_fast(pairs, add_special_tokens=True)
+        ]
+
+    def _located_drafts(self, rendered: list[RenderedText]) -> list[Draft]:
+        """Tokenizes with offsets."""
         encodings = self._backend.encode_batch(
             [one.text for one in rendered], add_special_tokens=self.special.added_by_tokenizer
         )
-        removed = self._renderer.removed(messages, responses, [one.text for one in rendered])
-        drafts: list[Draft | EncodingError] = []
-        for index, (encoding, one) in enumerate(zip(encodings, rendered, strict=True)):
-            if index in removed:
-                drafts.append(removed[index])
-                continue
-            ids, moved = self.special.put(encoding.ids, rendered_here=True)
+        drafts = []
+        for encoding, one in zip(encodings, rendered, strict=True):
+            ids, moved = self.special.put(np.array(encoding.ids, np.int32), rendered_here=True)
             before = token_range(encoding, one.start, one.end)
             answer = token_range(encoding, one.end, len(one.text) - len(self._ending))
             start = max(before.start + moved, self.special.count(ids))
@@ -300,25 +294,29 @@ class Encoder:
             return self._steps.draft_of_text(text)
         if self.architecture == "encoder":
             encoding = self._backend.encode(text, add_special_tokens=True)
-            return Draft(encoding.ids, encoding.type_ids, sequence_range(encoding, 0), keeps_prompt_end=False)
+            ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+            return Draft(ids, types, sequence_range(encoding, 0), keeps_prompt_end=False)
         completed = self._client_texts.completed(text, ended=ended)
-        return self._draft_of_ids(self._backend.encode(completed, add_special_tokens=False).ids)
+        return self._draft_of_ids(self.token_ids.of([completed])[0])
 
-    def _draft_of_ids(self, ids: list[int]) -> Draft:
+    def _draft_of_ids(self, sent: list[int] | Ids) -> Draft:
         """Returns the draft of a whole sequence.
 
         Raises:
             InvalidTextError: A value is not a token id of this model.
         """
-        if not ids or not all(type(one) is int and 0 <= one < self._vocabulary for one in ids):
+        if isinstance(sent, list) and not (
+            sent and all(type(one) is int for one in sent) and min(sent) >= 0 and max(sent) < self._vocabulary
+        ):
             raise InvalidTextError(f"{{param}} must hold token ids from 0 to {self._vocabulary - 1:,}.", param="text")
+        ids = np.asarray(sent, np.int32)
         if self._steps is not None:
             raise InvalidTextError(
                 "{param} holds token ids, in which a process reward model cannot tell where steps end. Send text.",
                 param="text",
             )
         if self.architecture == "encoder":
-            return Draft(ids, [0] * len(ids), range(1, len(ids) - 1), keeps_prompt_end=False)
+            return Draft(ids, np.zeros_like(ids), range(1, len(ids) - 1), keeps_prompt_end=False)
         ids, _ = self.special.put(ids, rendered_here=False)
         return Draft(ids, None, range(self.special.count(ids), len(ids) - 1))
 
@@ -328,5 +326,5 @@ class Encoder:
         except SequenceTooLongError as error:
             return error
         keep_type_ids = draft.type_ids is not None and "token_type_ids" in self.tokenizer.model_input_names
-        types = tuple(draft.type_ids) if draft.type_ids is not None and keep_type_ids else None
-        return EncodedResponse(tuple(draft.ids), types, truncated, draft.read_at)
+        types = draft.type_ids if keep_type_ids else None
+        return EncodedResponse(draft.ids, types, truncated=truncated, read_at=draft.read_at)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tokenizers import Encoding
 
+from marginrm.encoding.token_ids import Ids
 from marginrm.errors import InvalidTextError, SequenceTooLongError
 from marginrm.text import AnyTruncation
 
@@ -17,8 +18,8 @@ class Draft:
     """A sequence before the length check.
 
     Attributes:
-        ids: Token ids.
-        type_ids: Segment ids of the same length, or None.
+        ids: Token ids, [tokens].
+        type_ids: Segment ids, [tokens], or None.
         prompt: The indices of tokens that belong to the prompt.
         response: The indices of tokens that belong to the response, its end marker excluded.
         keeps_prompt_end: A prompt that `longest_first` cuts loses its beginning, in place of its end.
@@ -27,9 +28,9 @@ class Draft:
             reward per response. Such a response is never cut.
     """
 
-    ids: list[int]
-    type_ids: list[int] | None
-    prompt: range
+    ids: Ids
+    type_ids: Ids | None
+    prompt: range = range(0)
     response: range = range(0)
     keeps_prompt_end: bool = True
     shortened: bool = False
@@ -133,6 +134,7 @@ def _shares(draft: Draft, excess: int) -> tuple[int, int]:
 
 
 def _remove(draft: Draft, cut: range) -> None:
-    del draft.ids[cut.start : cut.stop]
+    places = slice(cut.start, cut.stop)
+    draft.ids = np.delete(draft.ids, places)
     if draft.type_ids is not None:
-        del draft.type_ids[cut.start : cut.stop]
+        draft.type_ids = np.delete(draft.type_ids, places)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from marginrm.encoding.fitting import Draft, token_range, tokens_at
 from marginrm.encoding.rendering import RenderedText, Renderer, removal
 from marginrm.encoding.special_tokens import SpecialTokens
@@ -79,12 +81,12 @@ class StepEncoder:
             try:
                 parts = self._steps.split(response)
                 drafts.append(draft := self._draft(messages, parts))
-                same.setdefault((*draft.ids, draft.read_at), set()).add(tuple(part.strip() for part in parts))
+                same.setdefault((draft.ids.tobytes(), draft.read_at), set()).add(tuple(part.strip() for part in parts))
             except EncodingError as error:
                 drafts.append(error)
         return [
             removal("the part in which this response differs from another one")
-            if isinstance(one, Draft) and len(same[(*one.ids, one.read_at)]) > 1
+            if isinstance(one, Draft) and len(same[one.ids.tobytes(), one.read_at]) > 1
             else one
             for one in drafts
         ]
@@ -94,7 +96,7 @@ class StepEncoder:
             return self._pieces(messages, parts)
         one = stepped_text(self._renderer, messages, parts, self._steps)
         encoding = self._backend.encode(one.rendered.text, add_special_tokens=self._special.added_by_tokenizer)
-        ids, moved = self._special.put(encoding.ids, rendered_here=True)
+        ids, moved = self._special.put(np.array(encoding.ids, np.int32), rendered_here=True)
         cut = token_range(encoding, one.rendered.start, one.rendered.end)
         start = max(cut.start + moved, self._special.count(ids))
         read_at = tuple(at + moved for at in tokens_at(encoding, one.marks))
@@ -117,7 +119,7 @@ class StepEncoder:
         while (at := text.find(marker, at + 1)) >= 0:
             found.append(at + len(marker) - 1)
         encoding = self._backend.encode(text, add_special_tokens=False)
-        ids, moved = self._special.put(encoding.ids, rendered_here=False)
+        ids, moved = self._special.put(np.array(encoding.ids, np.int32), rendered_here=False)
         read_at = tuple(at + moved for at in tokens_at(encoding, found))
         return Draft(ids, None, range(self._special.count(ids), read_at[0]), read_at=read_at)
 
@@ -128,12 +130,12 @@ class StepEncoder:
             [prompt, self._steps.separator, *parts], add_special_tokens=self._special.added_by_tokenizer
         )
         ids, separator = list(pieces[0].ids), pieces[1].ids[-1]
-        removable = range(self._special.count(ids), len(ids))
+        removable = range(self._special.count(np.array(ids)), len(ids))
         read_at = []
         for piece in pieces[2:]:
             ids += [*piece.ids, separator]
             read_at.append(len(ids) - 1)
-        return Draft(ids, None, removable, read_at=tuple(read_at))
+        return Draft(np.array(ids, np.int32), None, removable, read_at=tuple(read_at))
 
 
 def stepped_text(

@@ -270,6 +270,12 @@ def transcript(messages: list[dict[str, Any]]) -> str:
 
 
 def _common_length(first: str, second: str) -> int:
-    """Returns how many leading characters two texts share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))
+    """Returns how many leading characters two texts share; by bisection, because slices compare fast."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from marginrm.encoding.frames import Frame
+from marginrm.encoding.token_ids import Ids
 from marginrm.errors import ConfigError
 from marginrm.process_rewards import StepReading
 from marginrm.reading import Eos
@@ -71,7 +74,7 @@ class SpecialTokens:
         self.ends_in_eos = self._eos is not None and (policy.eos == "on" or (policy.eos == "auto" and renderer.plain))
         self.leading_bos = self._count_leading(backend, renderer)
 
-    def put(self, ids: list[int], *, rendered_here: bool) -> tuple[list[int], int]:
+    def put(self, ids: Ids, *, rendered_here: bool) -> tuple[Ids, int]:
         """Gives a sequence its BOS, its end and nothing that is not read.
 
         Args:
@@ -86,18 +89,19 @@ class SpecialTokens:
         moved = 0
         if count is not None and self._bos is not None:
             has = self.count(ids)
-            ids, moved = [self._bos] * count + ids[has:], count - has
-        if self.ends_in_eos and ids[-1:] != [self._eos]:
-            ids = [*ids, self._eos]
-        appended = self._policy.appended
-        if appended is not None and ids[-1:] != [appended]:
-            ids = [*ids, appended]
+            moved = count - has
+            if moved:
+                ids = np.concatenate([np.full(count, self._bos, np.int32), ids[has:]])
+        if self.ends_in_eos:
+            ids = _ending_in(ids, self._eos)
+        if self._policy.appended is not None:
+            ids = _ending_in(ids, self._policy.appended)
         end = len(ids)
         while end > 1 and ids[end - 1] in self._policy.unread:
             end -= 1
         return ids[:end], moved
 
-    def count(self, ids: list[int]) -> int:
+    def count(self, ids: Ids) -> int:
         """Returns how many BOS tokens the ids start with."""
         if self._bos is None:
             return 0
@@ -108,8 +112,12 @@ class SpecialTokens:
             return None
         if self._policy.bos not in ("auto", "single"):
             return {"on": 1, "off": 0, "double": 2}[self._policy.bos]
-        added = self.count(backend.encode("a", add_special_tokens=True).ids)
-        printed = self.count(backend.encode(renderer.sample(), add_special_tokens=False).ids)
+        added = self.count(np.array(backend.encode("a", add_special_tokens=True).ids))
+        printed = self.count(np.array(backend.encode(renderer.sample(), add_special_tokens=False).ids))
         if self._policy.bos == "auto":
             return added if self.added_by_tokenizer else printed
         return 1 if added or printed else None
+
+
+def _ending_in(ids: Ids, token: int) -> Ids:
+    return ids if len(ids) and ids[-1] == token else np.append(ids, np.int32(token))

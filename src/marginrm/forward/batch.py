@@ -205,12 +205,12 @@ def pack(
     owner = None
     if not causal:
         owner = np.full(tokens, len(responses))  # a filler belongs to no response
-        lengths = [len(response.ids) for response in responses]
+        lengths = [response.tokens for response in responses]
         owner[: sum(lengths)] = np.repeat(np.arange(len(responses)), lengths)
     type_ids = None
-    if not causal and any(response.type_ids is not None for response in responses):
+    if not causal and any(response.types is not None for response in responses):
         type_ids = np.zeros((1, tokens), np.int64)
-        kinds = [kind for response in responses for kind in response.type_ids or ()]
+        kinds = np.concatenate([response.types for response in responses if response.types is not None])
         type_ids[0, : len(kinds)] = kinds
     start, end = plan.seen_by()
     last, first = plan.last, plan.first
@@ -235,18 +235,18 @@ def pack(
 def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int | None) -> PaddedBatch:
     """Pads every response to the longest, on the right. The padding token does not matter, as the mask hides it."""
     responses = [response for group in groups for response in group]
-    lengths = [len(response.ids) for response in responses]
+    lengths = [response.tokens for response in responses]
     longest = max(lengths)
     ids = np.full((len(responses), longest), pad_token_id or 0)
-    type_ids = np.zeros_like(ids) if any(response.type_ids is not None for response in responses) else None
+    type_ids = np.zeros_like(ids) if any(response.types is not None for response in responses) else None
     for row, response in enumerate(responses):
-        ids[row, : len(response.ids)] = response.array
-        if type_ids is not None and response.type_ids is not None:
-            type_ids[row, : len(response.ids)] = response.type_ids
+        ids[row, : response.tokens] = response.array
+        if type_ids is not None and response.types is not None:
+            type_ids[row, : response.tokens] = response.types
     counts = torch.tensor(lengths)
     read_at = None
     if any(response.read_at is not None for response in responses):
-        wanted = [(len(one.ids) - 1,) if one.read_at is None else one.read_at for one in responses]
+        wanted = [(one.tokens - 1,) if one.read_at is None else one.read_at for one in responses]
         read_at = torch.tensor([row * longest + at for row, positions in enumerate(wanted) for at in positions])
     return PaddedBatch(
         ids=_tensor(ids),

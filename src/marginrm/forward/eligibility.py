@@ -183,7 +183,7 @@ def _truth(classifier: PreTrainedModel, base: PreTrainedModel, groups: Sequence[
     _set_attention(base, "eager")
     pad_token = pad_token_of(base)
     ends_in_padding = any(
-        sequence.ids[-1] == pad_token
+        sequence.array[-1] == pad_token
         for group in groups
         for response in group
         for sequence in _ended_where_read(response)
@@ -230,7 +230,7 @@ def _ended_where_read(response: EncodedResponse) -> list[EncodedResponse]:
     """Returns the sequences whose last tokens are those that values are read at; in a decoder, later ones change nothing."""
     if response.read_at is None:
         return [response]
-    return [EncodedResponse(response.ids[: at + 1]) for at in response.read_at]
+    return [EncodedResponse(response.array[: at + 1]) for at in response.read_at]
 
 
 class _WindowRecorder:

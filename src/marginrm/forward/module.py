@@ -122,7 +122,7 @@ class RewardModule(nn.Module):
         if self.length_boundary is None and self.forward_path != "one_at_a_time":
             return collate(groups)
         whole = [GroupSlice(number, 0, len(group)) for number, group in enumerate(groups)]
-        lengths = [[len(response.ids) for response in group] for group in groups]
+        lengths = [[response.tokens for response in group] for group in groups]
         alone, differ = self.forward_path == "one_at_a_time", every_length_differs(self.base.config)
         steps = list(split_by_length(whole, lengths, self.length_boundary, every_length=differ, alone=alone))
         return collate(groups) if len(steps) == 1 else split(steps, groups, collate)

@@ -42,7 +42,7 @@ def plan(config: TrainConfig, splits: Splits, module: RewardModule) -> str:
     an_epoch = len(pairs) // (optim.train_batch * ranks())
     accumulated = optim.pairs_per_step // (optim.train_batch * ranks())
     steps = math.ceil(math.ceil(an_epoch / accumulated) * optim.epochs)
-    lengths = [len(side.ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
+    lengths = [side.tokens for pair in pairs for side in (pair.chosen, pair.rejected)]
     computed = computed_tokens(pairs, optim.train_batch, module)
     measured = measure(config, pairs, module)
     minutes = measured.seconds_per_token * computed * optim.epochs / ranks() / 60
@@ -75,7 +75,7 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 def measure(config: TrainConfig, pairs: Sequence[EncodedPair], module: RewardModule) -> Measured:
     """Times a typical batch and weighs the longest one; the module's gradients are cleared afterwards."""
     size = config.optim.train_batch
-    by_length = sorted(pairs, key=lambda pair: len(pair.chosen.ids) + len(pair.rejected.ids))
+    by_length = sorted(pairs, key=lambda pair: pair.chosen.tokens + pair.rejected.tokens)
     middle = max(0, (len(by_length) - size) // 2)
     activations = _saved_bytes(module, by_length[-size:], config)
     started = time.perf_counter()
