@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -59,9 +60,38 @@ async def encode(
             part = replace(group, responses=group.responses[span.start : span.stop])
             encoded[span.group] += encode_unless_oversized(encoder, part, truncation)
 
+    loop = asyncio.get_running_loop()
+    parts: Counter[int] = Counter()
     for chunk in _chunks(groups, whole=truncation == "prompt_left"):
-        await asyncio.get_running_loop().run_in_executor(pool, encode_chunk, chunk)
+        parts.update(span.group for span in chunk)
+        await loop.run_in_executor(pool, encode_chunk, chunk)
+    for number, count in parts.items():
+        if count > 1:
+            await loop.run_in_executor(pool, _find_removals, encoder, groups[number], truncation, encoded[number])
     return encoded
+
+
+def _find_removals(encoder: Encoder, group: TextGroup, truncation: AnyTruncation, outcomes: list[Encoded]) -> None:
+    """Encodes responses again, together, that have equal tokens and were encoded in different parts.
+
+    The encoder sees only then that they differ in what a chat template removes, and gives each an error.
+
+    Args:
+        encoder: The model's encoder.
+        group: The group.
+        truncation: The treatment of sequences above the model's limit.
+        outcomes: One per response; replaced in place.
+    """
+    same: dict[tuple[bytes, tuple[int, ...] | None], list[int]] = {}
+    for index, one in enumerate(outcomes):
+        if isinstance(one, EncodedResponse):
+            same.setdefault((one.array.tobytes(), one.read_at), []).append(index)
+    for indices in same.values():
+        responses = [group.responses[index] for index in indices]
+        if any(response != responses[0] for response in responses):
+            together = encode_unless_oversized(encoder, replace(group, responses=responses), truncation)
+            for index, one in zip(indices, together, strict=True):
+                outcomes[index] = one
 
 
 def text_length(value: Any) -> int:
