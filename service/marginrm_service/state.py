@@ -71,7 +71,7 @@ class Service:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:  # FastAPI would call a plain function in a thread
     """Returns the state of the app that a request came to."""
     service: Service = request.app.state.service
     return service

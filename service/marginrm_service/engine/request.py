@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from marginrm.errors import MarginRMError
@@ -90,7 +90,7 @@ class Timings:
 
     def by_stage(self) -> dict[str, float]:
         """Returns the seconds by the stage's name, as in metrics and in `Server-Timing`."""
-        return asdict(self)
+        return {"tokenise": self.tokenise, "queue": self.queue, "forward": self.forward, "total": self.total}
 
 
 @dataclass(frozen=True, slots=True)

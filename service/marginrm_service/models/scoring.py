@@ -30,6 +30,8 @@ from marginrm_service.engine.reward_cache import PositionsByKey, positions_by_ke
 from marginrm_service.models.served_model import ServedModel
 from marginrm_service.models.tokenising import Encoded, encode, text_length
 
+_FEW = 4  # responses of which a job is made sooner than a thread is woken
+
 
 async def score(
     model: ServedModel, request: ScoringRequest, pool: Executor, on_group: OnGroup | None = None
@@ -51,8 +53,11 @@ async def score(
     with admission.acquire(admission.expected_tokens(characters), request.seconds, bulk=request.bulk) as permit:
         started = perf_counter()
         encoded = await encode(model.encoder, request.groups, request.truncation, pool)
-        loop = asyncio.get_running_loop()
-        job, positions = await loop.run_in_executor(pool, _job_of, encoded, model, request.tenant)
+        if sum(map(len, encoded)) <= _FEW:
+            job, positions = _job_of(encoded, model, request.tenant)
+        else:
+            loop = asyncio.get_running_loop()
+            job, positions = await loop.run_in_executor(pool, _job_of, encoded, model, request.tenant)
         tokenised = perf_counter()
         admission.observe_characters_per_token(characters, job.cost)
         job.bulk = request.bulk
