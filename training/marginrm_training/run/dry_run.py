@@ -15,6 +15,7 @@ from marginrm_training.config import TrainConfig
 from marginrm_training.data.collate import PairCollator
 from marginrm_training.data.splits import EncodedPair, Splits
 from marginrm_training.method.losses import bradley_terry
+from marginrm_training.run.activations import KeptBytes
 from marginrm_training.run.distributed import ranks
 
 _BARS = 8
@@ -77,7 +78,7 @@ def measure(config: TrainConfig, pairs: Sequence[EncodedPair], module: RewardMod
     size = config.optim.train_batch
     by_length = sorted(pairs, key=lambda pair: pair.chosen.tokens + pair.rejected.tokens)
     middle = max(0, (len(by_length) - size) // 2)
-    activations = _saved_bytes(module, by_length[-size:], config)
+    activations = _kept_bytes(module, by_length[-size:], config)
     started = time.perf_counter()
     tokens = _pass(module, by_length[middle : middle + size], config)
     return Measured((time.perf_counter() - started) / tokens, activations)
@@ -96,20 +97,18 @@ def _pass(module: RewardModule, pairs: Sequence[EncodedPair], config: TrainConfi
     return row.tokens
 
 
-def _saved_bytes(module: RewardModule, pairs: Sequence[EncodedPair], config: TrainConfig) -> int:
-    """Adds up what autograd keeps for the backward pass, each storage once and weights not at all."""
-    own = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _pass(module, pairs, config)
-    return sum(kept.values())
+def _kept_bytes(module: RewardModule, pairs: Sequence[EncodedPair], config: TrainConfig) -> int:
+    """Returns the bytes that a forward pass keeps for the backward pass."""
+    row = PairCollator(module)(pairs)["batch"].row.to(module.device)
+    module.train()
+    with (
+        KeptBytes() as kept,
+        torch.autocast(module.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"),
+    ):
+        rewards = module(row)
+        total = kept.total
+    del rewards
+    return total
 
 
 def computed_tokens(pairs: Sequence[EncodedPair], size: int, module: RewardModule) -> int:

@@ -21,6 +21,7 @@ from marginrm_training.data.splits import load_splits
 from marginrm_training.evaluation.groups import load_groups
 from marginrm_training.evaluation.pairs import score_pairs
 from marginrm_training.method.margins import MarginMethod, check_reference_batch
+from marginrm_training.run.activations import save_activations
 from marginrm_training.run.distributed import (
     check_sharding,
     gather_trained_module,
@@ -123,8 +124,10 @@ def load(config: TrainConfig) -> tuple[RewardModule, Encoder]:
 
 def tune_for_training(trainer: MarginTrainer, module: RewardModule) -> None:
     """Tunes the module on the device and in the dtype of the trainer, which has moved its weights there."""
+    recompute = trainer.config.model.gradient_checkpointing == "mlp"
     with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
         tune(module, "training", whole_last_layer=trainer.is_deepspeed_enabled)  # DeepSpeed follows a layer's calls
+        save_activations(module, recompute_mlps=recompute)
 
 
 def method_info(config: TrainConfig, method: MarginMethod, trainer: MarginTrainer) -> MethodInfo:

@@ -99,6 +99,7 @@ class MarginTrainer(Trainer):
     ) -> None:
         self.method: MarginMethod = config.method.method()
         self.method_config = config.method
+        self.config = config
         self.running_mean = RunningMean(self.method.ema if self.method.ema is not None else 0.9)
         self.style = _style_term(pairs) if config.method.style_control else None
         self.step_log = StepLog()
@@ -108,7 +109,7 @@ class MarginTrainer(Trainer):
             raise ConfigError(f"eval_every = {config.eval_every}, and there are no held-out pairs. Set it to 0.")
         arguments = training_arguments(config, len(pairs), run_dir)
         check_reference_batch(self.method, min(len(pairs), config.optim.train_batch * arguments.world_size))
-        if config.model.gradient_checkpointing:
+        if config.model.gradient_checkpointing is True:
             module.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         super().__init__(
             model=module,
