@@ -12,9 +12,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from marginrm.errors import ConfigError
 from marginrm_training.method.margins import ESTIMATED, POOLED, Estimator, MarginMethod, named
@@ -47,17 +47,47 @@ class ModelConfig(_Section):
         "float32", description="dtype of matrix products. With bfloat16, weights, head and loss stay float32. ours"
     )
     lora: LoraSection | None = Field(None, description="Absent: all weights are trained.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
+    gradient_checkpointing: bool | Literal["mlp"] = Field(
+        "mlp",
+        description="Activations that are computed again in the backward pass: those of the MLPs, of whole layers (true: "
+        "least memory, up to a third more time) or none (false). ours",
+    )
     trust_remote_code: bool = Field(False, description="Allow code that comes with the checkpoint to run.")
+
+
+class SourceConfig(_Section):
+    """[[data.sources]]: one of several sources of training pairs."""
+
+    path: str = Field(description="As data.train.")
+    name: str | None = Field(None, description="Name in figures and manifest; the path if unset.")
+    format: Literal["pairs", "hh_rlhf", "shp"] | None = Field(None, description="data.format if unset.")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Share of the training pairs, relative to the other weights. All sources have one, or none has: then "
+        "all pairs are used.",
+    )
+    limit: int | None = Field(None, ge=1, description="Use this many of its pairs at most, drawn at random.")
+    stream: int | None = Field(None, ge=1, description="As data.stream.")
+    columns: dict[str, str] = Field(
+        {}, description='Names of the rows for the format\'s fields, e.g. { prompt = "question" }.'
+    )
+
+    @property
+    def label(self) -> str:
+        """The source's name."""
+        return self.name or self.path
 
 
 class DataConfig(_Section):
     """[data]: the preference pairs."""
 
-    train: str = Field(
+    train: str | None = Field(
+        None,
         description="Preference pairs: a .jsonl, .parquet or .csv file (.gz too), a folder of them, or a data set: "
-        "a folder that save_to_disk wrote, owner/name, owner/name:split or owner/name:subset:split."
+        "a folder that save_to_disk wrote, owner/name, owner/name:split or owner/name:subset:split.",
     )
+    sources: tuple[SourceConfig, ...] = Field((), description="Several sources in place of `train`.")
     format: Literal["pairs", "hh_rlhf", "shp"] = Field("pairs", description="Format of the rows of every source.")
     stream: int | None = Field(
         None, ge=1, description="Read only this many rows of the training data set, as they come."
@@ -76,6 +106,18 @@ class DataConfig(_Section):
     calibration_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to calibrate on. ours")
     test_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to report on. ours")
     limit: int | None = Field(None, ge=1, description="Use this many training pairs at most, drawn at random.")
+    benchmarks: tuple[str, ...] = Field(
+        (), description="Files of rows with a `prompt`: training pairs whose prompts overlap with one are left out."
+    )
+    near_duplicates: Literal["keep", "drop"] = Field(
+        "keep",
+        description="Treatment of training pairs whose prompts overlap with a held-out one. Equal ones always go.",
+    )
+    overlap_words: int = Field(
+        13,
+        ge=3,
+        description="Prompts overlap if they share so many words in a row, or are shorter and equal. GPT-3: 13",
+    )
     max_bad_rows: int | None = Field(
         None,
         ge=0,
@@ -85,6 +127,19 @@ class DataConfig(_Section):
     too_long: Literal["drop", "prompt_left"] = Field(
         "drop", description="Treatment of pairs over max_length: drop and count them, or cut the prompt (prompt_left)."
     )
+
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> Self:
+        if (self.train is None) == (not self.sources):
+            raise ValueError("give either data.train or [[data.sources]]")
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError("two of data.sources have one name; give each a `name`")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ValueError("only some of data.sources have a weight; give all of them one, or none")
+        if self.sources and self.stream is not None:
+            raise ValueError("data.stream is for data.train; each of data.sources has a `stream` of its own")
+        return self
 
 
 class MethodConfig(_Section):

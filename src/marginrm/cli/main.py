@@ -29,6 +29,7 @@ _ORDER = (
     "key",
     "score",
     "inspect",
+    "convert",
     "train",
     "evaluate",
     "calibrate",

@@ -111,6 +111,8 @@ def _configured(folder: Path, spec: Mapping[str, Any]) -> TrainConfig:
     raw = spec["config"]
     share = spec["axes"].get(FLIP)
     if share:
+        if "train" not in raw["data"]:
+            raise ConfigError("The axis `flip` swaps the labels of data.train; it cannot be used with data.sources.")
         flipped = folder / "train.jsonl"
         flip_labels(Path(expand(raw["data"]["train"])), flipped, share, spec["seed"])
         raw = raw | {"data": raw["data"] | {"train": str(flipped)}}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from marginrm.errors import DataError
 from marginrm.texts.places import Stream, data_set_rows, file_rows, files_of
@@ -34,7 +36,12 @@ class Source:
 
 
 def read_source(
-    name: str, path: str, form: Form = "pairs", stream: Stream | None = None, max_bad_rows: int | None = None
+    name: str,
+    path: str,
+    form: Form = "pairs",
+    stream: Stream | None = None,
+    max_bad_rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Source:
     """Reads all pairs of a place, or the first ones of a stream. Malformed rows are counted by reason and left out.
 
@@ -44,6 +51,7 @@ def read_source(
         form: Format of the rows.
         stream: For data sets: read this many rows as they come.
         max_bad_rows: Most malformed rows; None for any number, 0 to stop at the first.
+        columns: Names of the format's fields, with the names that these rows have for them.
 
     Raises:
         DataError: There is no such place, it cannot be read, more rows are malformed than allowed, or all are.
@@ -62,12 +70,24 @@ def read_source(
         if not files:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         try:
-            pairs.append(parse(row, source))
+            pairs.append(parse(_renamed(row, columns or {}, source), source))
         except DataError as error:
             malformed(error)
     malformed.check(len(pairs))
     fingerprint = file_hash(files) if files else digest.hexdigest()
     return Source(name, pairs, len(pairs) + malformed.rows.total, fingerprint, malformed.rows)
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str], source: str) -> dict[str, Any]:
+    for name, theirs in columns.items():
+        if theirs not in row:
+            raise DataError.of_row(
+                source,
+                f"without the column {theirs}",
+                f"has no column '{theirs}', which `columns` reads '{name}' from.",
+            )
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return rest | {name: row[theirs] for name, theirs in columns.items()}
 
 
 def file_hash(files: list[Path]) -> str:

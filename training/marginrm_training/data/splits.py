@@ -14,11 +14,12 @@ from marginrm.encoding import EncodedResponse, Encoder
 from marginrm.errors import DataError, EncodingError
 from marginrm.manifest import DataFile
 from marginrm.text import Prompt, Truncation
-from marginrm.texts.places import Stream
 from marginrm.texts.preferences import PreferencePair
 from marginrm_training.config import DataConfig, expand
 from marginrm_training.data.excluded import ExcludedRows
-from marginrm_training.data.sources import read_source
+from marginrm_training.data.mixture import SOURCE_NAME, draw_by_weight, read_training
+from marginrm_training.data.overlap import PromptIndex, without_benchmarks
+from marginrm_training.data.sources import Source, read_source
 from marginrm_training.method.margins import MarginMethod
 
 _log = logging.getLogger(__name__)
@@ -81,38 +82,75 @@ def load_splits(config: DataConfig, encoder: Encoder, method: MarginMethod, seed
         DataError: A file cannot be read, more rows are malformed than `data.max_bad_rows` allows, a margin is missing in
             any row or has two sources, or a split has no usable pair.
     """
-    places = {"train": config.train, "calibration": config.calibration, "test": config.test}
-    stream = Stream(config.stream, seed) if config.stream else None
+    training = read_training(config, seed)
+    given = {name: place for name, place in (("calibration", config.calibration), ("test", config.test)) if place}
     sources = {
-        name: read_source(place, expand(place), config.format, stream if name == "train" else None, config.max_bad_rows)
-        for name, place in places.items()
-        if place
+        name: read_source(place, expand(place), config.format, max_bad_rows=config.max_bad_rows)
+        for name, place in given.items()
     }
-    check_margins(sources["train"].pairs, method, ignore=config.ignore_margins)
     parts = {name: source.pairs for name, source in sources.items()}
+    parts["train"] = [pair for source in training for pair in source.pairs]
+    check_margins(parts["train"], method, ignore=config.ignore_margins)
     for name, share in (("calibration", config.calibration_share), ("test", config.test_share)):
         if name not in parts:
             parts[name], parts["train"] = split_by_prompt(parts["train"], share, seed=f"{seed}:{name}")
     splits: dict[str, Split] = {}
-    held_out: set[str] = set()
+    held_out = HeldOut(config)
     for name in ("test", "calibration", "train"):
-        kept, leaked = without_prompts(parts[name], held_out)
+        kept, excluded = held_out.without(parts[name])
         if name == "train":
+            kept, known = without_benchmarks(kept, config.benchmarks, config.overlap_words)
+            excluded.update(known)
+            kept = draw_by_weight(kept, config.sources, seed)
             random.Random(f"{seed}:order").shuffle(kept)
         used = method if name == "train" else MarginMethod()
         limit = config.limit if name == "train" else None
         splits[name] = encode_pairs(name, kept, encoder, used, config.too_long, limit)
-        splits[name].excluded.update(leaked)
-        if name in sources:
-            splits[name].excluded.update(sources[name].excluded)
+        splits[name].excluded.update(excluded)
+        for source in training if name == "train" else [sources[name]] if name in sources else []:
+            splits[name].excluded.update(source.excluded)
         if not splits[name].pairs:
-            raise DataError(f"{places[name] or config.train}: no usable pairs are left. {splits[name].summary()}")
-        held_out |= {prompt_key(pair.prompt) for pair in kept}
-    files = tuple(
-        DataFile(path=source.name, sha256=source.sha256, rows=source.rows, pairs_used=len(splits[name].pairs))
-        for name, source in sources.items()
-    )
-    return Splits(splits["train"], splits["calibration"], splits["test"], files)
+            place = given.get(name) or ", ".join(source.name for source in training)
+            raise DataError(f"{place}: no usable pairs are left. {splits[name].summary()}")
+        held_out.add(kept)
+    files = [_data_file(source, _pairs_of(source, splits["train"].pairs, config)) for source in training]
+    files += [_data_file(source, len(splits[name].pairs)) for name, source in sources.items()]
+    return Splits(splits["train"], splits["calibration"], splits["test"], tuple(files))
+
+
+class HeldOut:
+    """The prompts of the splits that training must not see.
+
+    Args:
+        config: Says whether overlapping prompts count as the same.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._keys: set[str] = set()
+        self._index = PromptIndex(config.overlap_words) if config.near_duplicates == "drop" else None
+
+    def add(self, pairs: Sequence[PreferencePair]) -> None:
+        """Adds the prompts of a split."""
+        self._keys |= {prompt_key(pair.prompt) for pair in pairs}
+        if self._index is not None:
+            self._index.add(pair.prompt for pair in pairs)
+
+    def without(self, pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair], ExcludedRows]:
+        """Returns the pairs with other prompts, and the rest as excluded rows."""
+        kept, excluded = without_prompts(pairs, self._keys)
+        if self._index is not None:
+            kept, near = self._index.without(kept, "with a prompt close to a held-out one")
+            excluded.update(near)
+        return kept, excluded
+
+
+def _pairs_of(source: Source, pairs: Sequence[EncodedPair], config: DataConfig) -> int:
+    """Returns how many pairs of a source are used."""
+    return sum(pair.pair.extra[SOURCE_NAME] == source.name for pair in pairs) if config.sources else len(pairs)
+
+
+def _data_file(source: Source, pairs_used: int) -> DataFile:
+    return DataFile(path=source.name, sha256=source.sha256, rows=source.rows, pairs_used=pairs_used)
 
 
 def read(path: str, max_bad_rows: int | None = None) -> list[PreferencePair]:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from marginrm.calibration import Floats, calibrate, correctness
 from marginrm.reward_model import RewardModel
+from marginrm_training.data.mixture import SOURCE_NAME
 from marginrm_training.data.splits import EncodedPair
 from marginrm_training.evaluation.style import by_style
 
@@ -68,7 +69,8 @@ def evaluate(rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: fl
         "reward_mean": float(np.concatenate([rewards.chosen, rewards.rejected]).mean()),
         "reward_std": float(np.concatenate([rewards.chosen, rewards.rejected]).std()),
     }
-    return metrics | length_diagnostics(d, pairs) | by_style(d, pairs, temperature) | by_strength(d, pairs)
+    metrics |= length_diagnostics(d, pairs) | by_style(d, pairs, temperature) | by_strength(d, pairs)
+    return metrics | by_source(d, pairs, temperature)
 
 
 def length_diagnostics(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:
@@ -97,6 +99,18 @@ def by_strength(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:
         if inside.any():
             found[f"accuracy_strength_{low:g}_{high:g}"] = float(correct[inside].mean())
             found[f"pairs_strength_{low:g}_{high:g}"] = float(inside.sum())
+    return found
+
+
+def by_source(d: Floats, pairs: Sequence[EncodedPair], temperature: float) -> dict[str, float]:
+    """Returns accuracy, ECE and number of pairs for each source, if the run has several."""
+    names = [pair.pair.extra.get(SOURCE_NAME) for pair in pairs]
+    found = {}
+    for name in sorted({name for name in names if name is not None}):
+        own = d[np.array([one == name for one in names])]
+        found[f"accuracy_source_{name}"] = float(correctness(own).mean())
+        found[f"ece_source_{name}"] = calibrate(own.tolist(), temperature=temperature).ece_after
+        found[f"pairs_source_{name}"] = float(len(own))
     return found
 
 
