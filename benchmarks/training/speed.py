@@ -63,6 +63,12 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Samples that each contender trains on.")] = 3,
     steps: Annotated[int, typer.Option(min=2, help="Steps in a sample.")] = 4,
     batch: Annotated[int, typer.Option(min=8, help="Pairs in a step, in one forward pass.")] = 16,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of a model to train in place of the built ones, on short prompts.")
+    ] = None,
+    longest: Annotated[
+        int, typer.Option(min=64, help="Most tokens of a sequence, before prompts are lengthened.")
+    ] = 256,
     data: DataFolder = None,
     output: Annotated[Path, typer.Option(help="Folder for models and results.")] = Path("runs/training_speed"),
 ) -> None:
@@ -77,15 +83,17 @@ def main(
     }
     loss_only = loss_seconds(methods, batch)
     results = []
-    for name in all_known(models, NAMES):
-        folder = build(name, output / "models", texts.for_tokenizer)
+    folders = {folder.name: folder} if folder else {}
+    for name in () if folder else all_known(models, NAMES):
+        folders[name] = build(name, output / "models", texts.for_tokenizer)
+    for name, start in folders.items():
         size = steps * batch
-        short = list(islice(short_pairs(Samples(folder, texts)), (rounds + 1) * size))
+        short = list(islice(short_pairs(Samples(start, texts), longest), (rounds + 1) * size))
         # An encoder shares no prompt, and longer prompts do not fit MiniLM.
-        workloads = {SHORT: short} if name == MINILM else {SHORT: short, LONG: list(lengthened(short))}
+        workloads = {SHORT: short} if folder or name == MINILM else {SHORT: short, LONG: list(lengthened(short))}
         for workload, pairs in workloads.items():
             samples = [Sample(tuple(pairs[start : start + size])) for start in range(0, len(pairs), size)]
-            found = interleave(folder, samples, contenders).summary()
+            found = interleave(start, samples, contenders).summary()
             results.append({"model": name, "workload": workload} | found | {"loss_seconds": loss_only})
             (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             typer.echo(json.dumps(results[-1]), err=True)
@@ -94,12 +102,12 @@ def main(
     typer.echo(tables)
 
 
-def short_pairs(samples: Samples) -> Iterator[TokenizedGroup]:
-    """Yields pairs of at most 256 tokens a sequence."""
+def short_pairs(samples: Samples, longest: int = _LONGEST) -> Iterator[TokenizedGroup]:
+    """Yields pairs of at most so many tokens a sequence."""
     number = 0
     while True:
         for group in samples.sample(WORKLOADS["pairs"], number).groups:
-            if max(map(len, group.ids)) <= _LONGEST:
+            if max(map(len, group.ids)) <= longest:
                 yield group
         number += 1
 

@@ -1,6 +1,6 @@
 """Less memory for activations: what costs little to compute again is not kept for the backward pass.
 
-Autograd keeps five tensors of the MLP's width for each gated MLP, and of each RMSNorm its input, its normalised input
+Autograd keeps four tensors of the MLP's width for each gated MLP, and of each RMSNorm its input, its normalised input
 and, under autocast, one half-precision copy for each projection that reads the result. Here an MLP keeps its input
 only and is computed again in the backward pass (T. Chen et al., arXiv 1604.06174, applied to this part alone); an
 RMSNorm keeps its input and one number per token.
