@@ -17,7 +17,7 @@ from marginrm.bulk.summary import Summary, reason_of
 from marginrm.errors import ConfigError, EncodingError, MarginRMError, NonFiniteRewardError
 from marginrm.process_rewards import steps_of
 from marginrm.reading import ReadingOptions
-from marginrm.text import Dtype, Response, Truncation
+from marginrm.text import Dtype, Truncation
 
 if TYPE_CHECKING:
     from marginrm.bulk.rows import InputRow
@@ -171,7 +171,7 @@ def _encoded(model: RewardModel, given: InputRow, truncation: Truncation) -> dic
     return group
 
 
-def _as_text(response: Response) -> Response:
+def _as_text(response: Any) -> Any:
     """Returns a list of one text as that text: published data writes a response so, and it is not a list of steps."""
     return response[0] if not isinstance(response, str) and len(response) == 1 else response
 

@@ -14,8 +14,9 @@ import numpy as np
 from marginrm.calibration import Floats
 from marginrm.errors import ConfigError
 from marginrm.reward_model import RewardModel
+from marginrm.texts.places import Stream
 from marginrm_training.config import TrainConfig, expand
-from marginrm_training.data.sources import Stream, read_source
+from marginrm_training.data.sources import read_source
 from marginrm_training.data.splits import EncodedPair, Split, check_margins, encode_pairs, prompt_key
 from marginrm_training.evaluation.pairs import score_pairs
 from marginrm_training.files import replace_file

@@ -31,7 +31,7 @@ Filter = Literal["none", "below_mean"]
 LossName = Literal["margin", "scaled_bt", "soft_label"]
 
 POOLED: frozenset[Estimator] = frozenset({"transport", "small_margin"})  # read every pair of the reference batch
-ESTIMATED: frozenset[Estimator] = frozenset({"batch_mean", "ema_mean", "deficit", "zscore_exp"}) | POOLED
+ESTIMATED: frozenset[Estimator] = frozenset[Estimator]({"batch_mean", "ema_mean", "deficit", "zscore_exp", *POOLED})
 SMALLEST_REFERENCE_BATCH = 8
 
 
@@ -257,7 +257,8 @@ def _transport(method: MarginMethod, d: Tensor, reference: Reference, chosen: Te
         raise ValueError("`transport` needs the rewards of the reference batch")
     all_chosen, all_rejected = reference.pool.float().sort(dim=1).values
     place = torch.searchsorted(all_chosen, chosen.contiguous()).clamp(max=len(all_chosen) - 1)
-    return method.scale * (chosen - all_rejected[place])
+    margins: Tensor = method.scale * (chosen - all_rejected[place])
+    return margins
 
 
 def _small_margin(method: MarginMethod, d: Tensor, reference: Reference, labels: Tensor | None) -> Tensor:
