@@ -53,6 +53,10 @@ def audit(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = _config(source, model, overrides or ())
+    if without and config.data.train is None:
+        raise ConfigError(
+            "--without writes the rows of one file, and the run has several sources. Audit them one by one."
+        )
     split = audited_pairs(config)
     typer.echo(split.summary())
     typer.echo(cost(config, split.pairs, folds))
@@ -111,6 +115,8 @@ def write_without(config: TrainConfig, path: Path, sources: set[str]) -> int:
     from marginrm.texts.places import read_raw
     from marginrm_training.config import expand
     from marginrm_training.files import replace_file
+
+    assert config.data.train is not None  # the command refuses several sources
 
     def unreadable(error: Exception) -> None:
         typer.echo(f"left out: {error}", err=True)

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from marginrm.calibration import Floats
-from marginrm.errors import ConfigError
+from marginrm.errors import ConfigError, DataError
 from marginrm.reward_model import RewardModel
-from marginrm.texts.places import Stream
-from marginrm_training.config import TrainConfig, expand
-from marginrm_training.data.sources import read_source
+from marginrm_training.config import TrainConfig
+from marginrm_training.data.mixture import read_training
 from marginrm_training.data.splits import EncodedPair, Split, check_margins, encode_pairs, prompt_key
 from marginrm_training.evaluation.pairs import score_pairs
 from marginrm_training.files import replace_file
@@ -30,21 +29,23 @@ _NEVER = 10**9  # steps: folds resume, steps within one do not
 
 
 def audited_pairs(config: TrainConfig) -> Split:
-    """Reads and encodes every row of `data.train`, the ones that a run would hold out included.
+    """Reads and encodes every row of the training sources, the ones that a run would hold out included.
 
     Raises:
         ConfigError: Several processes were started.
-        DataError: The file cannot be read, or has no usable pair.
+        DataError: A source cannot be read, or no pair is usable.
     """
     if ranks() > 1:
         raise ConfigError("`marginrm audit` trains in one process. Start it without a launcher.")
     method = config.method.method()
-    stream = Stream(config.data.stream, config.seed) if config.data.stream else None
-    place = config.data.train
-    source = read_source(place, expand(place), config.data.format, stream, config.data.max_bad_rows)
-    check_margins(source.pairs, method, ignore=config.data.ignore_margins)
-    split = encode_pairs("audit", source.pairs, load(config)[1], method, config.data.too_long, config.data.limit)
-    split.excluded.update(source.excluded)
+    sources = read_training(config.data, config.seed)
+    rows = [pair for source in sources for pair in source.pairs]
+    check_margins(rows, method, ignore=config.data.ignore_margins)
+    split = encode_pairs("audit", rows, load(config)[1], method, config.data.too_long, config.data.limit)
+    for source in sources:
+        split.excluded.update(source.excluded)
+    if not split.pairs:
+        raise DataError(f"{', '.join(source.name for source in sources)}: no usable pairs. {split.summary()}")
     return split
 
 
