@@ -12,6 +12,7 @@ and `brier`. *Confidence* sigmoid(|d| / T), which is at least 0.5, against "rank
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from marginrm.manifest import Calibration, ReliabilityBin, RiskCoveragePoint
 Floats = NDArray[np.float64]  # shapes are given where it is used
 
 T_MIN, T_MAX = 1 / 64, 64.0
+BINS = 15  # of a reliability diagram, over [0, 1]: those of the literature
+_GOLDEN = (math.sqrt(5) - 1) / 2
 _NORMAL_975 = 1.96  # the normal distribution's 97.5% point
 _VAGUE = 2.0  # an interval whose upper end is this many times the lower one gets a note
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -101,8 +104,45 @@ def temperature_interval(margins: ArrayLike, temperature: float) -> tuple[float,
     return temperature / factor, temperature * factor
 
 
+def narrowed(margins: ArrayLike, stds: ArrayLike, temperature: float) -> Floats:
+    """Returns margins with which sigmoid(margin / T) integrates over their uncertainty, in the shape of `margins`.
+
+    sigmoid(d / sqrt(T^2 + pi / 8 s^2)) is sigmoid(d' / T) of these d' (the probit approximation: MacKay 1992).
+
+    Args:
+        margins: reward(chosen) - reward(rejected).
+        stds: Standard deviations of the margins.
+        temperature: T.
+    """
+    d, s = np.asarray(margins, dtype=np.float64), np.asarray(stds, dtype=np.float64)
+    found: Floats = d / np.sqrt(1.0 + math.pi / 8 * (s / _positive(temperature)) ** 2)
+    return found
+
+
+def fit_uncertain_temperature(margins: ArrayLike, stds: ArrayLike) -> float:
+    """Fits T of sigmoid(d / sqrt(T^2 + pi / 8 s^2)), as `fit_temperature` does without standard deviations.
+
+    Args:
+        margins: reward(chosen) - reward(rejected) of each pair, [n].
+        stds: Standard deviations of the margins, [n].
+    """
+    d, _ = _checked(margins, None)
+    s = np.asarray(stds, dtype=np.float64)
+
+    def loss(log_t: float) -> float:
+        return nll(narrowed(d, s, math.exp(log_t)), math.exp(log_t))
+
+    grid = np.linspace(math.log(T_MIN), math.log(T_MAX), 65)
+    place = int(np.argmin([loss(float(log_t)) for log_t in grid]))
+    low, high = float(grid[max(place - 1, 0)]), float(grid[min(place + 1, len(grid) - 1)])
+    for _ in range(60):  # golden section
+        first, second = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        low, high = (low, second) if loss(first) <= loss(second) else (first, high)
+    return math.exp((low + high) / 2)
+
+
 def calibrate(
-    margins: ArrayLike, temperature: float | None = None, bins: int = 15, targets: ArrayLike | None = None
+    margins: ArrayLike, temperature: float | None = None, bins: int = BINS, targets: ArrayLike | None = None
 ) -> Calibration:
     """Fits a temperature, or takes the given one, and measures confidences before (T = 1) and after.
 
@@ -138,6 +178,39 @@ def calibrate(
     )
 
 
+def calibrate_uncertain(margins: ArrayLike, stds: ArrayLike, temperature: float | None = None) -> Calibration:
+    """Fits T beside the uncertainty of the margins, or takes the given one, and measures confidences as `calibrate` does.
+
+    Args:
+        margins: reward(chosen) - reward(rejected) of held-out pairs, [n].
+        stds: Standard deviations of the margins, [n].
+        temperature: T to measure; fitted on these pairs by default.
+    """
+    t = fit_uncertain_temperature(margins, stds) if temperature is None else temperature
+    plain = calibrate(margins, temperature=t)
+    after = calibrate(narrowed(margins, stds, t), temperature=t)
+    interval = temperature_interval(narrowed(margins, stds, t), t) if temperature is None else None
+    measured = ("ece_after", "brier_after", "nll_after", "reliability", "risk_coverage")
+    return plain.model_copy(
+        update={name: getattr(after, name) for name in measured} | {"temperature_interval": interval}
+    )
+
+
+def area_under_risk_coverage(margins: ArrayLike, stds: ArrayLike | None = None, temperature: float = 1.0) -> float:
+    """Returns the mean error rate among the k most confident pairs over all k (AURC: Geifman et al. 2019), in [0, 1].
+
+    Pairs of equal confidence count by their mean error.
+
+    Args:
+        margins: reward(chosen) - reward(rejected), [n].
+        stds: Standard deviations of the margins, [n]; without them the order of confidence is that of the margins' size.
+        temperature: T, which matters for the order only beside standard deviations.
+    """
+    d = np.asarray(margins if stds is None else narrowed(margins, stds, temperature), dtype=np.float64)
+    d, _ = _checked(d, None)
+    return float(np.mean(_cumulative_errors(d) / np.arange(1, len(d) + 1)))
+
+
 def nll(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | None = None) -> float:
     """Returns the mean negative log likelihood of the labels in nats: -p log s - (1 - p) log(1 - s), s = sigmoid(d / T)."""
     d, p = _checked(margins, targets)
@@ -151,9 +224,13 @@ def brier(margins: ArrayLike, temperature: float = 1.0, targets: ArrayLike | Non
     return float(np.mean((sigmoid(d / _positive(temperature)) - p) ** 2))
 
 
-def expected_calibration_error(margins: ArrayLike, temperature: float = 1.0, bins: int = 15) -> float:
+def expected_calibration_error(margins: ArrayLike, temperature: float = 1.0, bins: int = BINS) -> float:
     """Returns the ECE in [0, 1]: the mean over pairs of their bin's |accuracy - confidence| (Naeini et al. 2015)."""
-    table = reliability_bins(margins, temperature, bins)
+    return error_of(reliability_bins(margins, temperature, bins))
+
+
+def error_of(table: Sequence[ReliabilityBin]) -> float:
+    """Returns the ECE of a reliability diagram, in [0, 1]; 0 without any count."""
     total = sum(row.count for row in table)
     return sum(
         row.count / total * abs(row.accuracy - row.confidence)
@@ -162,7 +239,7 @@ def expected_calibration_error(margins: ArrayLike, temperature: float = 1.0, bin
     )
 
 
-def reliability_bins(margins: ArrayLike, temperature: float = 1.0, bins: int = 15) -> list[ReliabilityBin]:
+def reliability_bins(margins: ArrayLike, temperature: float = 1.0, bins: int = BINS) -> list[ReliabilityBin]:
     """Sorts pairs by confidence into equal-width bins over [0, 1].
 
     Confidence is at least 0.5, so the lower half of the bins stays empty; these are the bins of the literature, which
@@ -174,7 +251,17 @@ def reliability_bins(margins: ArrayLike, temperature: float = 1.0, bins: int = 1
     d, _ = _checked(margins, None)
     if bins < 1:
         raise ValueError(f"bins = {bins}: it must be at least 1.")
-    sure, right = _confidence(d, temperature), correctness(d)
+    return bins_of(_confidence(d, temperature), correctness(d), bins)
+
+
+def bins_of(sure: Floats, right: Floats, bins: int = BINS) -> list[ReliabilityBin]:
+    """Sorts probabilities into equal-width bins over [0, 1], beside what came true.
+
+    Args:
+        sure: Probabilities, [n].
+        right: 1 where the event happened, 0 where not, and shares between, [n].
+        bins: Number of bins.
+    """
     place = np.minimum((sure * bins).astype(np.int64), bins - 1)
     table = []
     for index in range(bins):
@@ -198,13 +285,7 @@ def risk_coverage(margins: ArrayLike, temperature: float = 1.0) -> list[RiskCove
     Pairs of equal confidence at the edge of a share count by their mean error, so the order of the input does not matter.
     """
     d, _ = _checked(margins, None)
-    magnitude, wrong = np.abs(d), 1.0 - correctness(d)
-    order = np.argsort(-magnitude, kind="stable")
-    magnitude, wrong = magnitude[order], wrong[order]
-    levels, first, counts = np.unique(-magnitude, return_index=True, return_counts=True)
-    per_level = np.add.reduceat(wrong, first) / counts
-    level = np.repeat(np.arange(len(levels)), counts)
-    cumulative = np.cumsum(per_level[level])
+    magnitude, cumulative = -np.sort(-np.abs(d)), _cumulative_errors(d)
     points = []
     for coverage in _COVERAGES:
         kept = max(1, math.ceil(coverage * len(d) - 1e-9))
@@ -216,6 +297,15 @@ def risk_coverage(margins: ArrayLike, temperature: float = 1.0) -> list[RiskCove
             )
         )
     return points
+
+
+def _cumulative_errors(d: Floats) -> Floats:
+    """Returns the errors among the 1, 2, ... most confident pairs, [n]; equal confidences count by their mean error."""
+    order = np.argsort(-np.abs(d), kind="stable")
+    magnitude, wrong = np.abs(d)[order], 1.0 - correctness(d)[order]
+    levels, first, counts = np.unique(-magnitude, return_index=True, return_counts=True)
+    per_level = np.add.reduceat(wrong, first) / counts
+    return np.cumsum(per_level[np.repeat(np.arange(len(levels)), counts)])
 
 
 def _note(d: Floats, temperature: float, interval: tuple[float, float] | None) -> str | None:

@@ -13,6 +13,7 @@ MarginRMError
 │   ├── HeadError             the head is missing or does not give one reward
 │   ├── ManifestError         reward_manifest.json is unreadable or of another schema
 │   └── GoldenMismatchError   the golden samples' rewards could not be reproduced
+├── NoUncertaintyError    a ranking that is averse to risk needs uncertainties, and the checkpoint has none
 └── NonFiniteRewardError  a forward pass gave NaN or infinity; no reward is invented
 ```
 
@@ -195,6 +196,12 @@ class GoldenMismatchError(ModelError):
     """The loaded model does not reproduce the rewards that its manifest recorded."""
 
     default_code = "golden_mismatch"
+
+
+class NoUncertaintyError(MarginRMError):
+    """The rewards carry no uncertainty, because nothing in their checkpoint says how sure they are."""
+
+    default_code = "no_uncertainty"
 
 
 class NonFiniteRewardError(MarginRMError):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from marginrm.confidence.group_temperature import GroupTemperature
 from marginrm.errors import ManifestError
 from marginrm.process_rewards import Aggregate, StepValue
 
@@ -180,6 +181,52 @@ class Calibration(_Strict):
     )
 
 
+class GroupMeasure(_Strict):
+    """The quality of confidences in choices among N candidates. `before` is the temperature of given pairs."""
+
+    n: int = Field(ge=2, description="Number of candidates.")
+    prompts: int = Field(ge=1, description="Prompts with so many candidates.")
+    sets: int = Field(ge=1, description="Sets of N candidates that were drawn from them.")
+    accuracy: float = Field(description="Share of the sets whose best candidate beats the runner-up.")
+    ece_before: float = Field(description="ECE of P(the best beats the runner-up).")
+    ece: float = Field(description="The same with the temperature of groups.")
+    chance: float = Field(
+        description="The ECE that perfect confidences would show on so many prompts, by chance alone."
+    )
+    best_share: float = Field(
+        description="Share of the sets whose candidate with the highest reward is the best of all."
+    )
+    p_best_ece_before: float = Field(description="ECE of that candidate's p_best.")
+    p_best_ece: float = Field(description="The same with the temperature of groups.")
+    reliability: list[ReliabilityBin] = Field(default_factory=list, description="Of P(the best beats the runner-up).")
+    p_best_reliability: list[ReliabilityBin] = Field(default_factory=list, description="Of that candidate's p_best.")
+
+
+class GroupCalibration(_Strict):
+    """Temperatures for choices among N candidates, and the quality of their confidences on held-out groups."""
+
+    temperature: GroupTemperature
+    prompts: int = Field(ge=1, description="Prompts that the temperatures were fitted on.")
+    by_n: list[GroupMeasure] = Field(
+        default_factory=list, description="By N, each prompt measured with temperatures fitted on the others."
+    )
+
+
+class Uncertainty(_Strict):
+    """The posterior of the head's weights, in a file beside them, and what it does to confidences of held-out pairs."""
+
+    file: str = Field(description="Name of the file.")
+    sha256: str = Field(description="Of that file, in hex.")
+    pairs: int = Field(ge=1, description="Pairs that the posterior was computed from.")
+    prior_precision: float = Field(gt=0, description="Of the head's weights, by the greatest marginal likelihood.")
+    margin_std: float = Field(ge=0, description="Root mean square of the standard deviation of calibration margins.")
+    temperature_alone: float = Field(gt=0, description="T that fits best without the uncertainty of margins.")
+    ece_alone: float = Field(
+        description="ECE of the calibration pairs with that T; `calibration.ece_after` is with both."
+    )
+    nll_alone: float = Field(description="The same of the NLL.")
+
+
 class GoldenSample(_Strict):
     """A text whose token ids and reward a server must reproduce before it reports ready."""
 
@@ -204,6 +251,8 @@ class Manifest(_Strict):
     reward_mean: float | None = None
     reward_std: float | None = None
     calibration: Calibration | None = None
+    groups: GroupCalibration | None = Field(default=None, description="Null without candidates to calibrate on.")
+    uncertainty: Uncertainty | None = Field(default=None, description="Null where rewards do not carry theirs.")
     metrics: dict[str, float] = Field(default_factory=dict)
     best_of_n: list[BestOfNMeasure] = Field(default_factory=list, description="The Best-of-N curve, if measured.")
     versions: dict[str, str] = Field(default_factory=dict, description="Library to version.")

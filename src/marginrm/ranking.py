@@ -3,6 +3,9 @@
 The confidence is the Bradley-Terry probability that one response is better than the other, scaled by the checkpoint's
 temperature: P = sigmoid(margin / T) (temperature scaling: Guo et al. 2017, arXiv 1706.04599). For N candidates it
 generalises to Luce's choice probability, P(i is best) = exp(r_i / T) / sum_j exp(r_j / T).
+
+Rewards that carry their uncertainty (`UncertainReward`) widen the temperature of each margin by its standard deviation.
+A `GroupTemperature` replaces T where the best of N was chosen.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from marginrm.errors import NonFiniteRewardError
+from marginrm.confidence.group_temperature import GroupTemperature
+from marginrm.confidence.uncertain_reward import UncertainReward, familiarity_of, margin_std, widened
+from marginrm.errors import NonFiniteRewardError, NoUncertaintyError
 
 Verdict = Literal["chosen", "rejected", "tie"]
+Source = Literal["pairs", "groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class Comparison:
         verdict: The response that the model prefers, or `tie`.
         chosen: Reward of the chosen response.
         rejected: Reward of the rejected response.
+        margin_std: Standard deviation of the margin; None for a model without.
     """
 
     margin: float
@@ -34,6 +41,7 @@ class Comparison:
     verdict: Verdict
     chosen: float
     rejected: float
+    margin_std: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +53,14 @@ class RankedCandidate:
         rank: 1 for the best. Equal rewards get different ranks, the lower index first.
         reward: Reward of the candidate.
         p_best: Luce choice probability that the candidate is the best of all.
+        familiarity: How like the calibration texts it is, in [0, 1]; None for a model without.
     """
 
     candidate: int
     rank: int
     reward: float
     p_best: float
+    familiarity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +69,15 @@ class Ranking:
 
     Attributes:
         best: Index of the best candidate.
-        margin: Reward of the best minus that of the runner-up; None with a single candidate.
+        margin: Reward of the best minus that of the runner-up; None with a single candidate. Negative only if the ranking
+            is averse to risk.
         confidence: P(best is better than the runner-up); None with a single candidate.
         tie: True if that confidence is below `tie_below`, or if the two rewards are equal.
         ranking: The first `top_k` candidates, or all.
         mean: Mean reward over all candidates.
         std: Population standard deviation of the rewards of all candidates.
+        margin_std: Standard deviation of the margin; None with a single candidate, or for a model without.
+        confidence_from: `groups` if the temperatures are those of chosen maxima, `pairs` if it is that of given pairs.
     """
 
     best: int
@@ -74,6 +87,8 @@ class Ranking:
     ranking: tuple[RankedCandidate, ...]
     mean: float
     std: float
+    margin_std: float | None = None
+    confidence_from: Source = "pairs"
 
 
 def sigmoid(x: float) -> float:
@@ -125,18 +140,27 @@ def compare(chosen: float, rejected: float, temperature: float = 1.0, tie_below:
         ValueError: As for `verdict`.
     """
     _check_rewards((chosen, rejected))
-    margin = chosen - rejected
+    _check_temperature(temperature)
+    margin, std = chosen - rejected, margin_std(chosen, rejected)
+    scale = widened(temperature, std)
     return Comparison(
         margin=margin,
-        confidence=confidence(margin, temperature),
-        verdict=verdict(margin, temperature, tie_below),
+        confidence=confidence(margin, scale),
+        verdict=verdict(margin, scale, tie_below),
         chosen=chosen,
         rejected=rejected,
+        margin_std=std,
     )
 
 
 def rank(
-    rewards: Sequence[float], temperature: float = 1.0, tie_below: float = 0.5, top_k: int | None = None
+    rewards: Sequence[float],
+    temperature: float = 1.0,
+    tie_below: float = 0.5,
+    top_k: int | None = None,
+    *,
+    groups: GroupTemperature | None = None,
+    risk_averse: float = 0.0,
 ) -> Ranking:
     """Ranks the candidates of one prompt by reward.
 
@@ -145,10 +169,13 @@ def rank(
         temperature: T of the confidences.
         tie_below: As for `verdict`, between the best and the runner-up.
         top_k: Number of candidates in `ranking`; all by default. `mean`, `std` and `p_best` are always over all.
+        groups: Temperatures for chosen maxima, which take the place of `temperature`.
+        risk_averse: k of the order by reward - k std, for rewards that carry their uncertainty.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.
-        ValueError: There is no candidate, `top_k` is less than 1, or as for `verdict`.
+        NoUncertaintyError: `risk_averse` is not 0, and the rewards carry no uncertainty.
+        ValueError: There is no candidate, `top_k` is less than 1, `risk_averse` is negative, or as for `verdict`.
     """
     if not rewards:
         raise ValueError("There is no candidate to rank.")
@@ -156,24 +183,48 @@ def rank(
         raise ValueError(f"top_k = {top_k}: it must be at least 1.")
     _check_rewards(rewards)
     _check_temperature(temperature)
-    order = sorted(range(len(rewards)), key=lambda index: -rewards[index])  # stable: equal rewards keep their order
-    top = rewards[order[0]]
-    weights = [math.exp((reward - top) / temperature) for reward in rewards]
+    keys = averse(rewards, risk_averse) if risk_averse else rewards
+    order = sorted(range(len(rewards)), key=lambda index: -keys[index])  # stable: equal keys keep their order
+    best = rewards[order[0]]
+    of_pick, of_best = (groups.of_pick(len(rewards)), groups.of_best(len(rewards))) if groups else (temperature,) * 2
+    logits = [(reward - best) / widened(of_best, margin_std(reward, best)) for reward in rewards]
+    highest = max(logits)
+    weights = [math.exp(logit - highest) for logit in logits]
     total = math.fsum(weights)
     mean = math.fsum(rewards) / len(rewards)
-    first_two = compare(top, rewards[order[1]], temperature, tie_below) if len(order) > 1 else None
+    first_two = compare(best, rewards[order[1]], of_pick, tie_below) if len(order) > 1 else None
     return Ranking(
         best=order[0],
         margin=first_two.margin if first_two else None,
         confidence=first_two.confidence if first_two else None,
         tie=first_two is not None and first_two.verdict == "tie",
         ranking=tuple(
-            RankedCandidate(candidate=index, rank=place, reward=rewards[index], p_best=weights[index] / total)
+            RankedCandidate(index, place, rewards[index], weights[index] / total, familiarity_of(rewards[index]))
             for place, index in enumerate(order[:top_k], start=1)
         ),
         mean=mean,
         std=math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
+        margin_std=first_two.margin_std if first_two else None,
+        confidence_from="groups" if groups else "pairs",
     )
+
+
+def averse(rewards: Sequence[float], factor: float) -> list[float]:
+    """Returns reward - factor * std of each candidate.
+
+    Raises:
+        NoUncertaintyError: A reward carries no uncertainty.
+        ValueError: The factor is not positive.
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"risk_averse = {factor}: it must not be negative.")
+    keys = [reward - factor * reward.std for reward in rewards if isinstance(reward, UncertainReward)]
+    if len(keys) < len(rewards):
+        raise NoUncertaintyError(
+            "risk_averse needs the uncertainty of rewards, and this model has none. `marginrm calibrate --uncertainty` adds it "
+            "to a checkpoint whose head ends in a linear layer; without it, leave risk_averse out."
+        )
+    return keys
 
 
 def _check_rewards(rewards: Sequence[float]) -> None:

@@ -15,9 +15,18 @@ import torch
 from numpy.typing import NDArray
 
 from marginrm import ranking
+from marginrm.calibration import Floats
 from marginrm.encoding import EncodedGroup, Encoder
-from marginrm.errors import ConfigError, EmptyTextError, EncodingError, GoldenMismatchError, NonFiniteRewardError
-from marginrm.forward.module import RewardModule, evaluating
+from marginrm.errors import (
+    ConfigError,
+    EmptyTextError,
+    EncodingError,
+    GoldenMismatchError,
+    HeadError,
+    NonFiniteRewardError,
+)
+from marginrm.forward.module import Readout, RewardModule, evaluating
+from marginrm.head_posterior import Features, HeadPosterior
 from marginrm.loading import CheckpointFiles, find_checkpoint, load_for_scoring
 from marginrm.manifest import Manifest, revision_of
 from marginrm.prefix_cache import PrefixCache, StepPrefixes
@@ -50,6 +59,7 @@ class RewardModel:
         row_multiple: Packed rows are filled to a multiple of so many tokens.
         reading: What the checkpoint is and how it is read; None for a module in memory.
         prefixes: Keys and values of prefixes that are kept across steps; None if nothing is kept.
+        readout: Makes rewards carry their uncertainty; None for plain rewards.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class RewardModel:
         self.encoder = encoder
         self.manifest = manifest
         self.reading = reading
+        self.readout: Readout | None = None
         self.token_budget = token_budget or default_token_budget(module.device)
         self.row_multiple = _ROW_MULTIPLE if module.device.type == "cpu" else 1
         token_bytes = module.execution.prefix_bytes
@@ -82,6 +93,7 @@ class RewardModel:
             dtype=str(module.dtype).removeprefix("torch."),
             calibrated=calibration is not None,
             temperature=calibration.temperature if calibration else 1.0,
+            groups=manifest.groups.temperature if manifest and manifest.groups else None,
         )
 
     @classmethod
@@ -151,7 +163,7 @@ class RewardModel:
                 manifest=manifest,
                 purpose="deterministic_scoring" if deterministic else "compiled_scoring" if compiled else "scoring",
             )
-        return cls(
+        model = cls(
             loaded.module,
             loaded.encoder,
             manifest,
@@ -164,6 +176,9 @@ class RewardModel:
                 default_bytes(loaded.module.device) if prefix_cache_mib is None else int(prefix_cache_mib * 2**20)
             ),
         )
+        if manifest and manifest.uncertainty:
+            model.read_uncertainty(HeadPosterior.load(files.folder, manifest.uncertainty.sha256))
+        return model
 
     @classmethod
     def from_module(cls, module: RewardModule, encoder: Encoder, manifest: Manifest | None = None) -> RewardModel:
@@ -211,6 +226,15 @@ class RewardModel:
         """Whether what the members of a group share is computed once."""
         return self.forward_path == "packed" and self.module.architecture == "decoder"
 
+    @property
+    def no_features(self) -> str | None:
+        """Why the inputs of the head's last linear layer cannot be read; None if they can."""
+        if self.steps:
+            return "it is a process reward model, whose rewards are made of steps"
+        if self.module.pooling is None:
+            return "its rewards come from the model's own forward"
+        return None if self.module.last_linear else "its head does not end in a linear layer with one row"
+
     def score(self, prompt: Prompt, responses: Sequence[Response], truncation: Truncation = "error") -> list[float]:
         """Returns one reward per response, in order.
 
@@ -240,10 +264,34 @@ class RewardModel:
         return ranking.compare(first, second, self.temperature, tie_below)
 
     def best_of_n(
-        self, prompt: Prompt, candidates: Sequence[Response], top_k: int | None = None, tie_below: float = 0.5
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Response],
+        top_k: int | None = None,
+        tie_below: float = 0.5,
+        *,
+        risk_averse: float = 0.0,
     ) -> Ranking:
-        """Ranks candidates, best first. Raises as `score` does."""
-        return ranking.rank(self.score(prompt, candidates), self.temperature, tie_below, top_k)
+        """Ranks candidates, best first. Raises as `score` does.
+
+        Args:
+            prompt: The prompt that they answer.
+            candidates: The responses to rank.
+            top_k: Number of candidates in the ranking; all by default.
+            tie_below: The result is a tie if the confidence is below this in both directions.
+            risk_averse: k of the order by reward - k std, where the checkpoint says how sure its rewards are.
+
+        Raises:
+            NoUncertaintyError: `risk_averse` is not 0, and the checkpoint does not say that.
+        """
+        return ranking.rank(
+            self.score(prompt, candidates),
+            self.temperature,
+            tie_below,
+            top_k,
+            groups=self.info.groups,
+            risk_averse=risk_averse,
+        )
 
     def score_encoded(
         self, groups: Sequence[EncodedGroup], progress: Callable[[int], object] | None = None
@@ -259,6 +307,48 @@ class RewardModel:
         """
         tenants = [""] * len(groups)
         return self._run(groups, self._planned(groups, tenants), progress, tenants).rewards
+
+    def read_uncertainty(self, posterior: HeadPosterior) -> None:
+        """Makes rewards carry their uncertainty from now on.
+
+        Raises:
+            HeadError: As for `score_features`, or the posterior is that of another layer.
+        """
+        layer = self.module.last_linear
+        if self.no_features or layer is None:
+            raise HeadError(f"Uncertainty cannot be read: {self.no_features}.")
+        if layer.in_features != posterior.mean.numel():
+            raise HeadError(
+                f"Uncertainty cannot be read: it is that of a layer with {posterior.mean.numel()} inputs, and the head's "
+                f"has {layer.in_features}. Write it anew with `marginrm calibrate --uncertainty`."
+            )
+        self.readout = posterior.to(self.module.device)
+
+    def score_features(
+        self, groups: Sequence[EncodedGroup], progress: Callable[[int], object] | None = None
+    ) -> tuple[list[list[float]], list[Floats]]:
+        """Scores encoded groups, and returns the inputs of the head's last linear layer beside the rewards.
+
+        Args:
+            groups: As for `score_encoded`.
+            progress: As for `score_encoded`.
+
+        Returns:
+            Rewards in the groups' shape, and for each group its features, float64, [responses, size].
+
+        Raises:
+            HeadError: The head does not end in a linear layer that gives the reward, or the model reads steps.
+        """
+        reason = self.no_features
+        if reason:
+            raise HeadError(f"The inputs of the head cannot be read: {reason}.")
+        kept, self.readout = self.readout, Features()
+        try:
+            scored = self.score_encoded(groups, progress)
+        finally:
+            self.readout = kept
+        features = [np.array([one.deviations for one in group], dtype=np.float64) for group in scored]
+        return [list(map(float, group)) for group in scored], features
 
     def run_step(self, groups: Sequence[EncodedGroup], tenants: Sequence[str | None] | None = None) -> StepResult:
         """Computes groups together, whatever their size: in one forward pass if packed.
@@ -345,7 +435,8 @@ class RewardModel:
     ) -> tuple[list[float], tuple[int, ...]]:
         batch = self.module.collate(groups, multiple=self.row_multiple, prefixes=prefixes)
         with torch.inference_mode(), evaluating(self.module):
-            values: list[float] = self.module(batch.to(self.module.device)).tolist()
+            output = self.module(batch.to(self.module.device), self.readout)
+            values: list[float] = self.readout.rewards(output) if self.readout else output.tolist()
         responses = [response for group in groups for response in group]
         if all(response.read_at is None for response in responses):
             return values, batch.costs

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from marginrm import schema_examples as examples
+from marginrm.confidence.group_temperature import GroupTemperature
 from marginrm.text import Truncation
 
 _MESSAGES: dict[str, Any] = {
@@ -61,6 +62,11 @@ Id = Annotated[str, AfterValidator(_well_formed)]
 _PROMPT = "One user message as a string, or a list of messages that ends before the response."
 _RESPONSE = "A text, the steps that a process reward model reads, or messages: an answer with tool calls and results."
 _STEPS = "A process reward model's reward at each step, in order; absent for other models."
+_FAMILIARITY = (
+    "Share of the calibration texts that are less like the others than this one, in [0, 1]; near 0 for a text unlike all "
+    "of them. Absent where the checkpoint does not tell."
+)
+_MARGIN_STD = "Standard deviation of the margin, by the head's weights; absent where the checkpoint does not tell."
 _ID = "Chosen by the client; repeated in the reply."
 _INDEX = "Position in the request's list, from 0."
 _MODEL = "Name of a served model, as `/v1/models` lists them."
@@ -133,6 +139,11 @@ class BestOfNRequest(_Request):
     model: str = Field(default="default", description=_MODEL)
     truncation: Truncation = Field(default="error", description=_TRUNCATION)
     tie_below: float = Field(default=0.5, ge=0.5, lt=1.0, description=_TIE_BELOW)
+    risk_averse: float = Field(
+        default=0.0,
+        ge=0,
+        description="k of a ranking by reward - k std, for checkpoints that tell how sure a reward is. 0: by reward.",
+    )
     top_k: int | None = Field(default=None, ge=1, description="Number of candidates in each ranking; all by default.")
     return_text: bool = Field(default=False, description="Repeat the candidates' texts in the ranking.")
     prompts: list[PromptIn] = Field(min_length=1)
@@ -149,6 +160,13 @@ class ModelInfo(_Reply):
     dtype: str
     calibrated: bool = Field(description="True if a temperature was fitted. If not, T = 1 and confidences are rough.")
     temperature: float = Field(description="T of confidence = sigmoid(margin / T).")
+    groups: GroupTemperature | None = Field(
+        default=None, description="T for a choice among N candidates; absent where the checkpoint has none."
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "groups" or value is not None}
 
 
 class Usage(_Reply):
@@ -199,10 +217,12 @@ class ResponseOut(_Reply):
     tokens: int = Field(description="Length of the encoded sequence, prompt included.")
     truncated: bool = Field(description="True if the prompt was cut.")
     steps: list[float] | None = Field(default=None, description=_STEPS)
+    familiarity: float | None = Field(default=None, ge=0, le=1, description=_FAMILIARITY)
 
     @model_serializer(mode="wrap")
     def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "steps" or value is not None}
+        optional = ("steps", "familiarity")
+        return {key: value for key, value in handler(self).items() if key not in optional or value is not None}
 
 
 class PairOut(_Reply):
@@ -211,10 +231,19 @@ class PairOut(_Reply):
     id: str | None = None
     index: int = Field(description=_INDEX)
     margin: float = Field(description="reward(chosen) - reward(rejected); negative if the model disagrees.")
-    confidence: float = Field(ge=0, le=1, description="P(chosen is better) = sigmoid(margin / T).")
+    confidence: float = Field(
+        ge=0,
+        le=1,
+        description="P(chosen is better) = sigmoid(margin / T); with a `margin_std` s, T is sqrt(T^2 + pi / 8 s^2).",
+    )
+    margin_std: float | None = Field(default=None, ge=0, description=_MARGIN_STD)
     verdict: Literal["chosen", "rejected", "tie"]
     chosen: ResponseOut
     rejected: ResponseOut
+
+    @model_serializer(mode="wrap")
+    def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "margin_std" or value is not None}
 
 
 class ItemOut(ResponseOut):
@@ -243,6 +272,7 @@ class RankedOut(_Reply):
     reward: float
     p_best: float = Field(ge=0, le=1, description="Luce choice probability exp(r / T) / sum, over all candidates.")
     steps: list[float] | None = Field(default=None, description=_STEPS)
+    familiarity: float | None = Field(default=None, ge=0, le=1, description=_FAMILIARITY)
     text: str | list[str] | list[dict[str, Any]] | None = Field(
         default=None, description="The candidate's text, if the request set `return_text`."
     )
@@ -251,7 +281,8 @@ class RankedOut(_Reply):
     @model_serializer(mode="wrap")
     def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional = ("steps", "text", "truncated")
-        return {key: value for key, value in handler(self).items() if key not in optional or value}
+        said = {key: value for key, value in handler(self).items() if key not in optional or value}
+        return {key: value for key, value in said.items() if key != "familiarity" or value is not None}
 
 
 class CandidateError(_Reply):
@@ -269,6 +300,11 @@ class PromptOut(_Reply):
     best: int = Field(description="Index of the best candidate.")
     margin: float | None = Field(description="Best minus runner-up; null with a single candidate.")
     confidence: float | None = Field(description="P(best beats the runner-up); null with a single candidate.")
+    confidence_from: Literal["pairs", "groups"] | None = Field(
+        default=None,
+        description="What confidence and p_best were calibrated on: given pairs, or chosen maxima. Absent without either.",
+    )
+    margin_std: float | None = Field(default=None, ge=0, description=_MARGIN_STD)
     tie: bool = Field(description="True if that is below `tie_below`.")
     ranking: list[RankedOut] = Field(description="Best first, at most `top_k`.")
     mean: float = Field(description="Mean reward of all candidates.")
@@ -279,7 +315,9 @@ class PromptOut(_Reply):
 
     @model_serializer(mode="wrap")
     def _without_gaps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "errors" or value}
+        said = {key: value for key, value in handler(self).items() if key != "errors" or value}
+        optional = ("confidence_from", "margin_std")
+        return {key: value for key, value in said.items() if key not in optional or value is not None}
 
 
 class BestOfNResponse(_Reply):

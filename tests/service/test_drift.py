@@ -56,7 +56,7 @@ def test_the_index_needs_enough_margins_and_starts_anew_with_a_new_model() -> No
 def test_a_server_reports_it_for_pairs() -> None:
     model = FakeRewardModel()
     calibration = calibrate([1.0, -1.0]).model_copy(update={"margin_quantiles": {"0.5": 1e9}})
-    model.manifest = type("M", (), {"calibration": calibration})()
+    model.manifest = type("M", (), {"calibration": calibration, "uncertainty": None})()
     pairs = [{"prompt": f"{index}", "chosen": "Yes.", "rejected": "No."} for index in range(250)]
     with serving(model) as server, httpx.Client(base_url=server.url, timeout=120) as http:
         assert "marginrm_margin_psi{" not in http.get("/metrics").text

@@ -15,7 +15,7 @@ from marginrm.errors import ConfigError
 from marginrm.reading import ReadingOptions
 
 if TYPE_CHECKING:
-    from marginrm.manifest import Calibration
+    from marginrm.manifest import Calibration, GroupMeasure
     from marginrm_training.evaluation.benchmarks.sections import Benchmark
     from marginrm_training.evaluation.best_of_n import BestOfNPoint
     from marginrm_training.evaluation.groups import ScoredGroups
@@ -51,6 +51,7 @@ MaxBadRows = Annotated[
     ),
 ]
 Format = Literal["auto", "pairs", "rewardbench", "rewardbench2", "rm-bench", "rmb", "judgebench"]
+_CHOICE = {"prompts", "sets", "accuracy", "ece", "chance", "best_share", "p_best_ece"}  # of a GroupMeasure
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines for people.")]
 
 
@@ -163,17 +164,55 @@ def calibrate(
             help="Let length and markdown explain labels while T is fitted, so that T is that of the content.",
         ),
     ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Compute how sure the head's weights are, from these pairs: replies then carry margin_std and "
+            "familiarity, and confidence integrates over them.",
+        ),
+    ] = False,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(
+            help="Groups of candidates with gold qualities, of prompts that the model was not trained on: calibrates "
+            "the confidence of the best of N.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Fit the temperature of any reward model on preference pairs, and write it into its manifest.
 
-    A missing manifest is begun. So is one that cannot be read; the old file is kept beside it.
+    With --candidates it also fits the temperatures of the best of N, and prints how well they hold for prompts that they
+    were not fitted on. A missing manifest is begun. So is one that cannot be read; the old file is kept beside it.
     """
     from marginrm_training.checkpoint.recalibrate import recalibrate
 
     _configure_logging()
-    found = recalibrate(Path(model), str(data), reading, max_bad_rows, style_control=style_control)
+    groups = str(candidates) if candidates else None
+    found = recalibrate(
+        Path(model),
+        str(data),
+        reading,
+        max_bad_rows,
+        style_control=style_control,
+        candidates=groups,
+        uncertainty=uncertainty,
+    )
     _tell(found.notes)
     _show_temperature(found.calibration)
+    if found.uncertainty:
+        typer.echo(
+            f"uncertainty: margins have a standard deviation of {found.uncertainty.margin_std:.3f}; with T alone "
+            f"({found.uncertainty.temperature_alone:.3f}) the ECE is {found.uncertainty.ece_alone:.4f}"
+        )
+    if found.groups:
+        fitted = found.groups.temperature
+        typer.echo(
+            f"choices among N: T {fitted.temperature:.3f} at N = 2, times (N / 2)^{fitted.pick_slope:.2f} for the best "
+            f"against the runner-up, (N / 2)^{fitted.best_slope:.2f} for p_best (from {found.groups.prompts:,} prompts)"
+        )
+        _show_choices(found.groups.by_n)
 
 
 @takes_reading
@@ -225,21 +264,32 @@ def best_of_n(
     max_length: MaxLength = None,
     max_bad_rows: MaxBadRows = None,
     as_json: Json = False,
+    risk_averse: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="K", help="Rank by reward - K std, for a checkpoint calibrated with --uncertainty."
+        ),
+    ] = 0.0,
 ) -> None:
     """Measure Best-of-N: the quality of the candidate the model picks, for N = 1, 2, 4, ... candidates per prompt.
 
     Beside it stand the longest text, the best candidate and a random one; in brackets a 95% interval over prompts.
     """
     from marginrm.reward_model import RewardModel
+    from marginrm_training.evaluation.groups import groups_of
     from marginrm_training.evaluation.measure import measure_candidates
 
     _configure_logging()
     loaded = RewardModel.from_pretrained(model, max_length=max_length, reading=reading)
     scored = measure_candidates(loaded, str(data), max_bad_rows=max_bad_rows)
     _tell([scored.summary()])
-    points = _curve(scored)
+    choices = [] if risk_averse else scored.confidences(groups_of(loaded))
+    points = _curve(scored.averse(risk_averse))
     if as_json:
-        typer.echo(json.dumps([{name: getattr(point, name) for name in point.__slots__} for point in points]))
+        source = "groups" if loaded.info.groups else "pairs"
+        known = {one.n: one.model_dump(include=_CHOICE) | {"confidence_from": source} for one in choices}
+        rows = [{name: getattr(point, name) for name in point.__slots__} | known.get(point.n, {}) for point in points]
+        typer.echo(json.dumps(rows))
         return
     typer.echo(f"{'N':>4} {'KL':>6} {'model':>8} {'':>18} {'longest':>8} {'oracle':>8} {'random':>8}")
     for point in points:
@@ -248,6 +298,9 @@ def best_of_n(
             f"{point.n:>4} {point.kl:>6.2f} {point.model:>8.4f} {interval:>18} {point.longest:>8.4f} "
             f"{point.oracle:>8.4f} {point.random:>8.4f}"
         )
+    if choices:
+        typer.echo(f"\nconfidence of the pick, by the temperature of {'groups' if loaded.info.groups else 'pairs'}")
+        _show_choices(choices)
 
 
 def demo(
@@ -314,6 +367,20 @@ def _show_temperature(fitted: Calibration) -> None:
         typer.echo(f"fitted beside style, whose weights are not served: {weights}")
     if fitted.note:
         typer.echo(fitted.note)
+
+
+def _show_choices(choices: Iterable[GroupMeasure]) -> None:
+    """Prints the quality of the confidences of choices, by N."""
+    typer.echo(f"{'N':>4} {'sets':>6} {'right':>7} {'ECE':>16} {'by chance':>9} {'best':>7} {'ECE of p_best':>16}")
+    for one in choices:
+        pick, best = (
+            f"{after:.3f}" if before == after else f"{before:.3f} -> {after:.3f}"
+            for before, after in ((one.ece_before, one.ece), (one.p_best_ece_before, one.p_best_ece))
+        )
+        typer.echo(
+            f"{one.n:>4} {one.sets:>6,} {one.accuracy:>7.3f} {pick:>16} {one.chance:>9.3f} {one.best_share:>7.3f} "
+            f"{best:>16}"
+        )
 
 
 def _configure_logging() -> None:

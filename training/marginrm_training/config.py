@@ -103,6 +103,11 @@ class DataConfig(_Section):
         None,
         description="Candidate groups with gold qualities (.jsonl, .gz too): the report then has a Best-of-N curve.",
     )
+    calibration_groups: str | None = Field(
+        None,
+        description="Candidate groups with gold qualities (.jsonl, .gz too), to calibrate the confidence of the best of N "
+        "on. Prompts of training pairs are left out and counted.",
+    )
     calibration_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to calibrate on. ours")
     test_share: float = Field(0.05, gt=0, lt=0.5, description="Share of the prompts to report on. ours")
     limit: int | None = Field(None, ge=1, description="Use this many training pairs at most, drawn at random.")
@@ -209,6 +214,14 @@ class OptimConfig(_Section):
     clip: float = Field(1.0, gt=0, description="Largest gradient norm. OpenRLHF: 1")
 
 
+class CalibrationConfig(_Section):
+    """[calibration]: what is fitted after training, on held-out data."""
+
+    uncertainty: bool = Field(
+        False, description="Rewards carry their uncertainty by the head's weights, which confidence integrates. ours"
+    )
+
+
 class TrainConfig(_Section):
     """A training run."""
 
@@ -224,6 +237,7 @@ class TrainConfig(_Section):
     data: DataConfig
     method: MethodConfig = MethodConfig()
     optim: OptimConfig = OptimConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from marginrm.errors import EncodingError, MarginRMError
+from marginrm.errors import EncodingError, MarginRMError, NoUncertaintyError
 from marginrm.schemas import ErrorBody, ErrorReply
 from marginrm_service import errors
 from marginrm_service.telemetry.logs import request_id
@@ -25,6 +25,7 @@ CLIENT_GONE = 499  # nginx's number; it is never received, but it is counted
 # Error -> status, found by ancestry. Any other error is a fault of the server: 500, without details.
 STATUSES: dict[type[MarginRMError], int] = {
     EncodingError: 422,
+    NoUncertaintyError: 422,
     errors.UnknownModelError: 404,
     errors.RequestTooLargeError: 413,
     errors.ClientGoneError: CLIENT_GONE,

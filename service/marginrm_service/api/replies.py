@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from marginrm import ranking
+from marginrm.confidence.uncertain_reward import familiarity_of
 from marginrm.errors import EncodingError, MarginRMError
 from marginrm.schemas import (
     BestOfNRequest,
@@ -66,7 +67,13 @@ def best_of_n_reply(request: BestOfNRequest, result: ScoringResult) -> BestOfNRe
 
 
 def _response(scored: ScoredResponse) -> ResponseOut:
-    return ResponseOut(reward=scored.reward, tokens=scored.tokens, truncated=scored.truncated, steps=_steps(scored))
+    return ResponseOut(
+        reward=scored.reward,
+        tokens=scored.tokens,
+        truncated=scored.truncated,
+        steps=_steps(scored),
+        familiarity=familiarity_of(scored.reward),
+    )
 
 
 def _steps(scored: ScoredResponse) -> list[float] | None:
@@ -94,6 +101,7 @@ def _pair(
         index=index,
         margin=compared.margin,
         confidence=compared.confidence,
+        margin_std=compared.margin_std,
         verdict=compared.verdict,
         chosen=_response(chosen),
         rejected=_response(rejected),
@@ -115,13 +123,22 @@ def prompt_reply(
     if not positions:
         return ItemError(id=prompt.id, index=index, error=error_body(failed[0][1]))
     scored = [result for result in results if isinstance(result, ScoredResponse)]
-    ranked = ranking.rank([one.reward for one in scored], info.temperature, request.tie_below, request.top_k)
+    ranked = ranking.rank(
+        [one.reward for one in scored],
+        info.temperature,
+        request.tie_below,
+        request.top_k,
+        groups=info.groups,
+        risk_averse=request.risk_averse,
+    )
     return PromptOut(
         id=prompt.id,
         index=index,
         best=positions[ranked.best],
         margin=ranked.margin,
         confidence=ranked.confidence,
+        confidence_from=ranked.confidence_from if info.calibrated or info.groups else None,
+        margin_std=ranked.margin_std,
         tie=ranked.tie,
         ranking=[
             RankedOut(
@@ -132,6 +149,7 @@ def prompt_reply(
                 text=prompt.candidates[positions[entry.candidate]] if request.return_text else None,
                 truncated=scored[entry.candidate].truncated,
                 steps=_steps(scored[entry.candidate]),
+                familiarity=entry.familiarity,
             )
             for entry in ranked.ranking
         ],

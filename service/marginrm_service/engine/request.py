@@ -59,7 +59,8 @@ class ScoringRequest:
 class ScoredResponse:
     """A reward, the tokens of its sequence, and whether it was cut to fit.
 
-    `steps` holds the rewards of its steps; None unless the model is a process reward model.
+    `reward` is an `UncertainReward` where the checkpoint says how sure its rewards are. `steps` holds the rewards of its
+    steps; None unless the model is a process reward model.
     """
 
     reward: float

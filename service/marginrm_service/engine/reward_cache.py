@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
+from marginrm.confidence.uncertain_reward import UncertainReward
 from marginrm.encoding import EncodedGroup, EncodedResponse
 from marginrm.process_rewards import steps_of
 
@@ -17,6 +18,7 @@ PositionsByKey = Mapping[bytes, Sequence[Position]]
 # evictions). The key takes 64 of them, the reward 32, its node 48; the rest is the table, which is partly empty.
 ENTRY_BYTES = 350
 STEP_BYTES = 32  # of each step reward: the number and its place in a tuple
+UNCERTAINTY_BYTES = 200  # of an uncertain reward, besides 4 bytes for each of its deviations
 
 
 def key_of(response: EncodedResponse) -> bytes:
@@ -81,4 +83,5 @@ class RewardCache:
 
 
 def _bytes_of(reward: float) -> int:
-    return ENTRY_BYTES + STEP_BYTES * len(steps_of(reward) or ())
+    uncertainty = UNCERTAINTY_BYTES + 4 * len(reward.deviations) if isinstance(reward, UncertainReward) else 0
+    return ENTRY_BYTES + STEP_BYTES * len(steps_of(reward) or ()) + uncertainty

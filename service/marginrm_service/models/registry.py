@@ -119,7 +119,7 @@ class ModelRegistry:
         before = self._served.get(served.name)
         self._names.setdefault(served.name)
         self._served[served.name] = served
-        self._metrics.model_loaded(served.card(), served.margin_quantiles)
+        self._metrics.model_loaded(served.card(), served.margin_quantiles, tells_familiarity=served.tells_familiarity)
         if self._settings.compile == "auto":
             served.compile_in_background(self._one_compilation)
         if before:

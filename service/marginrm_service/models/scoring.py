@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from time import perf_counter
 
+from marginrm.confidence.uncertain_reward import UncertainReward
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import MarginRMError
 from marginrm.process_rewards import steps_of
@@ -135,7 +136,8 @@ def _results(outcomes: Sequence[Encoded], rewards: Iterator[Outcome | None]) -> 
         if isinstance(reward, MarginRMError):
             results.append(reward)
         else:
-            results.append(ScoredResponse(float(reward), one.tokens, one.truncated, steps_of(reward)))
+            kept = reward if isinstance(reward, UncertainReward) else float(reward)
+            results.append(ScoredResponse(kept, one.tokens, one.truncated, steps_of(reward)))
     return results
 
 

@@ -71,6 +71,7 @@ class ServedModel:
         encoder: Turns its texts into token ids.
         shares_prefixes: Whether the common prefix of a group is computed once.
         token_budget: The most tokens of a step.
+        tells_familiarity: Whether its rewards carry their uncertainty and the familiarity of their texts.
         margin_quantiles: Quantiles of the calibration margins; empty without a calibration.
         admission: Its admission control.
         engine: Runs its jobs.
@@ -94,6 +95,7 @@ class ServedModel:
         self.encoder: Encoder = model.encoder
         self.shares_prefixes: bool = model.shares_prefixes
         self.token_budget: int = model.token_budget
+        self.tells_familiarity = bool(model.manifest and model.manifest.uncertainty)
         calibration = model.manifest.calibration if model.manifest else None
         self.margin_quantiles: Mapping[str, float] = calibration.margin_quantiles if calibration else {}
         self.admission = Admission(

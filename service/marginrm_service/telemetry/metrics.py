@@ -20,6 +20,7 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import Metric
 
+from marginrm.confidence.uncertain_reward import familiarity_of
 from marginrm.errors import MarginRMError, NonFiniteRewardError
 from marginrm.model_schema import DriftState
 from marginrm.schemas import ModelCard, PairOut, PromptOut
@@ -30,6 +31,7 @@ from marginrm_service.telemetry.distribution import Distribution
 from marginrm_service.telemetry.drift import Drift
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # of `exposition`
+_EVEN = {f"{tenth / 10:g}": tenth / 10 for tenth in range(1, 10)}  # the calibration texts' familiarity, by definition
 ANY_MODEL = ""  # label of a refusal that is not about one model
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -95,7 +97,12 @@ class Metrics:
         self._drift = Drift(
             "marginrm_margin_psi", "How far margins of pairs have moved from the manifest's: above 0.25 is a shift."
         )
+        self._familiarity_drift = Drift(
+            "marginrm_familiarity_psi",
+            "How far the familiarity of texts has moved from the calibration texts': above 0.25 is a shift.",
+        )
         self._registry.register(self._drift)
+        self._registry.register(self._familiarity_drift)
 
     def _make_model_metrics(self) -> None:
         self._ready = self._gauge("ready", "1 if the model takes requests.", "model")
@@ -140,6 +147,8 @@ class Metrics:
         results = [one for group in result.results for one in group]
         scored = [one for one in results if isinstance(one, ScoredResponse)]
         self._rewards.observe(model, [one.reward for one in scored])
+        familiar = [familiarity_of(one.reward) for one in scored]
+        self._familiarity_drift.observe(model, [one for one in familiar if one is not None])
         if truncated := sum(one.truncated for one in scored):
             self._truncations.labels(model).inc(truncated)
         if non_finite := sum(isinstance(one, NonFiniteRewardError) for one in results):
@@ -165,12 +174,15 @@ class Metrics:
         self._ready.labels(name).set(0)
         self._start_at_zero(name)
 
-    def model_loaded(self, card: ModelCard, margin_quantiles: Mapping[str, float]) -> None:
+    def model_loaded(
+        self, card: ModelCard, margin_quantiles: Mapping[str, float], *, tells_familiarity: bool = False
+    ) -> None:
         """Records a model that is served from now on. It replaces an earlier one of its name.
 
         Args:
             card: The model's card.
             margin_quantiles: The manifest's, with which margins are compared; empty if there are none.
+            tells_familiarity: Whether its rewards carry the familiarity of their texts.
         """
         self._remove_info(card.name)
         labels = card.name, card.revision, card.dtype, card.forward_path, str(card.calibrated).lower()
@@ -178,6 +190,7 @@ class Metrics:
         self._model.labels(*labels).set(1)
         self._start_at_zero(card.name)
         self._drift.refer(card.name, margin_quantiles)
+        self._familiarity_drift.refer(card.name, _EVEN if tells_familiarity else {})
 
     def _start_at_zero(self, name: str) -> None:
         """Shows counters of faults before the first fault. An alert on an increase would miss a counter that starts at 1."""
@@ -212,6 +225,7 @@ class Metrics:
         for gauge in (*gauges, self._cache_bytes, self._prefix_bytes, self._compiled):
             gauge.remove(name)
         self._drift.forget(name)
+        self._familiarity_drift.forget(name)
 
     def drift(self, name: str) -> DriftState | None:
         """Returns a model's last margins beside those expected; None for a model without margin quantiles."""

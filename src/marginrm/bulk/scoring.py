@@ -190,10 +190,10 @@ def _result(
     if given.kind == "item":
         return parts[0]
     if given.kind == "pair":
-        result = asdict(ranking.compare(rewards[0], rewards[1], model.temperature, tie_below))
-        return {**result, "chosen": parts[0], "rejected": parts[1]}
+        compared = ranking.compare(rewards[0], rewards[1], model.temperature, tie_below)
+        return {**_known(asdict(compared)), "chosen": parts[0], "rejected": parts[1]}
     positions = list(group)
-    ranked = asdict(ranking.rank(rewards, model.temperature, tie_below))
+    ranked = _known(asdict(ranking.rank(rewards, model.temperature, tie_below, groups=model.info.groups)))
     del ranked["ranking"]
     known = dict(zip(positions, rewards, strict=True))
     result = {"rewards": [known.get(index) for index in range(len(given.responses))], **ranked}
@@ -203,6 +203,11 @@ def _result(
         result["steps"] = [found_steps.get(index) for index in range(len(given.responses))]
     errors = [{"candidate": index, "error": _error_body(error)} for index, error in given.faults.items()]
     return result | ({"errors": errors} if errors else {})
+
+
+def _known(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns a comparison or a ranking without the uncertainty that the model does not tell."""
+    return {name: value for name, value in result.items() if name != "margin_std" or value is not None}
 
 
 def _error_body(error: MarginRMError) -> dict[str, str]:

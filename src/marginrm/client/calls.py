@@ -301,12 +301,12 @@ def rejoined(ranges: Sequence[Ranked], top_k: int | None, tie_below: float) -> R
         if isinstance(one.outcome, ItemScoreError):
             return one.outcome
         assert one.model is not None
-        models.add((one.model.revision, one.model.temperature))
+        models.add((one.model.revision, one.model.temperature, one.model.groups))
         rewards += rewards_of(one.outcome, one.part.stop - one.part.first)
     if len(models) > 1:
         raise UnexpectedReplyError("The model was replaced while its rewards came in. Ask again.")
-    ((_, temperature),) = models
-    return rank(rewards, temperature, tie_below, top_k)
+    ((_, temperature, temperatures),) = models
+    return rank(rewards, temperature, tie_below, top_k, groups=temperatures)
 
 
 def _fields(item: PreferencePair | CandidateGroup | Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def comparison(outcome: PairOut | ItemError, index: int) -> Comparison | ItemSco
         margin=outcome.margin,
         confidence=outcome.confidence,
         verdict=outcome.verdict,
+        margin_std=outcome.margin_std,
         chosen=_reward(outcome.chosen),
         rejected=_reward(outcome.rejected),
     )
@@ -133,9 +134,13 @@ def ranking(outcome: PromptOut | ItemError, index: int, first: int = 0) -> Ranki
         margin=outcome.margin,
         confidence=outcome.confidence,
         tie=outcome.tie,
-        ranking=tuple(RankedCandidate(r.candidate, r.rank, _reward(r), r.p_best) for r in outcome.ranking),
+        ranking=tuple(
+            RankedCandidate(r.candidate, r.rank, _reward(r), r.p_best, r.familiarity) for r in outcome.ranking
+        ),
         mean=outcome.mean,
         std=outcome.std,
+        margin_std=outcome.margin_std,
+        confidence_from=outcome.confidence_from or "pairs",
     )
 
 

@@ -20,10 +20,22 @@ from marginrm.errors import ModelError
 from marginrm.forward.batch import Batch, PackedBatch, PaddedBatch, SplitBatch, pack, pad, split
 from marginrm.forward.execution import Execution
 from marginrm.forward.own_forward import own_rewards, pad_token_of
-from marginrm.forward.pooling import Pooling, ResponseBounds
+from marginrm.forward.pooling import Pooling, ResponseBounds, inputs_of, last_linear
 from marginrm.forward.rope import every_length_differs
 from marginrm.prefix_cache import StepPrefixes
 from marginrm.steps import ForwardPath, GroupSlice, split_by_length
+
+
+class Readout(nn.Module):
+    """Further columns beside the rewards, from the inputs of the head's last linear layer."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns the columns of each response: [responses, size] to [responses, columns], both float32."""
+        return features
+
+    def rewards(self, rows: Tensor) -> list[float]:
+        """Returns one reward per response, which may carry more, from [responses, 1 + columns]."""
+        raise NotImplementedError
 
 
 class RewardModule(nn.Module):
@@ -89,6 +101,11 @@ class RewardModule(nn.Module):
         return cast("nn.Module", getattr(self.base, self.base.base_model_prefix, self.base))
 
     @property
+    def last_linear(self) -> nn.Linear | None:
+        """The linear layer that gives the reward; None if the head ends otherwise, or the model's own forward reads it."""
+        return last_linear(self.base, self.pooling) if self.pooling else None
+
+    @property
     def forward_reason(self) -> str:
         """Why that path, and how packed rows are computed here, in words."""
         return "; ".join((self._path_reason, *self.execution.reasons))
@@ -136,21 +153,23 @@ class RewardModule(nn.Module):
             return pack(groups, causal=causal, layout=self._layout(), multiple=multiple, prefixes=prefixes)
         return pad(groups, pad_token_id=pad_token_of(self.base))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, readout: Readout | None = None) -> Tensor:
         """Computes rewards.
 
         Args:
             batch: Made by `collate`, on the module's device.
+            readout: Makes further columns beside the rewards; only for a module with a `last_linear`.
 
         Returns:
             Float32 rewards, [responses], in the order of the groups and of the responses in them; differentiable. For
-            responses with steps, the value at each step, [values].
+            responses with steps, the value at each step, [values]. With a `readout`, its columns follow the rewards,
+            [responses, 1 + columns].
         """
         if isinstance(batch, SplitBatch):
-            return torch.cat([self(part) for part in batch.parts]).index_select(0, batch.order)
+            return torch.cat([self(part, readout) for part in batch.parts]).index_select(0, batch.order)
         if isinstance(batch, PackedBatch):
-            return self._forward_packed(batch)
-        return self._forward_padded(batch)
+            return self._forward_packed(batch, readout)
+        return self._forward_padded(batch, readout)
 
     def _layout(self) -> LayoutFn:
         """Returns the function that prepares attention over packed rows."""
@@ -164,7 +183,7 @@ class RewardModule(nn.Module):
         split_from = SPLIT_FROM if chosen.splits_prefix else None
         return partial(gathered_layout, split_from=split_from, matmul=chosen.attention == "matmul")
 
-    def _forward_packed(self, batch: PackedBatch) -> Tensor:
+    def _forward_packed(self, batch: PackedBatch, readout: Readout | None) -> Tensor:
         inputs: dict[str, Any] = {} if batch.type_ids is None else {"token_type_ids": batch.type_ids}
         if self.architecture == "decoder":
             inputs["use_cache"] = False
@@ -177,11 +196,11 @@ class RewardModule(nn.Module):
             **inputs,
         ).last_hidden_state[0]
         if self.execution.last_layer == "whole":
-            return self._rewards(hidden, ResponseBounds(batch.first, batch.last, batch.owner))
+            return self._rewards(hidden, ResponseBounds(batch.first, batch.last, batch.owner), readout)
         places = torch.arange(batch.rewards, device=hidden.device)
-        return self._rewards(hidden, ResponseBounds(places, places, None))
+        return self._rewards(hidden, ResponseBounds(places, places, None), readout)
 
-    def _forward_padded(self, batch: PaddedBatch) -> Tensor:
+    def _forward_padded(self, batch: PaddedBatch, readout: Readout | None) -> Tensor:
         if self.pooling is None:
             if batch.read_at is not None:
                 raise ModelError("The model's own forward gives one value per sequence, and none per step.")
@@ -192,15 +211,24 @@ class RewardModule(nn.Module):
         hidden = self.backbone(input_ids=batch.ids, attention_mask=batch.mask, **inputs).last_hidden_state
         responses, longest = batch.ids.shape
         if batch.read_at is not None:
-            return self._rewards(hidden.flatten(0, 1), ResponseBounds(batch.read_at, batch.read_at, None))
+            return self._rewards(hidden.flatten(0, 1), ResponseBounds(batch.read_at, batch.read_at, None), readout)
         first = torch.arange(responses, device=hidden.device) * longest
         owner = torch.where(batch.mask.bool(), torch.arange(responses, device=hidden.device)[:, None], responses)
-        return self._rewards(hidden.flatten(0, 1), ResponseBounds(first, first + batch.lengths - 1, owner.flatten()))
+        return self._rewards(
+            hidden.flatten(0, 1), ResponseBounds(first, first + batch.lengths - 1, owner.flatten()), readout
+        )
 
-    def _rewards(self, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
+    def _rewards(self, hidden: Tensor, bounds: ResponseBounds, readout: Readout | None) -> Tensor:
         assert self.pooling is not None  # models without one take their own forward
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.pooling.rewards(self.base, hidden, bounds)
+            if readout is None:
+                return self.pooling.rewards(self.base, hidden, bounds)
+            layer = self.last_linear
+            assert layer is not None  # a readout is set for such heads only
+            with inputs_of(layer) as seen:
+                rewards = self.pooling.rewards(self.base, hidden, bounds)
+            features = seen[0].reshape(len(rewards), layer.in_features)
+            return torch.cat([rewards[:, None], readout(features)], dim=1)
 
 
 def _first_position(backbone: nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -90,6 +91,28 @@ def head_in_float32(classifier: PreTrainedModel, pooling: Pooling) -> Callable[[
             part.to(dtype)
 
     return undo
+
+
+def last_linear(classifier: PreTrainedModel, pooling: Pooling) -> nn.Linear | None:
+    """Returns the linear layer that ends a head and gives one value; None if the head ends otherwise."""
+    layers = list(classifier.get_submodule(pooling.head[-1]).modules())
+    found = layers[-1]
+    return found if isinstance(found, nn.Linear) and found.out_features == 1 else None
+
+
+@contextmanager
+def inputs_of(layer: nn.Linear) -> Iterator[list[Tensor]]:
+    """Collects the inputs of a layer while it is called, in float32."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].float())
+
+    hook = layer.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _has(part: nn.Module | None, name: str) -> bool:

@@ -15,10 +15,11 @@ from typing import Any
 from marginrm.calibration import Floats, calibrate
 from marginrm.encoding import Encoder
 from marginrm.forward.module import RewardModule
-from marginrm.manifest import BestOfNMeasure, Calibration, DataFile, Manifest, MethodInfo
+from marginrm.manifest import BestOfNMeasure, Calibration, DataFile, Manifest, MethodInfo, Uncertainty
 from marginrm.reward_model import RewardModel
 from marginrm_training.checkpoint.golden import golden_samples, tolerances
 from marginrm_training.checkpoint.model_card import model_card
+from marginrm_training.checkpoint.uncertainty import fit_uncertainty
 from marginrm_training.data.splits import EncodedPair, Splits
 from marginrm_training.evaluation.best_of_n import BestOfNPoint
 from marginrm_training.evaluation.groups import Groups, score_groups
@@ -45,6 +46,8 @@ class RunRecord:
         before: Margins of the first test pairs before training, [pairs].
         groups: Candidates for the report's Best-of-N curve.
         style_control: Whether style was in the training loss; then T is fitted beside it too.
+        choices: Candidates of held-out prompts to calibrate choices among them on.
+        uncertainty: Whether rewards are to carry their uncertainty.
     """
 
     name: str
@@ -57,6 +60,8 @@ class RunRecord:
     before: Floats | None = None
     groups: Groups | None = None
     style_control: bool = False
+    choices: Groups | None = None
+    uncertainty: bool = False
 
 
 def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Splits, record: RunRecord) -> Manifest:
@@ -77,17 +82,19 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     encoder.tokenizer.save_pretrained(directory)
     # Measured and recorded is the checkpoint as a server will load it, not the module in memory.
     served = RewardModel.from_pretrained(directory, dtype="float32", max_length=encoder.max_length)
-    fitted = score_pairs(served, splits.calibration.pairs, progress=True)
-    calibration = (
-        calibrate_beside_style(fitted.d, splits.calibration.pairs)
-        if record.style_control
-        else calibrate(fitted.d.tolist())
-    )
+    calibration, uncertainty = _calibrated(directory, served, splits, record)
     rewards = score_pairs(served, splits.test.pairs, progress=True)
-    metrics = evaluate(rewards, splits.test.pairs, calibration.temperature)
+    alone = uncertainty.temperature_alone if uncertainty else None
+    metrics = evaluate(rewards, splits.test.pairs, calibration.temperature, alone)
     curve = _curve(served, record.groups) if record.groups else ()
     manifest = _manifest(served, record, calibration, rewards, metrics, splits.test.pairs).model_copy(
-        update={"best_of_n": [BestOfNMeasure(**asdict(point)) for point in curve]}
+        update={
+            "uncertainty": uncertainty,
+            "best_of_n": [BestOfNMeasure(**asdict(point)) for point in curve],
+            "groups": score_groups(served, record.choices).calibrate(calibration.temperature)
+            if record.choices
+            else None,
+        }
     )
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(manifest), encoding="utf-8")
@@ -109,6 +116,20 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     ).write(directory / "report.html")
     RewardModel.from_pretrained(directory, dtype="float32").verify_golden()
     return manifest
+
+
+def _calibrated(
+    directory: Path, served: RewardModel, splits: Splits, record: RunRecord
+) -> tuple[Calibration, Uncertainty | None]:
+    """Calibrates on the held-out pairs; with an uncertainty, the model's rewards carry it from then on."""
+    held_out = splits.calibration.pairs
+    if record.uncertainty:
+        fitted = fit_uncertainty(served, held_out, splits.train.pairs)
+        served.read_uncertainty(fitted.posterior)
+        return fitted.calibration, fitted.save(directory)
+    margins = score_pairs(served, held_out, progress=True).d
+    calibration = calibrate_beside_style(margins, held_out) if record.style_control else calibrate(margins.tolist())
+    return calibration, None
 
 
 def _left_out(splits: Splits) -> dict[str, dict[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""`marginrm calibrate`: a temperature for any reward model, written into its manifest."""
+"""`marginrm calibrate`: temperatures for any reward model, written into its manifest."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marginrm.calibration import calibrate
-from marginrm.errors import ManifestError, ModelError
-from marginrm.manifest import MANIFEST_NAME, Calibration, HeadInfo, Manifest
+from marginrm.errors import ConfigError, ManifestError, ModelError
+from marginrm.head_posterior import FILE_NAME
+from marginrm.manifest import MANIFEST_NAME, Calibration, GroupCalibration, HeadInfo, Manifest, Uncertainty
 from marginrm.reading import ReadingOptions
 from marginrm.reward_model import RewardModel
 from marginrm_training.checkpoint.export import library_versions, utc_now
 from marginrm_training.checkpoint.golden import GOLDEN_PAIRS, golden_samples, tolerances
+from marginrm_training.checkpoint.uncertainty import fit_uncertainty
 from marginrm_training.data.splits import EncodedPair
-from marginrm_training.evaluation.measure import usable_pairs
+from marginrm_training.evaluation.measure import measure_candidates, usable_pairs
 from marginrm_training.evaluation.pairs import score_pairs
 from marginrm_training.evaluation.style import calibrate_beside_style
 
@@ -28,11 +30,15 @@ class Recalibrated:
 
     Attributes:
         calibration: The calibration as the manifest has it.
-        notes: Lines for people: the pairs, and a manifest that could not be read.
+        notes: Lines for people: the pairs, the candidates, and a manifest that could not be read.
+        groups: The calibration of choices among candidates; None without any.
+        uncertainty: The posterior of the head; None if it was not asked for.
     """
 
     calibration: Calibration
     notes: Sequence[str]
+    groups: GroupCalibration | None = None
+    uncertainty: Uncertainty | None = None
 
 
 def recalibrate(
@@ -42,6 +48,8 @@ def recalibrate(
     max_bad_rows: int | None = None,
     *,
     style_control: bool = False,
+    candidates: str | None = None,
+    uncertainty: bool = False,
 ) -> Recalibrated:
     """Fits the temperature of a checkpoint on preference pairs and writes it into the checkpoint's manifest.
 
@@ -52,23 +60,46 @@ def recalibrate(
         folder: The checkpoint.
         data: Preference pairs: a file, a folder or a data set.
         reading: What the user says about the checkpoint; a new manifest records it.
-        max_bad_rows: Most malformed rows of the data; None for any number, 0 to stop at the first.
+        max_bad_rows: Most malformed rows of each file; None for any number, 0 to stop at the first.
         style_control: Let style explain labels while T is fitted; see `calibrate_beside_style`.
+        candidates: Candidate groups with gold qualities, of prompts that the model was not trained on. Without them a
+            calibration of choices that the manifest has is removed, since it was fitted beside another temperature.
+        uncertainty: Compute the posterior of the head from these pairs, so that rewards carry their uncertainty. Without
+            it, one that the checkpoint has is no longer used.
 
     Raises:
-        ModelError: It is not a folder, or does not hold a reward model.
-        DataError: No pair is usable.
+        ConfigError: Both style control and uncertainty are asked for.
+        ModelError: It is not a folder, does not hold a reward model, or its head does not end in a linear layer.
+        DataError: No pair is usable, or too few groups are.
     """
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is not a folder. The manifest is written beside the weights, so save the model first."
         )
+    if style_control and uncertainty:
+        raise ConfigError("--style-control and --uncertainty each fit T in their own way. Leave one of them out.")
     model, fault = _load(folder, reading)
     split = usable_pairs(model, data, max_bad_rows=max_bad_rows)
     notes = [split.summary()]
-    d = score_pairs(model, split.pairs, progress=True).d
-    calibration = calibrate_beside_style(d, split.pairs) if style_control else calibrate(d.tolist())
-    manifest = recalibrated(model, folder.resolve().name, calibration, split.pairs)
+    fitted = None
+    model.readout = None
+    if uncertainty:
+        fitted = fit_uncertainty(model, split.pairs)
+        calibration = fitted.calibration
+        model.read_uncertainty(fitted.posterior)
+    else:
+        d = score_pairs(model, split.pairs, progress=True).d
+        calibration = calibrate_beside_style(d, split.pairs) if style_control else calibrate(d.tolist())
+    groups = None
+    if candidates:
+        scored = measure_candidates(model, candidates, max_bad_rows=max_bad_rows)
+        notes.append(scored.summary())
+        groups = scored.calibrate(calibration.temperature)
+    manifest = recalibrated(model, folder.resolve().name, calibration, split.pairs).model_copy(
+        update={"groups": groups, "uncertainty": fitted.save(folder) if fitted else None}
+    )
+    if not fitted:
+        (folder / FILE_NAME).unlink(missing_ok=True)
     if fault:
         shutil.copyfile(folder / MANIFEST_NAME, folder / BROKEN)
         notes.append(
@@ -76,7 +107,7 @@ def recalibrate(
             f"one is kept as {folder / BROKEN}"
         )
     manifest.save(folder)
-    return Recalibrated(calibration, notes)
+    return Recalibrated(calibration, notes, groups, manifest.uncertainty)
 
 
 def recalibrated(model: RewardModel, name: str, calibration: Calibration, pairs: Sequence[EncodedPair]) -> Manifest:

@@ -11,12 +11,17 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from marginrm.calibration import Floats
+from marginrm.confidence.group_temperature import GroupTemperature
 from marginrm.encoding import EncodedResponse
-from marginrm.errors import DataError, EncodingError
+from marginrm.errors import CalibrationError, DataError, EncodingError
+from marginrm.group_calibration import calibrate_groups, draw, measure, predict
+from marginrm.manifest import GroupCalibration, GroupMeasure
+from marginrm.ranking import averse
 from marginrm.reward_model import RewardModel
 from marginrm.texts.places import read_raw
 from marginrm.texts.preferences import CandidateGroup, parse_group
 from marginrm_training.data.excluded import ExcludedRows, MalformedRows
+from marginrm_training.data.splits import EncodedPair, prompt_key
 from marginrm_training.evaluation.best_of_n import BestOfNPoint, best_of_n_curve, curve_end
 
 UNSCORED = -math.inf  # sentinel for candidates that the model cannot read: never picked, never reported as a reward
@@ -37,6 +42,19 @@ class Groups:
     def first(self, limit: int | None) -> Groups:
         """Returns the first groups only."""
         return Groups(self.groups[:limit], self.excluded)
+
+    def without_prompts_of(self, pairs: Sequence[EncodedPair]) -> Groups:
+        """Returns the groups whose prompts are in none of these pairs; the others are counted as excluded."""
+        seen = {prompt_key(pair.pair.prompt) for pair in pairs}
+        excluded = ExcludedRows()
+        excluded.update(self.excluded)
+        kept = []
+        for group in self.groups:
+            if prompt_key(group.prompt) in seen:
+                excluded.add("with a prompt of the training pairs", group.source)
+            else:
+                kept.append(group)
+        return Groups(kept, excluded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +98,51 @@ class ScoredGroups:
             sources=[self.sources[index] for index in kept],
         )
 
+    def averse(self, factor: float) -> ScoredGroups:
+        """Returns the groups with reward - factor * std in the place of rewards; as they are for a factor of 0.
+
+        Raises:
+            NoUncertaintyError: The factor is not 0, and the rewards carry no uncertainty.
+        """
+        if not factor:
+            return self
+        values = [
+            [reward if reward == UNSCORED else averse([reward], factor)[0] for reward in group]
+            for group in self.rewards
+        ]
+        return replace(self, rewards=values)
+
+    def readable(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Returns rewards and gold qualities of the candidates that the model can read."""
+        kept = [[index for index, reward in enumerate(group) if reward != UNSCORED] for group in self.rewards]
+        rewards, gold = (
+            [[group[index] for index in members] for group, members in zip(values, kept, strict=True)]
+            for values in (self.rewards, self.gold)
+        )
+        return rewards, gold
+
+    def calibrate(self, temperature: float) -> GroupCalibration:
+        """Fits the temperatures of choices among these candidates.
+
+        Args:
+            temperature: T of given pairs.
+
+        Raises:
+            DataError: There are too few prompts with two readable candidates.
+        """
+        try:
+            return calibrate_groups(*self.readable(), temperature)
+        except CalibrationError as error:
+            raise DataError(f"{self.sources[0].rpartition(':')[0]}: {error}") from error
+
+    def confidences(self, temperatures: GroupTemperature) -> list[GroupMeasure]:
+        """Returns the quality of the confidences of choices by N, for every N with 20 prompts or more."""
+        found = draw(*self.readable(), draws=1)
+        return [
+            measure(choices, predicted, predicted)
+            for choices, predicted in ((choices, predict(choices, temperatures)) for choices in found.values())
+        ]
+
     def curve(self) -> list[BestOfNPoint]:
         """Returns the Best-of-N curve; raises as `best_of_n_curve` does."""
         return best_of_n_curve(self.rewards, self.gold, self.lengths)
@@ -104,6 +167,13 @@ class ScoredGroups:
             "truncated": float(self.truncated),
             "unusable": float(rewards.count(UNSCORED)),
         }
+
+
+def groups_of(model: RewardModel) -> GroupTemperature:
+    """Returns a model's temperatures for choices; those of given pairs if it has no others."""
+    return model.info.groups or GroupTemperature(
+        temperature=model.temperature, pick_slope=0.0, best_slope=0.0, largest=2
+    )
 
 
 def load_groups(path: str | Path, max_bad_rows: int | None = None) -> Groups:

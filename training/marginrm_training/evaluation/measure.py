@@ -89,7 +89,10 @@ def measure_pairs(
     """
     split = usable_pairs(model, data, form=form, too_long=too_long, limit=limit, max_bad_rows=max_bad_rows)
     rewards = score_pairs(model, split.pairs, progress=progress)
-    return MeasuredPairs(split, rewards, model.temperature, evaluate(rewards, split.pairs, model.temperature))
+    recorded = model.manifest.uncertainty if model.manifest else None
+    alone = recorded.temperature_alone if recorded else None
+    metrics = evaluate(rewards, split.pairs, model.temperature, alone)
+    return MeasuredPairs(split, rewards, model.temperature, metrics)
 
 
 def usable_pairs(

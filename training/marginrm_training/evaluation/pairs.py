@@ -9,7 +9,15 @@ from itertools import pairwise
 import numpy as np
 from tqdm.auto import tqdm
 
-from marginrm.calibration import Floats, calibrate, correctness
+from marginrm.calibration import (
+    Floats,
+    area_under_risk_coverage,
+    calibrate,
+    calibrate_uncertain,
+    correctness,
+    narrowed,
+)
+from marginrm.confidence.uncertain_reward import familiarity_of, margin_std
 from marginrm.reward_model import RewardModel
 from marginrm_training.data.mixture import SOURCE_NAME
 from marginrm_training.data.splits import EncodedPair
@@ -20,15 +28,28 @@ _STRENGTHS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class PairRewards:
-    """Rewards of a split's pairs, each [pairs], in order."""
+    """Rewards of a split's pairs, each [pairs], in order.
+
+    Attributes:
+        chosen: Of the preferred responses.
+        rejected: Of the others.
+        std: Standard deviations of the margins; None for a model without.
+        familiarity: The lower one of the two responses; None for a model without.
+    """
 
     chosen: Floats
     rejected: Floats
+    std: Floats | None = None
+    familiarity: Floats | None = None
 
     @property
     def d(self) -> Floats:
         """Margins reward(chosen) - reward(rejected), [pairs]."""
         return self.chosen - self.rejected
+
+    def sure(self, temperature: float) -> Floats:
+        """Returns margins with which sigmoid(margin / T) integrates over their uncertainty, if they have one, [pairs]."""
+        return self.d if self.std is None else narrowed(self.d, self.std, temperature)
 
 
 def score_pairs(model: RewardModel, pairs: Sequence[EncodedPair], *, progress: bool = False) -> PairRewards:
@@ -36,41 +57,71 @@ def score_pairs(model: RewardModel, pairs: Sequence[EncodedPair], *, progress: b
     with tqdm(total=2 * len(pairs), desc="scoring", unit="response", disable=not progress) as bar:
         rewards = model.score_encoded([[pair.chosen, pair.rejected] for pair in pairs], progress=bar.update)
     table = np.array(rewards, dtype=np.float64).reshape(-1, 2)
-    return PairRewards(table[:, 0], table[:, 1])
+    if model.readout is None:
+        return PairRewards(table[:, 0], table[:, 1])
+    stds = np.array([margin_std(first, second) for first, second in rewards], dtype=np.float64)
+    familiar = np.array([[familiarity_of(one) for one in pair] for pair in rewards], dtype=np.float64).reshape(-1, 2)
+    return PairRewards(table[:, 0], table[:, 1], stds, familiar.min(axis=1))
 
 
-def evaluate(rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: float) -> dict[str, float]:
+def evaluate(
+    rewards: PairRewards, pairs: Sequence[EncodedPair], temperature: float, alone: float | None = None
+) -> dict[str, float]:
     """Measures a model on scored pairs.
 
     Args:
         rewards: The model's rewards.
         pairs: The pairs, for strengths and lengths.
         temperature: T of the confidence; ECE and Brier are given with T = 1 and with this one.
+        alone: T without the uncertainty of margins; with it, figures without the uncertainty stand beside the others.
 
     Returns:
         Metrics by name; shares and probabilities lie in [0, 1], `*_nll` are in nats.
     """
-    d = rewards.d
-    calibration = calibrate(d.tolist(), temperature=temperature)
+    d, sure = rewards.d, rewards.sure(temperature)
+    calibration = (
+        calibrate(d, temperature=temperature)
+        if rewards.std is None
+        else calibrate_uncertain(d, rewards.std, temperature=temperature)
+    )
     metrics = {
         "pairs": float(len(d)),
         "accuracy": float(correctness(d).mean()),
         "accuracy_strict": float((d > 0).mean()),
         "ties": float((d == 0).mean()),
         "bt_nll": float(np.logaddexp(0, -d).mean()),
-        "nll": float(np.logaddexp(0, -d / temperature).mean()),
+        "nll": calibration.nll_after,
         "ece_before": calibration.ece_before,
         "ece": calibration.ece_after,
         "brier_before": calibration.brier_before,
         "brier": calibration.brier_after,
+        "aurc": area_under_risk_coverage(sure),
         "margin_mean": float(d.mean()),
         "margin_std": float(d.std()),
         "margin_skew": skew(d),
         "reward_mean": float(np.concatenate([rewards.chosen, rewards.rejected]).mean()),
         "reward_std": float(np.concatenate([rewards.chosen, rewards.rejected]).std()),
     }
-    metrics |= length_diagnostics(d, pairs) | by_style(d, pairs, temperature) | by_strength(d, pairs)
-    return metrics | by_source(d, pairs, temperature)
+    metrics |= _uncertainty(rewards, alone)
+    metrics |= length_diagnostics(d, pairs) | by_style(sure, pairs, temperature) | by_strength(d, pairs)
+    return metrics | by_source(sure, pairs, temperature)
+
+
+def _uncertainty(rewards: PairRewards, alone: float | None) -> dict[str, float]:
+    """Returns the size of the uncertainty, the familiarity of the texts, and figures of the temperature alone."""
+    if rewards.std is None or rewards.familiarity is None:
+        return {}
+    found = {
+        "uncertainty": float(np.sqrt(np.mean(rewards.std**2))),
+        "familiarity_median": float(np.median(rewards.familiarity)),
+    }
+    if alone is None:
+        return found
+    return found | {
+        "ece_temperature_alone": calibrate(rewards.d, temperature=alone).ece_after,
+        "nll_temperature_alone": calibrate(rewards.d, temperature=alone).nll_after,
+        "aurc_temperature_alone": area_under_risk_coverage(rewards.d),
+    }
 
 
 def length_diagnostics(d: Floats, pairs: Sequence[EncodedPair]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import numpy as np
 import torch
 
 from marginrm.encoding import Encoder
+from marginrm.errors import DataError
 from marginrm.forward.module import RewardModule
+from marginrm.group_calibration import FEWEST_PROMPTS
 from marginrm.loading import load_for_training
 from marginrm.manifest import Manifest, MethodInfo
 from marginrm.reward_model import RewardModel
 from marginrm.tuning.tune import tune
 from marginrm_training.checkpoint.export import RunRecord, export
 from marginrm_training.config import TrainConfig, expand
-from marginrm_training.data.splits import load_splits
-from marginrm_training.evaluation.groups import load_groups
+from marginrm_training.data.splits import EncodedPair, load_splits
+from marginrm_training.evaluation.groups import Groups, load_groups
 from marginrm_training.evaluation.pairs import score_pairs
 from marginrm_training.method.margins import MarginMethod, check_reference_batch
 from marginrm_training.run.activations import save_activations
@@ -65,10 +68,13 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
     splits = load_splits(config.data, encoder, method, config.seed)
     bon = config.data.best_of_n
     groups = load_groups(expand(bon), config.data.max_bad_rows) if bon else None
+    choices = held_out_groups(config, splits.train.pairs)
     for split in (splits.train, splits.calibration, splits.test):
         print_once(split.summary())
     if groups and groups.excluded.total:
         print_once(f"best_of_n: {len(groups.groups):,} groups; left out: {groups.excluded}")
+    if choices:
+        print_once(f"calibration_groups: {len(choices.groups):,} groups; left out: {choices.excluded}")
     if rest := leftover_pairs(len(splits.train.pairs), config.optim.train_batch):
         print_once(
             f"each epoch leaves out {rest:,} training pairs, drawn anew: they do not fill a forward pass on every rank"
@@ -99,6 +105,8 @@ def train(config: TrainConfig, *, resume: bool = True, dry_run: bool = False) ->
         before=before,
         groups=groups,
         style_control=config.method.style_control,
+        choices=choices,
+        uncertainty=config.calibration.uncertainty,
     )
     manifest = export(output, module, encoder, splits, record)
     if (steps / "runs").is_dir():  # TensorBoard's event files, which stay when the steps to resume from are removed
@@ -120,6 +128,24 @@ def load(config: TrainConfig) -> tuple[RewardModule, Encoder]:
     if config.model.lora:
         module = with_lora(module, config.model.lora, encoder.max_length)
     return module, encoder
+
+
+def held_out_groups(config: TrainConfig, pairs: Sequence[EncodedPair]) -> Groups | None:
+    """Returns the candidate groups to calibrate on, without the prompts of the training pairs; None without a file.
+
+    Raises:
+        DataError: The file is unusable, or no prompt of it is held out.
+    """
+    place = config.data.calibration_groups
+    if place is None:
+        return None
+    kept = load_groups(expand(place), config.data.max_bad_rows).without_prompts_of(pairs)
+    if len(kept.groups) < FEWEST_PROMPTS:
+        raise DataError(
+            f"{place}: {len(kept.groups)} groups are left to calibrate on, of prompts that no training pair has; "
+            f"{FEWEST_PROMPTS} are needed ({kept.excluded}). Raise data.calibration_share, or give groups of other prompts."
+        )
+    return kept
 
 
 def tune_for_training(trainer: MarginTrainer, module: RewardModule) -> None:
