@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from marginrm import ranking
 from marginrm.bulk.summary import Summary, reason_of
+from marginrm.confidence.uncertain_reward import familiarity_of
 from marginrm.errors import ConfigError, EncodingError, MarginRMError, NonFiniteRewardError
 from marginrm.process_rewards import steps_of
 from marginrm.reading import ReadingOptions
@@ -185,6 +186,7 @@ def _result(
     parts = [
         {"reward": reward, "tokens": response.tokens, "truncated": response.truncated}
         | ({} if found is None else {"steps": list(found)})
+        | ({} if (familiarity := familiarity_of(reward)) is None else {"familiarity": familiarity})
         for reward, response, found in zip(rewards, group.values(), steps, strict=True)
     ]
     if given.kind == "item":
@@ -201,6 +203,9 @@ def _result(
     if any(steps):
         found_steps = dict(zip(positions, steps, strict=True))
         result["steps"] = [found_steps.get(index) for index in range(len(given.responses))]
+    if any("familiarity" in part for part in parts):
+        familiar = {position: part["familiarity"] for position, part in zip(positions, parts, strict=True)}
+        result["familiarities"] = [familiar.get(index) for index in range(len(given.responses))]
     errors = [{"candidate": index, "error": _error_body(error)} for index, error in given.faults.items()]
     return result | ({"errors": errors} if errors else {})
 
