@@ -51,7 +51,7 @@ class Laplace:
         Args:
             differences: Of the features of the two responses, [pairs, size].
         """
-        found: Floats = np.einsum("ij,jk,ik->i", differences, self.covariance, differences)
+        found: Floats = np.sum(differences @ self.covariance * differences, axis=1)
         return found
 
 
