@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from benchmarks.throughput import report
 from benchmarks.throughput.compare import Clock, Comparison, Setting
 from benchmarks.throughput.contenders import contenders, interpreters
 from benchmarks.throughput.results import Results
-from benchmarks.throughput.studies import STUDIES, Subject
+from benchmarks.throughput.studies import STUDIES, WITHOUT_DECODER, Subject
 from benchmarks.throughput.targets import cpu_findings
 
 _STUDY_SECONDS = 240.0
@@ -51,6 +52,8 @@ def main(
     rewards_per_second.svg are made from all of them. Remove the folder to start over.
     """
     clock = Clock(minutes * 60)
+    if data is not None:
+        os.environ["MARGINRM_DATA"] = str(data.resolve())  # for benchmarks in processes of their own
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM then ends the contenders' processes too
     logging.getLogger("transformers").setLevel(logging.ERROR)
     chosen = [WORKLOADS[name] for name in all_known(workloads, WORKLOADS)]
@@ -74,9 +77,9 @@ def main(
         output,
         page,
     )
+    run.study(names, questions, clock)
     for number, name in enumerate(names):
         run.compare(name, chosen, Clock(clock.left / (len(names) - number)))
-    run.study(names, questions, clock)
     typer.echo(run.write())
 
 
@@ -99,11 +102,11 @@ class _Run:
     def study(self, models: Sequence[str], questions: Sequence[str], clock: Clock) -> None:
         """Runs each study on the first model that it applies to, unless its findings are kept already."""
         for question in questions:
-            fitting = [name for name in models if name not in SHORT or question == "http"]
+            fitting = [name for name in models if name not in SHORT or question in WITHOUT_DECODER]
             if not fitting or any(name == question for name, _ in self.results.studies) or clock.left < 0:
                 continue
             model = fitting[0]
-            folder = self.output / "models" / model
+            folder = build(model, self.output / "models", self.texts.for_tokenizer)
             limit = Clock(_STUDY_SECONDS)
             subject = Subject(folder, Samples(folder, self.texts), self.setting, self.rounds, limit)
             self.results.add_study(question, model, STUDIES[question](subject))
@@ -117,8 +120,11 @@ class _Run:
         (self.output / "report.md").write_text(tables + "\n", encoding="utf-8")
         (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         report.draw(summary["cells"], self.output / "rewards_per_second.svg")
-        if self.page is not None:
-            report.write_between_markers(self.page, tables)
+        if self.page is not None and summary["cells"]:
+            figure = self.page.parent / "images" / "benchmarks.svg"
+            figure.parent.mkdir(exist_ok=True)
+            report.draw(summary["cells"], figure)
+            report.write_between_markers(self.page, f"![Rewards per second](images/{figure.name})\n\n{tables}")
         return tables
 
 

@@ -6,6 +6,9 @@ Batch composition is what else is scored in the same forward pass. It changes th
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 from benchmarks.harness.rates import ratios
 from benchmarks.harness.texts import Sample, shared_prefix
-from benchmarks.harness.worker_process import WorkerProcess
+from benchmarks.harness.worker_process import ROOT, WorkerProcess
 from benchmarks.harness.workloads import CLIENTS, LONG_PROMPT, LONG_RESPONSE, Samples, Workload
 from benchmarks.throughput.compare import Clock, Setting
 from benchmarks.throughput.contenders import Contender
@@ -176,7 +179,29 @@ def composition(subject: Subject) -> dict[str, Any]:
     return found
 
 
-STUDIES: dict[str, Study] = {"cost of N": cost_of_n, "http": http, "memory": memory, "composition": composition}
+def host(subject: Subject) -> dict[str, Any]:
+    """Runs `benchmarks.host` in a process of its own.
+
+    Returns:
+        Computed tokens per second of library and server, and microseconds of planning a token, on pairs; the same of
+        `bon-long` with its name before.
+    """
+    output = subject.folder.parent.parent
+    command = [sys.executable, "-m", "benchmarks.host", "--rounds", str(subject.rounds), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    rates = {name: {key: value for key, value in one.items() if key != "stage_us"} for name, one in found.items()}
+    return rates["pairs"] | {f"bon-long, {key}": value for key, value in rates["bon-long"].items()}
+
+
+STUDIES: dict[str, Study] = {
+    "host": host,
+    "cost of N": cost_of_n,
+    "http": http,
+    "memory": memory,
+    "composition": composition,
+}
+WITHOUT_DECODER = frozenset({"host", "http"})  # studies that any model may take, a short encoder too
 
 
 def _in_process() -> Contender:

@@ -22,6 +22,7 @@ from benchmarks.throughput.contenders import (
 from benchmarks.throughput.results import Measurement, Results
 
 TRAINING = "training"  # the name of the study that `benchmarks.gpu` adds
+_LIBRARY = "library_tokens_per_second"
 _QWEN3, _PYTHIA, _LLAMA = "qwen3-0.6b", "pythia-2.8b", "llama-3-8b"
 
 
@@ -94,6 +95,9 @@ def cpu_findings(results: Results) -> list[Finding]:
             for workload in ("bon-long", "bon-short", "pairs")
         ),
         found.gemm(_QWEN3, 0.60),
+        found.study("host: computed tokens/s of the library, 1 core", 1e6, "host", _LIBRARY, most=False),
+        found.study("host: over HTTP, 2 cores, 16 clients", 3e5, "host", "http_tokens_per_second", most=False),
+        found.study("host: us of planning a computed token", 0.15, "host", "planning_us"),
         found.study("throughput over HTTP / in process, 16 clients", 0.95, "http", "throughput", most=False),
         found.study("ms that HTTP adds to a lone request, p50", 3.0, "http", "added_ms"),
         found.study("N = 64: tokens computed / (64 responses + one prompt)", 1.10, "cost of N", "tokens"),
