@@ -68,7 +68,7 @@ def reusable(group: EncodedGroup, shared: int | None = None) -> int:
         group: Encoded responses, at least one.
         shared: Tokens that all members share, if they are counted already (`packing.shared_prefix`).
     """
-    end = min(len(one.ids) - 1 if one.read_at is None else min(one.read_at, default=0) for one in group)
+    end = min(one.tokens - 1 if one.read_at is None else min(one.read_at, default=0) for one in group)
     if len(group) == 1:
         return end
     return min(end, shared_prefix([one.array for one in group]) if shared is None else shared)
