@@ -47,10 +47,10 @@ class ModelConfig(_Section):
         "float32", description="dtype of matrix products. With bfloat16, weights, head and loss stay float32. ours"
     )
     lora: LoraSection | None = Field(None, description="Absent: all weights are trained.")
-    gradient_checkpointing: bool | Literal["mlp"] = Field(
-        "mlp",
-        description="Activations that are computed again in the backward pass: those of the MLPs, of whole layers (true: "
-        "least memory, up to a third more time) or none (false). ours",
+    gradient_checkpointing: bool | Literal["auto", "mlp"] = Field(
+        "auto",
+        description="Activations that are computed again in the backward pass: those of the MLPs (mlp), of whole layers "
+        "(true: least memory, up to a third more time) or none (false). auto: mlp on CPUs, none on GPUs. ours",
     )
     trust_remote_code: bool = Field(False, description="Allow code that comes with the checkpoint to run.")
 

@@ -150,7 +150,8 @@ def held_out_groups(config: TrainConfig, pairs: Sequence[EncodedPair]) -> Groups
 
 def tune_for_training(trainer: MarginTrainer, module: RewardModule) -> None:
     """Tunes the module on the device and in the dtype of the trainer, which has moved its weights there."""
-    recompute = trainer.config.model.gradient_checkpointing == "mlp"
+    chosen = trainer.config.model.gradient_checkpointing
+    recompute = chosen == "mlp" or (chosen == "auto" and trainer.args.device.type == "cpu")
     with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
         tune(module, "training", whole_last_layer=trainer.is_deepspeed_enabled)  # DeepSpeed follows a layer's calls
         save_activations(module, recompute_mlps=recompute)
