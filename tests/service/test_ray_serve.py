@@ -117,8 +117,10 @@ class RayServe:
         subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
 
     def status(self) -> str:
+        """What `serve status` prints, on one line."""
         command = [SERVE, "status", "--address", self.dashboard]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT).stdout
+        printed = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT).stdout
+        return re.sub(r"[\s\\]+", " ", printed)
 
     def replicas(self) -> list[psutil.Process]:
         """The processes of the replicas."""
@@ -245,7 +247,11 @@ def test_a_new_version_in_mid_load_loses_no_request_and_scales_by_queued_tokens(
     statuses: list[int] = []
     ray_serve.deploy()
     deadline = time.monotonic() + PATIENCE
-    while client.get("/v1/models").json()["data"][0]["dtype"] != "bfloat16" or len(responses_by_replica(client)) > 1:
+    while (
+        client.get("/v1/models").json()["data"][0]["dtype"] != "bfloat16"
+        or "status: HEALTHY" not in (status := ray_serve.status())
+        or "RUNNING: 1" not in status
+    ):
         statuses += asyncio.run(answers(str(client.base_url), [body(number) for number in range(20)]))
         assert time.monotonic() < deadline, ray_serve.log
     assert set(statuses) == {200}
