@@ -255,7 +255,7 @@ def _transport(method: MarginMethod, d: Tensor, reference: Reference, chosen: Te
     """
     if reference.pool is None or chosen is None:
         raise ValueError("`transport` needs the rewards of the reference batch")
-    all_chosen, all_rejected = reference.pool.float().sort(dim=1).values
+    all_chosen, all_rejected = (side.contiguous().float().sort().values for side in reference.pool)
     place = torch.searchsorted(all_chosen, chosen.contiguous()).clamp(max=len(all_chosen) - 1)
     margins: Tensor = method.scale * (chosen - all_rejected[place])
     return margins
