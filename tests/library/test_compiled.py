@@ -59,7 +59,7 @@ def rewards_of(module: RewardModule, count: int) -> torch.Tensor:
         return rewards
 
 
-def test_another_process_fills_the_cache_for_all_layers_of_a_kind(eager: RewardModule, cache: Path) -> None:
+def test_another_process_compiles_into_the_cache_without_the_weights(eager: RewardModule, cache: Path) -> None:
     skeleton = Skeleton.of(eager)
     assert skeleton is not None
     assert skeleton.packed
@@ -75,7 +75,6 @@ def test_another_process_fills_the_cache_for_all_layers_of_a_kind(eager: RewardM
     compiled.apply(eager)
     rewards_of(eager, 1)
 
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
     assert counters["stats"]["unique_graphs"] == 1
 
 

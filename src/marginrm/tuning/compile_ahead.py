@@ -30,7 +30,7 @@ from marginrm.tuning import compiled
 from marginrm.tuning.packed_weights import PackedLinear
 
 _NICE = 10  # lower still, it would hardly run beside a busy server
-_SMALL = 1 << 20  # elements; larger weights that are no layer's are not filled
+_SMALL = 1 << 16  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +99,23 @@ def _first_value(_model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
 
 
 def _fill(backbone: nn.Module) -> None:
-    """Gives weights and buffers values: zeros, which all layers share, so that they take the memory of one layer."""
+    """Gives weights and buffers zeros for values; large ones of a shape share memory, which takes that of one layer."""
 
     @cache
-    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
+
+    def zeros(like: Tensor, *, expand: bool = False) -> Tensor:
+        if like.numel() <= _SMALL:
+            return torch.zeros(like.shape, dtype=like.dtype)
+        return torch.zeros(1, dtype=like.dtype).expand(like.shape) if expand else shared(tuple(like.shape), like.dtype)
 
     for part in backbone.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
-            shape = tuple(weight.shape)
-            large = isinstance(part, nn.Embedding) and weight.numel() > _SMALL
-            filled = torch.zeros(1, dtype=weight.dtype).expand(shape) if large else zeros(shape, weight.dtype)
+            filled = zeros(weight, expand=isinstance(part, nn.Embedding))  # embeddings are not compiled
             setattr(part, name, nn.Parameter(filled, weight.requires_grad))
         for name, buffer in list(part.named_buffers(recurse=False)):
-            setattr(part, name, zeros(tuple(buffer.shape), buffer.dtype))
+            setattr(part, name, zeros(buffer))
 
 
 def main() -> None:
