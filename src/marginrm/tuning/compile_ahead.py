@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -27,10 +28,10 @@ from marginrm.forward.own_forward import is_own_code
 from marginrm.forward.pooling import Pooling, ResponseBounds
 from marginrm.forward.self_check import probe_rewards
 from marginrm.tuning import compiled
+from marginrm.tuning.last_layer import layers_of
 from marginrm.tuning.packed_weights import PackedLinear
 
 _NICE = 10  # lower still, it would hardly run beside a busy server
-_SMALL = 1 << 16  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,6 @@ def build(skeleton: Skeleton) -> RewardModule:
     with torch.device("meta"):
         backbone = AutoModel.from_config(config, dtype=getattr(torch, skeleton.dtype)).eval()
     backbone.set_attn_implementation(ATTENTION_NAME)
-    _fill(backbone)
     module = RewardModule(
         backbone,
         max_length=skeleton.max_length,
@@ -88,9 +88,12 @@ def build(skeleton: Skeleton) -> RewardModule:
         path_reason="",
         architecture=skeleton.architecture,
     )
-    if skeleton.packed:
-        for layer in [part for part in backbone.modules() if type(part) is nn.Linear]:
-            PackedLinear.convert(layer)
+    places = {part: name for layer in layers_of(module) for name, part in layer.named_modules()}
+    _fill(backbone, places)
+    packed: dict[tuple[object, torch.Size], Tensor] = {}
+    for layer in [part for part in backbone.modules() if skeleton.packed and type(part) is nn.Linear]:
+        place = places.get(layer, layer), layer.weight.shape
+        packed[place] = PackedLinear.convert(layer, packed.get(place)).packed
     return module.eval()
 
 
@@ -98,24 +101,27 @@ def _first_value(_model: Any, hidden: Tensor, bounds: ResponseBounds) -> Tensor:
     return hidden[bounds.last, 0].float()
 
 
-def _fill(backbone: nn.Module) -> None:
-    """Gives weights and buffers zeros for values; large ones of a shape share memory, which takes that of one layer."""
+def _fill(backbone: nn.Module, places: Mapping[nn.Module, str]) -> None:
+    """Gives weights and buffers zeros for values. Layers share memory, within a layer nothing does, as in a real model.
+
+    Args:
+        backbone: Without values.
+        places: The name of each part of a layer in its layer.
+    """
 
     @cache
-    def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def zeros(_place: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
-
-    def zeros(like: Tensor, *, expand: bool = False) -> Tensor:
-        if like.numel() <= _SMALL:
-            return torch.zeros(like.shape, dtype=like.dtype)
-        return torch.zeros(1, dtype=like.dtype).expand(like.shape) if expand else shared(tuple(like.shape), like.dtype)
 
     for part in backbone.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
-            filled = zeros(weight, expand=isinstance(part, nn.Embedding))  # embeddings are not compiled
+            if isinstance(part, nn.Embedding):  # not compiled, and may be large
+                filled = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
+            else:
+                filled = zeros((places.get(part, part), name), tuple(weight.shape), weight.dtype)
             setattr(part, name, nn.Parameter(filled, weight.requires_grad))
         for name, buffer in list(part.named_buffers(recurse=False)):
-            setattr(part, name, zeros(buffer))
+            setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
 def main() -> None:

@@ -111,12 +111,19 @@ class PackedLinear(nn.Linear):
     packed: Tensor
 
     @classmethod
-    def convert(cls, layer: nn.Linear) -> None:
-        """Makes a plain linear layer a packed one, in place: other modules may refer to it."""
-        packed = reordered(layer)
+    def convert(cls, layer: nn.Linear, packed: Tensor | None = None) -> PackedLinear:
+        """Makes a plain linear layer a packed one, in place: other modules may refer to it.
+
+        Args:
+            layer: The layer.
+            packed: Its weights in oneDNN's layout, if they are there already.
+        """
+        packed = reordered(layer) if packed is None else packed
         _give_up(layer)
         layer.__class__ = cls
-        cast("PackedLinear", layer).packed = packed
+        converted = cast("PackedLinear", layer)
+        converted.packed = packed
+        return converted
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Computes the product, as `nn.Linear` does.
