@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from marginrm import ranking
 from marginrm.calibration import Floats
+from marginrm.confidence.uncertain_reward import UncertainReward
 from marginrm.encoding import EncodedGroup, Encoder
 from marginrm.errors import (
     ConfigError,
@@ -347,7 +348,10 @@ class RewardModel:
             scored = self.score_encoded(groups, progress)
         finally:
             self.readout = kept
-        features = [np.array([one.deviations for one in group], dtype=np.float64) for group in scored]
+        features = [
+            np.array([one.deviations for one in group if isinstance(one, UncertainReward)], dtype=np.float64)
+            for group in scored
+        ]
         return [list(map(float, group)) for group in scored], features
 
     def run_step(self, groups: Sequence[EncodedGroup], tenants: Sequence[str | None] | None = None) -> StepResult:

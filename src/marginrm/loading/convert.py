@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from marginrm.errors import ConfigError, ModelError
@@ -42,7 +43,8 @@ def convert(path: str | Path, output: str | Path, *, dtype: torch.dtype = torch.
         raise ConfigError(f"{folder} holds files already. Give another folder, or remove it.")
     gguf = _gguf_file(Path(path))
     model, tokenizer = _from_gguf(gguf) if gguf else _from_folder(find_checkpoint(path))
-    model.to(dtype).save_pretrained(folder)
+    nn.Module.to(model, dtype)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return type(model).__name__
 

@@ -95,7 +95,7 @@ def apply(module: RewardModule, layers: list[nn.Linear]) -> None:
         if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # expanded values have less
             tensor.data = tensor.data.clone()
     for part in module.modules():
-        part.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        part.register_state_dict_pre_hook(_refuse)
     module.execution = replace(module.execution, weights="packed")
 
 

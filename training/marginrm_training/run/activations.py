@@ -85,7 +85,7 @@ class KeptBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._storages: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,7 +100,8 @@ class KeptBytes(TorchDispatchMode):
     @property
     def total(self) -> int:
         """The bytes that are held now."""
-        return sum(size for held, size in self._storages.items() if not held.expired())
+        sizes = [size for held, size in self._storages.items() if not held.expired()]
+        return sum(sizes)
 
 
 class RecomputedForward:

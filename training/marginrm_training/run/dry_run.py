@@ -90,7 +90,7 @@ def _pass(module: RewardModule, pairs: Sequence[EncodedPair], config: TrainConfi
     module.train()
     with torch.autocast(module.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
         rewards = module(row)
-    bradley_terry(rewards[0::2] - rewards[1::2]).mean().backward()  # type: ignore[no-untyped-call]
+    bradley_terry(rewards[0::2] - rewards[1::2]).mean().backward()
     module.zero_grad(set_to_none=True)
     if module.device.type == "cuda":
         torch.cuda.synchronize()
@@ -106,7 +106,7 @@ def _kept_bytes(module: RewardModule, pairs: Sequence[EncodedPair], config: Trai
         torch.autocast(module.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"),
     ):
         rewards = module(row)
-        total = kept.total
+        total: int = kept.total
     del rewards
     return total
 
