@@ -25,6 +25,7 @@ PAIRS = [
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.cluster
 def test_an_actor_that_is_killed_loses_and_doubles_nothing(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", "llama", chat_template=CHATML_TEMPLATE)
     source = tmp_path / "in.jsonl"

@@ -25,10 +25,12 @@ COMMANDS = {
     "train",
     "ablate",
     "evaluate",
+    "audit",
     "calibrate",
     "compare",
     "best-of-n",
     "demo",
+    "size",
 }
 EXTRAS = ("service", "training", "dev")
 INSTALLED = frozenset(EXTRAS) | ({"ray"} if find_spec("ray") else set())

@@ -95,11 +95,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def marginrm(*arguments: str | Path, fails: bool = False) -> str:
+def marginrm(*arguments: str | Path, status: int = 0) -> str:
     """Runs the command as a user does, and returns what it prints."""
     command = [Path(sys.executable).parent / "marginrm", *arguments]
     done = subprocess.run([str(one) for one in command], capture_output=True, text=True, check=False)
-    assert (done.returncode != 0) == fails, done.stderr
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
@@ -125,7 +125,7 @@ def test_every_command_counts_odd_pairs_and_uses_the_others(folder: Path) -> Non
         "train": {reason: [f"{path}:{EVERY * place}"] for place, (reason, _) in enumerate(ODD_PAIRS, 1)}
     }
     output = folder / "scored.jsonl"
-    printed = marginrm("score", path, "-o", output, "--model", checkpoint)
+    printed = marginrm("score", path, "-o", output, "--model", checkpoint, status=3)
     assert not [entry for entry in expected if entry not in printed]
     scored = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [number for number, row in enumerate(scored, start=1) if "error" in row] == list(range(EVERY, 301, EVERY))
@@ -134,9 +134,9 @@ def test_every_command_counts_odd_pairs_and_uses_the_others(folder: Path) -> Non
     first = f"{path}:{EVERY}: field 'rejected' is null"
     options = ("evaluate", "--model", checkpoint, "--data", path, "--max-bad-rows")
     malformed = expected[:12]  # the others are well-formed, and this model cannot read them
-    assert first in marginrm("train", config, "--set", "data.max_bad_rows=0", fails=True)
-    assert first in marginrm(*options, "0", fails=True)
-    printed = marginrm(*options, "11", fails=True)
+    assert first in marginrm("train", config, "--set", "data.max_bad_rows=0", status=1)
+    assert first in marginrm(*options, "0", status=1)
+    printed = marginrm(*options, "11", status=1)
     assert "12 malformed rows, and max_bad_rows is 11" in printed
     assert not [entry for entry in malformed if entry not in printed]
     assert "accuracy" in marginrm(*options, "12")
@@ -156,5 +156,5 @@ def test_best_of_n_counts_odd_groups_and_uses_the_others(folder: Path) -> None:
     assert f"1 empty text ({path}:1 candidate 2)" in printed
     assert f"1 too long ({path}:1 candidate 3)" in printed
     assert f"{path}:{EVERY}: the candidates have no gold quality" in marginrm(
-        "best-of-n", "--model", folder / "base", "--data", path, "--max-bad-rows", "0", fails=True
+        "best-of-n", "--model", folder / "base", "--data", path, "--max-bad-rows", "0", status=1
     )
