@@ -1,4 +1,4 @@
-"""A server that compiles in a child process ends cleanly at any time, and the child with it."""
+"""A server answers while a child process compiles its model, changes over, and ends cleanly at any time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from support.models import tiny_checkpoint
@@ -14,15 +15,18 @@ from support.server import ServerProcess
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
 
-# Tiny models are not worth it: compile them all the same. At its low priority the child would wait for other tests.
+# Tiny models are not worth it, and their times say nothing: compile them all the same, and always change over. At its low
+# priority the child would wait for other tests.
 ALWAYS = """
 import sys
 from marginrm.tuning import compiled
 from marginrm_service.models import compiling
 compiled._LARGE = 0
+compiled._WORTH_IT = 0.0
 ahead = "from marginrm.tuning import compile_ahead as ahead; ahead._NICE = 0; ahead.main()"
 compiling._COMMAND = (sys.executable, "-c", ahead)
 """
+PAIR = {"pairs": [{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}]}
 
 
 @pytest.fixture
@@ -43,6 +47,20 @@ def wait_for(text: str, process: ServerProcess) -> None:
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_it_answers_meanwhile_and_changes_over(process: ServerProcess):
+    wait_for("compiling its layers in the background", process)
+    eager = httpx.post(f"{process.url}/score", json=PAIR, timeout=120).json()["pairs"]
+    assert "marginrm_compiled{" in httpx.get(f"{process.url}/metrics").text
+    wait_for("layers compiled (", process)
+    card = httpx.get(f"{process.url}/v1/models").json()["data"][0]
+    assert "layers compiled (" in card["forward_reason"]
+    assert 'marginrm_compiled{model="default"} 1.0' in httpx.get(f"{process.url}/metrics").text
+    compiled = httpx.post(f"{process.url}/score", json=PAIR, timeout=120).json()["pairs"]
+    assert compiled[0]["margin"] == pytest.approx(eager[0]["margin"], abs=1e-5)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process as Linux tells them")
