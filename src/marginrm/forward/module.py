@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,16 +27,16 @@ from marginrm.prefix_cache import StepPrefixes
 from marginrm.steps import ForwardPath, GroupSlice, split_by_length
 
 
-class Readout(nn.Module):
+class Readout(nn.Module, ABC):
     """Further columns beside the rewards, from the inputs of the head's last linear layer."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns the columns of each response: [responses, size] to [responses, columns], both float32."""
         return features
 
+    @abstractmethod
     def rewards(self, rows: Tensor) -> list[float]:
         """Returns one reward per response, which may carry more, from [responses, 1 + columns]."""
-        raise NotImplementedError
 
 
 class RewardModule(nn.Module):
