@@ -209,7 +209,7 @@ def main(
     workloads: Annotated[str, typer.Option(help="Comma-separated: pairs, bon-short, bon-long.")] = "pairs,bon-long",
     clients: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = CLIENTS,
     rounds: Annotated[int, typer.Option(help="Rounds; each takes new texts, and the median counts.", min=1)] = 5,
-    scale: Annotated[int, typer.Option(help="Samples of a workload in a round.", min=1)] = 4,
+    scale: Annotated[int, typer.Option(help="Samples of a workload in a round.", min=1)] = 3,
     data: DataFolder = None,
     output: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/bench"),
 ) -> None:
