@@ -65,7 +65,9 @@ class Output:
             ConfigError: It cannot, or it is.
         """
         if not self.path.absolute().parent.is_dir():
-            raise ConfigError(f"-o {self.path}: there is no folder {self.path.parent}.")
+            raise ConfigError(
+                f"-o {self.path}: the folder {self.path.parent} does not exist. Make it, or give another path."
+            )
         if self.path.exists() and any(Path(place).exists() and self.path.samefile(place) for place in places):
             raise ConfigError(f"-o {self.path} is the input. Give another file.")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -178,7 +177,8 @@ def simulate_fleet(
         spec: What each replica can do.
         replicas: How many serve at the start.
         routing: `affine`: the replica of a prompt by rendezvous hashing (Thaler and Ravishankar 1998), or its second one
-            while the first has more than two steps queued. `random`: any replica.
+            while the first has more than two steps queued. `random`: any replica. Ray Serve's router bounds loads in another
+            way (`marginrm_service.ray_serve.affinity`), which is not simulated.
         cache_tokens: Tokens of prompts that each replica's prefix cache holds.
         scaling: The autoscaler's rule; None for a fixed number.
         seed: Of the router's choices.
@@ -195,20 +195,20 @@ def simulate_fleet(
     rejected, open_requests, calm_since = 0, len(requests), 0.0
     while open_requests:
         now, _, kind, number = heapq.heappop(events)
-        begun: Iterator[int] = iter(())
+        begun: int | None = None  # the replica that starts a step now
         if kind == "arrive":
             taken = fleet.route(requests[number])
             if taken is None:
                 rejected, open_requests = rejected + 1, open_requests - 1
             elif not fleet.servers[taken].step:
-                begun = iter((taken,))
+                begun = taken
         elif kind == "end":
             server = fleet.servers[number]
             latencies += [now - request.time for request in server.step]
             open_requests -= len(server.step)
             server.held -= sum(request.tokens for request in server.step)
             server.step.clear()
-            begun = iter((number,) if server.waiting else ())
+            begun = number if server.waiting else None
         elif kind == "start":
             fleet.serving = min(fleet.serving + 1, scaling.most if scaling else fleet.serving)
             history.append((now, fleet.serving))
@@ -221,8 +221,8 @@ def simulate_fleet(
                 fleet.serving, calm_since = max(wanted, scaling.least), now
                 history.append((now, fleet.serving))
             heapq.heappush(events, (now + scaling.interval, next(order), "scale", 0))
-        for place in begun:
-            heapq.heappush(events, (now + fleet.servers[place].begin(), next(order), "end", place))
+        if begun is not None:
+            heapq.heappush(events, (now + fleet.servers[begun].begin(), next(order), "end", begun))
     computed = sum(server.computed for server in fleet.servers)
     return FleetLoad(np.asarray(latencies), rejected / len(requests), computed / max(1, len(latencies)), history)
 

@@ -99,7 +99,7 @@ class ScoredGroups:
         )
 
     def averse(self, factor: float) -> ScoredGroups:
-        """Returns the groups with reward - factor * std in the place of rewards; as they are for a factor of 0.
+        """Returns these groups with each reward lowered by factor times its standard deviation; unchanged for a factor of 0.
 
         Raises:
             NoUncertaintyError: The factor is not 0, and the rewards carry no uncertainty.
