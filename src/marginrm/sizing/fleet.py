@@ -10,7 +10,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Literal
 
@@ -112,7 +114,6 @@ class _Server:
 
     def begin(self) -> float:
         """Takes the next step; returns its seconds."""
-        self.step.clear()
         tokens = 0.0
         prompts: set[int] = set()
         while self.waiting:
@@ -128,6 +129,12 @@ class _Server:
             self._keep(request)
         self.computed += tokens
         return self.spec.seconds(tokens)
+
+    def end(self) -> list[Request]:
+        """Ends the step; returns its requests."""
+        answered, self.step = self.step, []
+        self.held -= sum(request.tokens for request in answered)
+        return answered
 
     def _keep(self, request: Request) -> None:
         if request.prompt in self.cache:
@@ -184,47 +191,75 @@ def simulate_fleet(
         seed: Of the router's choices.
     """
     fleet = _Fleet(spec, replicas, routing, cache_tokens, seed)
-    order = count()  # equal times keep the order of their events
-    events: list[tuple[float, int, str, int]] = []
-    for index, request in enumerate(requests):
-        heapq.heappush(events, (request.time, next(order), "arrive", index))
-    if scaling:
-        heapq.heappush(events, (scaling.interval, next(order), "scale", 0))
-    history = [(0.0, replicas)]
-    latencies: list[float] = []
-    rejected, open_requests, calm_since = 0, len(requests), 0.0
-    while open_requests:
-        now, _, kind, number = heapq.heappop(events)
-        begun: int | None = None  # the replica that starts a step now
-        if kind == "arrive":
-            taken = fleet.route(requests[number])
-            if taken is None:
-                rejected, open_requests = rejected + 1, open_requests - 1
-            elif not fleet.servers[taken].step:
-                begun = taken
-        elif kind == "end":
-            server = fleet.servers[number]
-            latencies += [now - request.time for request in server.step]
-            open_requests -= len(server.step)
-            server.held -= sum(request.tokens for request in server.step)
-            server.step.clear()
-            begun = number if server.waiting else None
-        elif kind == "start":
-            fleet.serving = min(fleet.serving + 1, scaling.most if scaling else fleet.serving)
-            history.append((now, fleet.serving))
-        elif scaling:
-            wanted = fleet.wanted(scaling)
-            for _ in range(wanted - fleet.serving - fleet.starting(events)):
-                heapq.heappush(events, (now + scaling.start_seconds, next(order), "start", 0))
-            calm_since = calm_since if wanted < fleet.serving else now
-            if now - calm_since >= scaling.calm_seconds:
-                fleet.serving, calm_since = max(wanted, scaling.least), now
-                history.append((now, fleet.serving))
-            heapq.heappush(events, (now + scaling.interval, next(order), "scale", 0))
-        if begun is not None:
-            heapq.heappush(events, (now + fleet.servers[begun].begin(), next(order), "end", begun))
-    computed = sum(server.computed for server in fleet.servers)
-    return FleetLoad(np.asarray(latencies), rejected / len(requests), computed / max(1, len(latencies)), history)
+    return _Simulation(requests, fleet, scaling).run()
+
+
+class _Simulation:
+    """The events of one fleet, taken in the order of their times, until every request is answered or rejected."""
+
+    def __init__(self, requests: list[Request], fleet: _Fleet, scaling: Scaling | None) -> None:
+        self._requests = requests
+        self._fleet = fleet
+        self._order = count()  # equal times keep the order of their events
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        for request in requests:
+            self._at(request.time, partial(self._arrive, request))
+        if scaling:
+            self._at(scaling.interval, partial(self._scale, scaling))
+        self._history = [(0.0, fleet.serving)]
+        self._latencies: list[float] = []
+        self._rejected = 0
+        self._starting = 0  # replicas on their way
+        self._calm_since = 0.0
+
+    def run(self) -> FleetLoad:
+        """Takes events until the last request is answered."""
+        while self._rejected + len(self._latencies) < len(self._requests):
+            now, _, event = heapq.heappop(self._events)
+            event(now)
+        answered = len(self._latencies)
+        computed = sum(server.computed for server in self._fleet.servers) / max(1, answered)
+        return FleetLoad(np.asarray(self._latencies), self._rejected / len(self._requests), computed, self._history)
+
+    def _at(self, time: float, event: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._order), event))
+
+    def _arrive(self, request: Request, now: float) -> None:
+        server = self._fleet.route(request)
+        if server is None:
+            self._rejected += 1
+        elif not server.step:
+            self._begin(server, now)
+
+    def _begin(self, server: _Server, now: float) -> None:
+        self._at(now + server.begin(), partial(self._end, server))
+
+    def _end(self, server: _Server, now: float) -> None:
+        self._latencies += [now - request.time for request in server.end()]
+        if server.waiting:
+            self._begin(server, now)
+
+    def _scale(self, rule: Scaling, now: float) -> None:
+        fleet = self._fleet
+        wanted = fleet.wanted(rule)
+        missing = max(0, wanted - fleet.serving - self._starting)
+        self._starting += missing
+        for _ in range(missing):
+            self._at(now + rule.start_seconds, partial(self._start, rule))
+        if wanted >= fleet.serving:
+            self._calm_since = now
+        if now - self._calm_since >= rule.calm_seconds:
+            self._serve(max(wanted, rule.least), now)
+            self._calm_since = now
+        self._at(now + rule.interval, partial(self._scale, rule))
+
+    def _start(self, rule: Scaling, now: float) -> None:
+        self._starting -= 1
+        self._serve(min(self._fleet.serving + 1, rule.most), now)
+
+    def _serve(self, replicas: int, now: float) -> None:
+        self._fleet.serving = replicas
+        self._history.append((now, replicas))
 
 
 class _Fleet:
@@ -238,8 +273,8 @@ class _Fleet:
         self.servers: list[_Server] = []
         self.serving = replicas
 
-    def route(self, request: Request) -> int | None:
-        """Gives a request to a replica; returns its number, or None if that replica's queue is full."""
+    def route(self, request: Request) -> _Server | None:
+        """Gives a request to a replica; returns the replica, or None if its queue is full."""
         while len(self.servers) < self.serving:
             self.servers.append(_Server(self._spec, self._cache_tokens))
         chosen = int(self._generator.integers(self.serving))
@@ -252,17 +287,12 @@ class _Fleet:
             return None
         server.waiting.append(request)
         server.held += request.tokens
-        return chosen
+        return server
 
     def wanted(self, scaling: Scaling) -> int:
         """Returns the replicas that the autoscaler wants now."""
         held = sum(server.held for server in self.servers)
         return min(max(math.ceil(held / scaling.target), scaling.least), scaling.most)
-
-    @staticmethod
-    def starting(events: list[tuple[float, int, str, int]]) -> int:
-        """Returns how many replicas are on their way."""
-        return sum(kind == "start" for _, _, kind, _ in events)
 
     def _homes(self, prompt: int) -> tuple[int, int]:
         """Returns the two replicas with the highest hash of prompt and replica: few change with the number of replicas.
