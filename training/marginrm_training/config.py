@@ -212,6 +212,9 @@ class OptimConfig(_Section):
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="Llama 2, OpenRLHF: 0.03")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="The cosine ends here. Llama 2: 0.1")
     clip: float = Field(1.0, gt=0, description="Largest gradient norm. OpenRLHF: 1")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="Learning rate of a layer over that of the layer above it; 1: all alike. ours"
+    )
 
 
 class CalibrationConfig(_Section):

@@ -48,6 +48,7 @@ from marginrm_training.method.margins import (
     target_margins,
 )
 from marginrm_training.method.style import StyleTerm, newton_sums, split_sums
+from marginrm_training.run.layer_decay import layer_rates, with_layer_rates
 from marginrm_training.run.progress import PairProgress
 from marginrm_training.run.resume import MARGIN_STATE
 from marginrm_training.run.step_log import StepLog
@@ -100,6 +101,7 @@ class MarginTrainer(Trainer):
         self.method: MarginMethod = config.method.method()
         self.method_config = config.method
         self.config = config
+        self._module = module
         self.running_mean = RunningMean(self.method.ema if self.method.ema is not None else 0.9)
         self.style = _style_term(pairs) if config.method.style_control else None
         self.step_log = StepLog()
@@ -144,6 +146,22 @@ class MarginTrainer(Trainer):
         if resume_from_checkpoint:
             self.load_margin_state(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Returns Trainer's optimiser, with `optim.layer_decay` in its learning rates.
+
+        Args:
+            model: Trainer's.
+
+        Raises:
+            ConfigError: The model's layers are not known, or its weights are sharded.
+        """
+        new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if new and self.config.optim.layer_decay != 1:
+            rates = layer_rates(self._module, self.config.optim.layer_decay)
+            optimizer.param_groups = with_layer_rates(optimizer.param_groups, rates)
+        return optimizer
 
     def compute_loss(
         self,
