@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from marginrm.atomic_file import replace_file
 from marginrm.confidence.group_temperature import GroupTemperature
 from marginrm.errors import ManifestError
 from marginrm.process_rewards import Aggregate, StepValue
@@ -312,18 +311,8 @@ class Manifest(_Strict):
         """
         folder = Path(directory)
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=folder)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # a server may run as another user, and mkstemp sets 0600
-            target = folder / MANIFEST_NAME
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        target = folder / MANIFEST_NAME
+        replace_file(target, text + "\n")
         return target
 
 

@@ -135,18 +135,29 @@ def encoded(content: list[dict[str, Any]], encoder: Encoder, preset: str = "bt")
 
 def test_trap_a_filter_that_never_fires_is_reported() -> None:
     line = {"fire_rate": 0.0, "d_std": 1.0, "accuracy": 0.7}
-    assert any("plain Bradley-Terry" in warning for warning in StepLog().warnings(line, filtered=True))
-    assert StepLog().warnings(line, filtered=False) == []
-    assert StepLog().warnings(line | {"fire_rate": 0.1}, filtered=True) == []
+    assert any("plain Bradley-Terry" in warning for warning in StepLog().warnings(line, filtered=True, unbounded=True))
+    assert StepLog().warnings(line, filtered=False, unbounded=False) == []
+    assert StepLog().warnings(line | {"fire_rate": 0.1}, filtered=True, unbounded=True) == []
 
 
 def test_trap_a_spread_that_doubles_while_accuracy_is_flat_is_reported() -> None:
     log = StepLog()
     quiet = {"fire_rate": 0.5, "d_std": 1.0, "accuracy": 0.7}
-    assert log.warnings(quiet, filtered=True) == []
-    assert log.warnings(quiet | {"d_std": 1.9}, filtered=True) == []
-    assert "from 1.00 to 2.10" in log.warnings(quiet | {"d_std": 2.1}, filtered=True)[0]
-    assert log.warnings(quiet | {"d_std": 5.0, "accuracy": 0.8}, filtered=True) == []  # with a gain in accuracy
+    assert log.warnings(quiet, filtered=True, unbounded=True) == []
+    assert log.warnings(quiet | {"d_std": 1.9}, filtered=True, unbounded=True) == []
+    assert "from 1.00 to 2.10" in log.warnings(quiet | {"d_std": 2.1}, filtered=True, unbounded=True)[0]
+    gain = quiet | {"d_std": 5.0, "accuracy": 0.8}
+    assert log.warnings(gain, filtered=True, unbounded=True) == []
+
+
+def test_trap_only_margins_without_a_cap_can_feed_on_themselves() -> None:
+    assert {name for name, method in PRESETS.items() if method.unbounded} == {"margin_unfiltered", "paper"}
+    log = StepLog()
+    line = {"fire_rate": 1.0, "d_std": 0.2, "accuracy": 0.7}
+    assert [log.warnings(line | {"d_std": spread}, filtered=False, unbounded=False) for spread in (0.2, 2.0)] == [
+        [],
+        [],
+    ]
 
 
 def test_trap_the_loss_divides_by_all_pairs_of_the_batch(trainer: Callable[..., Trainer]) -> None:

@@ -1,18 +1,18 @@
 """A folder of scored shards: what is done, for whom, and how much of it failed.
 
-A shard is written under a temporary name, flushed to disk and renamed. So a file with its final name is complete, and a
-run that was killed at any moment continues with the shards that are missing. The hidden folder `.marginrm` holds the
+A shard appears under its name when it is complete, so a run that was killed at any moment continues with the shards that
+are missing. The hidden folder `.marginrm` holds the
 state (which input, model and options the shards belong to) and the counts of each shard.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from marginrm.atomic_file import replace_file
 from marginrm.bulk.summary import Summary
 from marginrm.bulk.tables import Format
 from marginrm.errors import ConfigError
@@ -66,7 +66,7 @@ class ShardFolder:
             return
         self._hidden.mkdir(parents=True, exist_ok=True)
         self._state = {**self._work, "model": model}
-        _write(self._hidden / _STATE, json.dumps(self._state, indent=1).encode())
+        replace_file(self._hidden / _STATE, json.dumps(self._state, indent=1))
 
     def shard(self, number: int) -> Path:
         """Returns the file of a shard."""
@@ -87,11 +87,8 @@ class ShardFolder:
         Raises:
             OSError: The folder cannot be written to.
         """
-        _write(self._hidden / f"part-{number:06d}.json", json.dumps(summary.as_dict()).encode())
-        fresh = self._hidden / f"part-{number:06d}.{os.getpid()}.new"
-        _write_through(fresh, content)
-        fresh.replace(self.shard(number))
-        _sync(self.path)
+        replace_file(self._hidden / f"part-{number:06d}.json", json.dumps(summary.as_dict()))
+        replace_file(self.shard(number), content, beside=self._hidden)
 
     def finish(self) -> None:
         """Removes what killed runs have left."""
@@ -140,26 +137,3 @@ def _differences(state: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
         elif known != given:
             found.append((prefix + name, known, given))
     return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    _write_through(fresh, content)
-    fresh.replace(path)
-    _sync(path.parent)
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Flushes the names in a folder to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from marginrm.atomic_file import replacing
 from marginrm.texts.places import read_raw
 
 
@@ -42,11 +43,9 @@ def write_order(output: Path, column: str | None, target: Path) -> tuple[int, in
             row["margin_std"] = result["margin_std"]
         ranked.append(row)
     ranked.sort(key=lambda row: (-row["uncertainty"], -row.get("margin_std", 0.0), row["row"]))
-    fresh = target.with_name(f".{target.name}.new")
-    with fresh.open("w", encoding="utf-8") as file:
+    with replacing(target) as fresh, fresh.open("w", encoding="utf-8") as file:
         for rank, row in enumerate(ranked, start=1):
             file.write(json.dumps({"rank": rank, **row}) + "\n")
-    fresh.replace(target)
     return len(ranked), others
 
 

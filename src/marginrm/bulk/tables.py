@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+from marginrm.atomic_file import replacing
 from marginrm.errors import ConfigError, DataError
 from marginrm.texts.files import needs
 
@@ -139,20 +140,27 @@ def join_shards(shards: Sequence[Path], target: Path, form: Format) -> None:
         target: The file.
         form: Its format.
     """
-    fresh = target.with_name(f".{target.name}.new")
-    if form == "parquet":
-        _pyarrow()
-        from pyarrow import parquet
+    with replacing(target) as fresh:
+        if form == "parquet":
+            _join_parquet(shards, fresh)
+        else:
+            _join_bytes(shards, fresh)  # joined gzip members are a gzip file
 
-        with parquet.ParquetWriter(fresh, parquet.read_schema(shards[0])) as writer:
-            for shard in shards:
-                writer.write_table(parquet.read_table(shard))
-    else:
-        with fresh.open("wb") as file:  # joined gzip members are a gzip file
-            for shard in shards:
-                with shard.open("rb") as part:
-                    shutil.copyfileobj(part, file)
-    fresh.replace(target)
+
+def _join_parquet(shards: Sequence[Path], target: Path) -> None:
+    _pyarrow()
+    from pyarrow import parquet
+
+    with parquet.ParquetWriter(target, parquet.read_schema(shards[0])) as writer:
+        for shard in shards:
+            writer.write_table(parquet.read_table(shard))
+
+
+def _join_bytes(shards: Sequence[Path], target: Path) -> None:
+    with target.open("wb") as file:
+        for shard in shards:
+            with shard.open("rb") as part:
+                shutil.copyfileobj(part, file)
 
 
 def _parquet(rows: Sequence[dict[str, Any]], schema: Schema) -> bytes:

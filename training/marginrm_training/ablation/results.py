@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from marginrm.atomic_file import replace_file
 from marginrm.calibration import Floats, correctness
 from marginrm.errors import DataError
 from marginrm_training.ablation.plan import Ablation, Evaluation, Run, plan
 from marginrm_training.evaluation.bootstrap import Estimate, seeds_estimate
-from marginrm_training.files import replace_file
 
 Result = Mapping[str, Any]
 Cell = tuple[str, tuple[Any, ...]]  # a variant and its place on the axes

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from marginrm.atomic_file import replace_file
 from marginrm.calibration import Floats
 from marginrm.errors import ConfigError
 from marginrm.manifest import Manifest
@@ -25,7 +26,6 @@ from marginrm_training.config import TrainConfig, expand, parse_config
 from marginrm_training.data.label_noise import flip_labels
 from marginrm_training.evaluation.measure import measure_candidates, measure_pairs
 from marginrm_training.evaluation.pairs import true_margin_correlation
-from marginrm_training.files import replace_file
 from marginrm_training.run.train import train
 
 

@@ -90,7 +90,7 @@ def audit(
 
 def write_suspects(path: Path, found: Sequence[Suspect]) -> None:
     """Writes suspects as JSONL: `source`, `wrong`, `confidence`, `margin` and the texts."""
-    from marginrm_training.files import replace_file
+    from marginrm.atomic_file import replace_file
 
     rows = [
         {
@@ -112,9 +112,9 @@ def write_without(config: TrainConfig, path: Path, sources: set[str]) -> int:
 
     Rows that the audit left out, such as texts over the length limit, stay.
     """
+    from marginrm.atomic_file import replace_file
     from marginrm.texts.places import read_raw
     from marginrm_training.config import expand
-    from marginrm_training.files import replace_file
 
     assert config.data.train is not None  # the command refuses several sources
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from marginrm.atomic_file import replace_file
 from marginrm.calibration import Floats
 from marginrm.errors import ConfigError, DataError
 from marginrm.reward_model import RewardModel
@@ -18,7 +19,6 @@ from marginrm_training.config import TrainConfig
 from marginrm_training.data.mixture import read_training
 from marginrm_training.data.splits import EncodedPair, Split, check_margins, encode_pairs, prompt_key
 from marginrm_training.evaluation.pairs import score_pairs
-from marginrm_training.files import replace_file
 from marginrm_training.run.distributed import ranks
 from marginrm_training.run.dry_run import computed_tokens, measure
 from marginrm_training.run.lora import merge_lora

@@ -61,6 +61,11 @@ class MarginMethod:
     ema: float | None = None
     grades: tuple[tuple[float, float], ...] = ()
 
+    @property
+    def unbounded(self) -> bool:
+        """Whether margins follow the model's own differences without a cap, so that each may feed the other."""
+        return self.loss == "margin" and self.estimator in ESTIMATED and self.cap is None
+
 
 # Strength at which Llama 2's annotators' four grades begin: significantly better, better, slightly, negligibly. The
 # paper gives grades and no probabilities, so these bounds are our choice.

@@ -9,9 +9,9 @@ from pathlib import Path
 from accelerate.state import PartialState
 from pydantic import ValidationError
 
+from marginrm.atomic_file import replace_file
 from marginrm.errors import ConfigError
 from marginrm_training.config import TrainConfig
-from marginrm_training.files import replace_file
 from marginrm_training.run.distributed import print_once
 
 MARGIN_STATE = "margin_state.json"  # in a saved step: running mean and step log; written last

@@ -43,12 +43,13 @@ class StepLog:
             self.history.append({"step": float(step)})
         self.history[-1] |= metrics
 
-    def warnings(self, line: dict[str, float], *, filtered: bool) -> list[str]:
+    def warnings(self, line: dict[str, float], *, filtered: bool, unbounded: bool) -> list[str]:
         """Returns the warnings that a log line calls for.
 
         Args:
             line: The last log line.
             filtered: Whether the method has a filter.
+            unbounded: Whether its margins follow the model's own differences without a cap.
         """
         found = []
         if filtered and line["fire_rate"] == 0.0:
@@ -56,7 +57,7 @@ class StepLog:
         spread, accuracy = line["d_std"], line["accuracy"]
         if self.calm is None or accuracy > self.calm[1] + _FLAT:
             self.calm = (spread, accuracy)
-        elif spread > 2 * self.calm[0]:
+        elif unbounded and spread > 2 * self.calm[0]:
             found.append(
                 f"the spread of d went from {self.calm[0]:.2f} to {spread:.2f} while accuracy stayed at "
                 f"{accuracy:.2f}: margins feed on themselves. Set a cap (method.cap) or stop earlier."

@@ -28,13 +28,13 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from marginrm.atomic_file import replace_file
 from marginrm.calibration import correctness
 from marginrm.errors import ConfigError, NonFiniteRewardError
 from marginrm.forward.module import RewardModule
 from marginrm_training.config import TrainConfig
 from marginrm_training.data.collate import PairBatch, PairCollator
 from marginrm_training.data.splits import EncodedPair
-from marginrm_training.files import replace_file
 from marginrm_training.method import losses
 from marginrm_training.method.margins import (
     ESTIMATED,
@@ -230,7 +230,8 @@ class MarginTrainer(Trainer):
         if "loss" in logs and self.step_log.micro_steps:
             self._average_over_ranks()
             logs = self.step_log.line(self.state.global_step, logs)
-            for warning in self.step_log.warnings(logs, filtered=self.method.filter != "none"):
+            filtered, unbounded = self.method.filter != "none", self.method.unbounded
+            for warning in self.step_log.warnings(logs, filtered=filtered, unbounded=unbounded):
                 _log.warning("Step %d: %s", self.state.global_step, warning)
         super().log(logs, start_time)
 

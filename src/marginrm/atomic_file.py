@@ -1,0 +1,58 @@
+"""Files that are written completely or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, *, beside: Path | None = None) -> Iterator[Path]:
+    """Gives the path of a new file, which takes the place of `path` when the block ends without an error.
+
+    A reader, or a kill at any moment, meets the old content or the new one. The content is on disk before the name is.
+
+    Args:
+        path: The file to write.
+        beside: The folder of the new file until then, on the same file system; by default that of `path`. A name in it
+            is hidden and ends in `.new`, and belongs to one writer alone, on any machine.
+
+    Raises:
+        OSError: A folder cannot be written to.
+    """
+    fresh = (beside or path.parent) / f".{path.name}.{secrets.token_hex(6)}.new"
+    try:
+        yield fresh
+        _flush(fresh)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def replace_file(path: Path, content: str | bytes, *, beside: Path | None = None) -> None:
+    """Writes a file as `replacing` does.
+
+    Args:
+        path: The file to write.
+        content: The whole content; text is written in UTF-8.
+        beside: As for `replacing`.
+
+    Raises:
+        OSError: A folder cannot be written to.
+    """
+    with replacing(path, beside=beside) as fresh:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _flush(path: Path) -> None:
+    """Flushes the content of a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
