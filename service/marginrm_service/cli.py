@@ -25,6 +25,8 @@ def serve(**given: Any) -> None:
       marginrm serve --model checkpoints/demo
 
       marginrm serve --model small=runs/a --model large=org/name --port 9000
+
+      marginrm serve --model runs/rm-70b --upstream vllm=http://10.0.0.7:8000
     """
     settings = settings_of(given)
     if not settings.models:
@@ -43,13 +45,13 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: A value is not acceptable.
     """
-    return Settings.load(**{name: value for name, value in options.items() if value != []})  # [] is a --model not given
+    return Settings.load(**{name: value for name, value in options.items() if value != []})  # [] is an option not given
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """Returns the parameter from which typer makes the option of a setting. Its default, None, leaves the setting out."""
     option = next((entry for entry in field.metadata if isinstance(entry, Option)), Option())
-    kind: Any = list[str] if name == "models" else field.annotation
+    kind: Any = list[str] if name in ("models", "upstreams") else field.annotation
     described = typer.Option(
         *(option.names or ("--" + name.replace("_", "-"),)),
         metavar=option.metavar,

@@ -11,12 +11,14 @@ MarginRMError
     ├── DeadlineExceededError  the request's deadline passed before its reply was ready
     ├── InvalidHeaderError     a header has an invalid value
     ├── LastModelError         the only model cannot be unloaded
+    ├── UpstreamRefusedError   the server that computes a model refuses these texts, or is not what it should be
     └── UnavailableError       unavailable now; a retry makes sense after `retry_after` seconds
         ├── NotReadyError          a model is loading, or could not be loaded
         ├── DrainingError          the server is shutting down
         ├── OverloadedError        the queue is full
         │   └── WouldBeLateError       the reply would come after the request's deadline
-        └── EngineStoppedError     the worker of a model has ended
+        ├── EngineStoppedError     the worker of a model has ended
+        └── UpstreamUnavailableError  the server that computes a model does not answer, or must not be used
 ```
 
 Errors know nothing of HTTP; `api.errors` has the one table of statuses.
@@ -81,6 +83,12 @@ class LastModelError(ServiceError):
     default_code = "last_model"
 
 
+class UpstreamRefusedError(ServiceError):
+    """The server that computes a model's rewards refuses a request, or does not answer as such a server does."""
+
+    default_code = "upstream_refused"
+
+
 class UnavailableError(ServiceError):
     """The server cannot accept this request now.
 
@@ -124,3 +132,9 @@ class EngineStoppedError(UnavailableError):
     """A model's worker has ended, by a fault or because the model was unloaded."""
 
     default_code = "engine_stopped"
+
+
+class UpstreamUnavailableError(UnavailableError):
+    """The server that computes a model's rewards does not answer, takes no requests, or gives other rewards than before."""
+
+    default_code = "upstream_unavailable"

@@ -22,6 +22,7 @@ from marginrm.text import NAME_PATTERN, Dtype
 DEFAULT_MODEL = "default"
 _log = logging.getLogger(__name__)
 _NAMED = re.compile(rf"({NAME_PATTERN})=(.+)", re.DOTALL)
+_UPSTREAM = re.compile(rf"(?:({NAME_PATTERN})=)?vllm=(https?://[^\s/?#]+(?:/[^\s?#]*)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,14 @@ class ModelSpec:
 
     name: str
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamSpec:
+    """A vLLM server that computes a model's rewards: the model's name, None for the only one, and the server's URL."""
+
+    name: str | None
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,30 @@ def parse_models(value: Any) -> tuple[ModelSpec, ...]:
     return tuple(specs)
 
 
+def parse_upstreams(value: Any) -> tuple[UpstreamSpec, ...]:
+    """Reads `vllm=URL` or `NAME=vllm=URL`, one or several, from a list or from text with commas between.
+
+    Raises:
+        ValueError: An entry has another form, or two are for one model.
+    """
+    entries = value.split(",") if isinstance(value, str) else value
+    specs = []
+    for entry in entries:
+        if isinstance(entry, UpstreamSpec):
+            specs.append(entry)
+            continue
+        found = _UPSTREAM.fullmatch(str(entry).strip())
+        if not found:
+            raise ValueError(
+                "give vllm=URL, such as vllm=http://10.0.0.7:8000, or NAME=vllm=URL for one of several models"
+            )
+        specs.append(UpstreamSpec(found[1], found[2]))
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names) or (None in names and len(names) > 1):
+        raise ValueError("two upstreams are for one model; name the model of each: NAME=vllm=URL")
+    return tuple(specs)
+
+
 def parse_compile(value: Any) -> Any:
     """Reads the values that this setting had as a flag: true is `on`, and false is `off`."""
     known = {"true": "on", "1": "on", "false": "off", "0": "off"}
@@ -99,12 +132,27 @@ class Settings(BaseSettings):
         description="Folder or Hugging Face Hub name of a reward model. Repeat it as NAME=PATH to serve several; requests "
         'choose one by {"model": NAME}.',
     )
+    upstreams: Annotated[
+        tuple[UpstreamSpec, ...],
+        NoDecode,
+        BeforeValidator(parse_upstreams),
+        Option(names=("--upstream",), metavar="[NAME=]vllm=URL"),
+    ] = Field(
+        default=(),
+        description="A vLLM server that computes the rewards of a model, from the token ids that this server sends. The "
+        "model's folder then needs no weights. Repeat it as NAME=vllm=URL for several models.",
+    )
+    upstream_key_file: Annotated[Path | None, Option(default="no key is sent")] = Field(
+        default=None, description="File with the API key that the upstreams ask for."
+    )
     host: str = Field(
         default="127.0.0.1", description="Address to listen on; 0.0.0.0 accepts requests from other machines."
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     dtype: Dtype = Field(
-        default="auto", description="Dtype of the backbone; the head is always float32. auto measures."
+        default="auto",
+        description="Dtype of the backbone; the head is always float32. auto measures. With --upstream, the dtype that it "
+        "computes in; auto is what vLLM takes by itself.",
     )
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(parse_compile), Option(metavar="auto|on|off")] = (
         Field(
@@ -215,6 +263,23 @@ class Settings(BaseSettings):
     def _reading_is_valid(self) -> Self:
         _ = self.reading  # raises a ConfigError now rather than while a model loads
         return self
+
+    @model_validator(mode="after")
+    def _upstreams_have_models(self) -> Self:
+        names = [spec.name for spec in self.models]
+        for upstream in self.upstreams:
+            if upstream.name is None and len(names) > 1:
+                raise ValueError(
+                    f"upstreams: there are several models; name the one that it computes: {names[0]}=vllm=URL"
+                )
+            if upstream.name is not None and names and upstream.name not in names:
+                raise ValueError(f"upstreams: no model is called {upstream.name!r}; there are: {', '.join(names)}")
+        return self
+
+    def upstream_of(self, name: str) -> UpstreamSpec | None:
+        """Returns the server that computes a model's rewards, or None if this one does."""
+        alone = [spec.name for spec in self.models] in ([name], [])
+        return next((one for one in self.upstreams if one.name == name or (one.name is None and alone)), None)
 
     @property
     def reading(self) -> ReadingOptions:

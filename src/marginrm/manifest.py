@@ -18,6 +18,7 @@ from marginrm.atomic_file import replace_file
 from marginrm.confidence.group_temperature import GroupTemperature
 from marginrm.errors import ManifestError
 from marginrm.process_rewards import Aggregate, StepValue
+from marginrm.schemas import ModelInfo
 
 MANIFEST_NAME = "reward_manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -314,6 +315,20 @@ class Manifest(_Strict):
         target = folder / MANIFEST_NAME
         replace_file(target, text + "\n")
         return target
+
+
+def model_info(manifest: Manifest | None, *, name: str, revision: str, base_model: str, dtype: str) -> ModelInfo:
+    """Returns a model's part of replies, with what its manifest says of confidence; T = 1 without a calibration."""
+    calibration = manifest.calibration if manifest else None
+    return ModelInfo(
+        name=name,
+        revision=revision,
+        base_model=base_model,
+        dtype=dtype,
+        calibrated=calibration is not None,
+        temperature=calibration.temperature if calibration else 1.0,
+        groups=manifest.groups.temperature if manifest and manifest.groups else None,
+    )
 
 
 def template_hash(text: str) -> str:

@@ -17,25 +17,24 @@ from numpy.typing import NDArray
 from marginrm import ranking
 from marginrm.calibration import Floats
 from marginrm.confidence.uncertain_reward import UncertainReward
-from marginrm.encoding import EncodedGroup, Encoder
+from marginrm.encoding import EncodedGroup, EncodedResponse, Encoder
 from marginrm.errors import (
     ConfigError,
     EmptyTextError,
     EncodingError,
-    GoldenMismatchError,
     HeadError,
     NonFiniteRewardError,
 )
 from marginrm.forward.module import Readout, RewardModule, evaluating
+from marginrm.golden import verify_golden
 from marginrm.head_posterior import Features, HeadPosterior
-from marginrm.loading import CheckpointFiles, find_checkpoint, load_for_scoring
-from marginrm.manifest import Manifest, revision_of
+from marginrm.loading import find_checkpoint, load_for_scoring
+from marginrm.manifest import Manifest, model_info
 from marginrm.prefix_cache import PrefixCache, StepPrefixes
 from marginrm.prefix_cache.memory import default_bytes
 from marginrm.process_rewards import StepReading
 from marginrm.ranking import Comparison, Ranking
 from marginrm.reading import CheckpointReading, ReadingOptions
-from marginrm.schemas import ModelInfo
 from marginrm.steps import ForwardPath, GroupSlice, PrefixUse, StepResult, plan_steps, reusable
 from marginrm.text import Dtype, Prompt, Response, Truncation
 from marginrm.tuning import compiled as compilation
@@ -86,16 +85,8 @@ class RewardModel:
         token_bytes = module.execution.prefix_bytes
         fits = token_bytes and prefix_cache_bytes >= token_bytes
         self.prefixes = PrefixCache(prefix_cache_bytes, token_bytes) if fits and token_bytes else None
-        calibration = manifest.calibration if manifest else None
-        self.info = ModelInfo(
-            name=name,
-            revision=revision,
-            base_model=base_model,
-            dtype=str(module.dtype).removeprefix("torch."),
-            calibrated=calibration is not None,
-            temperature=calibration.temperature if calibration else 1.0,
-            groups=manifest.groups.temperature if manifest and manifest.groups else None,
-        )
+        dtype = str(module.dtype).removeprefix("torch.")
+        self.info = model_info(manifest, name=name, revision=revision, base_model=base_model, dtype=dtype)
 
     @classmethod
     def from_pretrained(
@@ -154,7 +145,7 @@ class RewardModel:
         if manifest and max_length is None:
             max_length = manifest.encoding.max_length
         with ThreadPoolExecutor(1, "hash") as pool:  # hashing takes seconds and leaves the interpreter to others
-            found = pool.submit(_revision, files)
+            found = pool.submit(files.revision)
             loaded = load_for_scoring(
                 files,
                 dtype=dtype,
@@ -458,30 +449,10 @@ class RewardModel:
         Raises:
             GoldenMismatchError: Token ids differ, or a reward by more than the manifest's tolerance for this dtype.
         """
-        if not self.manifest or not self.manifest.golden:
-            return None
-        samples = self.manifest.golden
-        encoded = [self.encoder.encode(sample.prompt, sample.response) for sample in samples]
-        for index, (sample, found) in enumerate(zip(samples, encoded, strict=True)):
-            if list(found.ids) != list(sample.ids):
-                raise GoldenMismatchError(
-                    f"golden[{index}]: the tokenizer gives {len(found.ids)} token ids that differ from the "
-                    f"{len(sample.ids)} recorded in training. Was the tokenizer or its chat template replaced?"
-                )
-        nameless = [None] * len(encoded)  # neither reads nor keeps prefixes
-        groups = [[response] for response in encoded]
-        rewards = [one[0] for one in self._run(groups, self._planned(groups, nameless), None, nameless).rewards]
-        differences = [abs(reward - sample.reward) for reward, sample in zip(rewards, samples, strict=True)]
-        worst = max(range(len(differences)), key=lambda index: (math.isnan(differences[index]), differences[index]))
-        tolerance = self.manifest.golden_tolerance.get(self.info.dtype, 0.0)
-        if not differences[worst] <= tolerance:
-            raise GoldenMismatchError(
-                f"golden[{worst}]: reward {rewards[worst]:.6f}, recorded {samples[worst].reward:.6f}; {self.info.dtype} "
-                f"may differ by {tolerance:g}. The weights differ from the trained ones, or this dtype is too coarse for "
-                "them; try --dtype float32."
-            )
-        return differences[worst]
 
+        def score(responses: Sequence[EncodedResponse]) -> list[float]:
+            nameless = [None] * len(responses)  # neither reads nor keeps prefixes
+            groups = [[response] for response in responses]
+            return [one[0] for one in self._run(groups, self._planned(groups, nameless), None, nameless).rewards]
 
-def _revision(files: CheckpointFiles) -> str:
-    return f"hub:{files.commit}" if files.commit else revision_of(files.folder)
+        return verify_golden(self.manifest, self.encoder, self.info.dtype, score)

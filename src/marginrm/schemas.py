@@ -360,7 +360,9 @@ class ModelCard(ModelInfo):
     object: Literal["model"] = "model"
     created: int = Field(default=0, description="Time of loading, in seconds since 1970.")
     owned_by: str = "marginrm"
-    forward_path: Literal["packed", "padded", "one_at_a_time"] = Field(description="Layout of its batches.")
+    forward_path: Literal["packed", "padded", "one_at_a_time", "upstream"] = Field(
+        description="Layout of its batches; `upstream` if another server computes its rewards."
+    )
     forward_reason: str = Field(description="Reason for that layout and the other optimisations in use.")
     max_length: int = Field(description="Most tokens of a sequence.")
     prefix_cache: PrefixCacheInfo | None = Field(

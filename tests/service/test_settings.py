@@ -18,6 +18,8 @@ from marginrm_service.settings import ModelSpec, Settings
 # A value of each setting that is not its default, as users type it.
 VALUES = {
     "models": "small=runs/a",
+    "upstreams": "small=vllm=http://10.0.0.7:8000",
+    "upstream_key_file": "upstream-key",
     "host": "0.0.0.0",
     "port": "9000",
     "dtype": "bfloat16",
@@ -73,7 +75,7 @@ def parsed(*arguments: str) -> Settings:
 
 def option(name: str) -> list[str]:
     """The option that sets a setting to its value in `VALUES`."""
-    flag = "--model" if name == "models" else "--" + name.replace("_", "-")
+    flag = {"models": "--model", "upstreams": "--upstream"}.get(name) or "--" + name.replace("_", "-")
     return [flag] if Settings.model_fields[name].annotation is bool else [flag, VALUES[name]]
 
 

@@ -13,7 +13,7 @@ from marginrm.text import AnyTruncation
 from marginrm_service.api.middleware import tracing
 from marginrm_service.api.request_options import RequestOptions, deadline, while_connected
 from marginrm_service.engine.request import OnGroup, ScoringRequest, ScoringResult, TextGroup
-from marginrm_service.errors import DeadlineExceededError, OverloadedError
+from marginrm_service.errors import DeadlineExceededError, OverloadedError, UpstreamUnavailableError
 from marginrm_service.models import scoring
 from marginrm_service.state import Service
 
@@ -52,9 +52,10 @@ async def run(
         tenant = "" if service.settings.prefix_cache_shared else options.key_owner
         request = ScoringRequest(groups, truncation, bulk=options.bulk, seconds=options.seconds, tenant=tenant)
         try:
+            model.check_upstream()
             async with deadline(options.seconds), while_connected(http):
                 result = await scoring.score(model, request, service.pool, on_group)
-        except (OverloadedError, DeadlineExceededError) as error:
+        except (OverloadedError, DeadlineExceededError, UpstreamUnavailableError) as error:
             service.metrics.rejected(model.name, error.code)
             raise
     service.metrics.scored(result)

@@ -7,6 +7,7 @@ idle server answers at once, and a busy one fills its steps.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import threading
 from collections import deque
@@ -21,7 +22,7 @@ from marginrm_service.engine.compute_thread import ComputeThread
 from marginrm_service.engine.job import Job
 from marginrm_service.engine.queue import FairQueue, Step
 from marginrm_service.engine.step import ForwardModel, StepOutcome, run_step
-from marginrm_service.errors import EngineStoppedError
+from marginrm_service.errors import EngineStoppedError, UnavailableError
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,6 +107,7 @@ class ScoringEngine:
 
         Raises:
             EngineStoppedError: The worker has ended.
+            UnavailableError: The model cannot compute anything now.
         """
         loop = asyncio.get_running_loop()
         job.done = loop.create_future()
@@ -191,8 +193,13 @@ class ScoringEngine:
     def _run_step(self, step: Step) -> None:
         self._step_began = started = perf_counter()
         groups = [job.groups[part.group][part.start : part.stop] for job, part in step]
-        result = run_step(self._model, groups, [job.tenant for job, _ in step])
-        self._step_began = None
+        try:
+            result = run_step(self._model, groups, [job.tenant for job, _ in step])
+        except UnavailableError as error:
+            self._post(self._fail, step, error)
+            return
+        finally:
+            self._step_began = None
         self._post(self._deliver, step, result, started, perf_counter() - started)
 
     def _advance(self) -> None:
@@ -242,6 +249,12 @@ class ScoringEngine:
             computed = sum(result.computed)
             report = StepReport(responses, requested, computed, started, seconds, result.faults, result.prefixes)
             self._on_step(report)
+
+    def _fail(self, step: Step, error: UnavailableError) -> None:
+        """Ends the jobs of a step that could not be computed; what is left of them leaves the queue."""
+        for job in {job: None for job, _ in step}:
+            if job.done and not job.done.done():
+                job.done.set_exception(copy.copy(error))
 
     def _fail_all(self, reason: str) -> None:
         with self._wake:

@@ -16,7 +16,7 @@ from marginrm.encoding import EncodedGroup
 from marginrm.errors import MarginRMError, NonFiniteRewardError
 from marginrm.steps import PrefixUse, StepResult
 from marginrm_service.engine.job import Outcome
-from marginrm_service.errors import ForwardFailedError
+from marginrm_service.errors import ForwardFailedError, UnavailableError
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,10 @@ def run_step(
             reads nor keeps.
 
     Returns:
-        One outcome per response. Only a `BaseException` that is not an `Exception` is raised.
+        One outcome per response. Only a `BaseException` that is not an `Exception` is raised, and:
+
+    Raises:
+        UnavailableError: The model cannot compute anything now.
     """
     isolation = _Isolation(model, tenants or [None] * len(groups))
     isolation.run(list(enumerate(groups)))
@@ -110,6 +113,8 @@ class _Isolation:
             if [len(rewards) for rewards in result.rewards] != [len(group) for group in groups]:
                 found = sum(map(len, result.rewards))
                 raise RuntimeError(f"the model gave {found} rewards for {responses} responses")
+        except UnavailableError:
+            raise  # no text is at fault, so halves would fare no better
         except Exception as error:  # noqa: BLE001 - torch raises errors of any class
             self._log(error, lone=responses == 1)
             # Out of memory: the halves need the tensors' memory, which the traceback's frames hold.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,8 @@ from marginrm_service.engine.job import Job
 from marginrm_service.models.served_model import ServedModel
 from marginrm_service.settings import ModelSpec, Settings
 from marginrm_service.telemetry import logs
+from marginrm_service.upstream.model import UpstreamModel, client_of
+from marginrm_service.upstream.watch import wait_until_up
 
 if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
@@ -33,7 +37,7 @@ class LoadedModel:
         folder: The checkpoint, if it is a local folder.
     """
 
-    model: RewardModel
+    model: RewardModel | UpstreamModel
     golden: float | None
     folder: Path | None
 
@@ -45,7 +49,8 @@ async def load(spec: ModelSpec, settings: Settings) -> LoadedModel:
         ModelError: It cannot be loaded, or does not reproduce its golden samples.
     """
     started = perf_counter()
-    _log.info("Loading model %r from %s", spec.name, spec.path)
+    upstream = settings.upstream_of(spec.name)
+    _log.info("Loading model %r from %s%s", spec.name, spec.path, f", computed by {upstream.url}" if upstream else "")
     loaded = await in_compute_thread(partial(load_model, spec, settings), "load-model")
     model, golden, info = loaded.model, loaded.golden, loaded.model.info
     _log.info(
@@ -64,8 +69,15 @@ def load_model(spec: ModelSpec, settings: Settings) -> LoadedModel:
 
     Raises:
         ModelError: It cannot be loaded, or does not reproduce its golden samples.
+        UpstreamUnavailableError: The server that computes it does not answer.
     """
     logs.adopt_transformers()
+    folder = Path(spec.path)
+    upstream = settings.upstream_of(spec.name)
+    if upstream:
+        remote = UpstreamModel.load(spec, upstream, settings)
+        remote.encoder.token_ids.load()
+        return LoadedModel(remote, remote.golden, folder if folder.is_dir() else None)
     from marginrm.reward_model import RewardModel
 
     model = RewardModel.from_pretrained(
@@ -84,8 +96,24 @@ def load_model(spec: ModelSpec, settings: Settings) -> LoadedModel:
     if settings.token_budget is None:
         model.measure_token_budget()
     model.encoder.token_ids.load()
-    folder = Path(spec.path)
     return LoadedModel(model, golden, folder if folder.is_dir() else None)
+
+
+async def wait_for_upstream(spec: ModelSpec, settings: Settings, report: Callable[[str], None]) -> None:
+    """Returns once the server that computes a model takes requests; at once if there is none.
+
+    Args:
+        spec: The model.
+        settings: They name its server.
+        report: Called with the reason while it does not.
+
+    Raises:
+        MarginRMError: A setting is not acceptable, or another kind of server answers.
+    """
+    upstream = settings.upstream_of(spec.name)
+    if upstream:
+        with contextlib.closing(client_of(upstream, settings)) as client:
+            await wait_until_up(client, spec.name, report)
 
 
 async def start(served: ServedModel) -> None:
@@ -98,7 +126,7 @@ async def start(served: ServedModel) -> None:
     try:
         await warm_up(served)
     except MarginRMError:
-        await served.engine.close(0)
+        await served.close(0)
         raise
 
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from marginrm_service.telemetry.metrics import ANY_MODEL, Metrics
 
 if TYPE_CHECKING:
     from marginrm.reward_model import RewardModel
+    from marginrm_service.upstream.model import UpstreamModel
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class ModelRegistry:
         self._on_failure = on_failure
         self._names = dict.fromkeys(spec.name for spec in settings.models)  # in order; the first is the default
         self._served: dict[str, ServedModel] = {}
+        self._waits_for: dict[str, str] = {}  # by name the reason why loading has not begun
         self._changing = asyncio.Lock()  # one change at a time: two loads at once would need the memory of both
         self._one_compilation = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -69,6 +72,7 @@ class ModelRegistry:
         """Loads every model of the settings, one after the other, and stops at the first that cannot be served."""
         for spec in self._settings.models:
             try:
+                await loading.wait_for_upstream(spec, self._settings, partial(self._waits_for.__setitem__, spec.name))
                 await self._load(spec)
             except MarginRMError as error:
                 error.add_note(f"model {spec.name!r}, from {spec.path}")
@@ -101,7 +105,9 @@ class ModelRegistry:
         except Exception as error:  # whatever the fault of the checkpoint is, the reason is reported
             raise ModelError(f"{type(error).__name__} while loading: {error}") from error
 
-    async def add(self, model: RewardModel, *, golden: float | None = None, folder: Path | None = None) -> None:
+    async def add(
+        self, model: RewardModel | UpstreamModel, *, golden: float | None = None, folder: Path | None = None
+    ) -> None:
         """Serves a model that is in memory, under the name in its `info`, once it has scored for the first time.
 
         An earlier model of that name finishes the requests that it accepted.
@@ -120,6 +126,7 @@ class ModelRegistry:
         self._names.setdefault(served.name)
         self._served[served.name] = served
         self._metrics.model_loaded(served.card(), served.margin_quantiles, tells_familiarity=served.tells_familiarity)
+        served.watch_upstream()
         if self._settings.compile == "auto":
             served.compile_in_background(self._one_compilation)
         if before:
@@ -175,7 +182,8 @@ class ModelRegistry:
             )
         served = self._served.get(name)
         if served is None:
-            raise NotReadyError(f"Model {name!r} is still loading.", retry_after=_RETRY_WHILE_LOADING)
+            reason = self._waits_for.get(name, "")
+            raise NotReadyError(f"Model {name!r} is still loading. {reason}".rstrip(), retry_after=_RETRY_WHILE_LOADING)
         return served
 
     def known_or_only(self, name: str) -> str:
@@ -214,7 +222,7 @@ class ModelRegistry:
         """Returns if every model takes requests.
 
         Raises:
-            NotReadyError: One does not; the message names it and the reason.
+            NotReadyError, UpstreamUnavailableError: One does not; the message names it and the reason.
         """
         if self.failure:
             raise NotReadyError(f"Loading failed: {self.failure}", retry_after=_RETRY_AFTER_FAILURE)
@@ -224,6 +232,7 @@ class ModelRegistry:
                 raise NotReadyError(f"The worker of model {name!r} has ended.", retry_after=_RETRY_AFTER_FAILURE)
             if served.stalled:
                 raise NotReadyError(f"A forward pass of model {name!r} does not end.", retry_after=_RETRY_AFTER_FAILURE)
+            served.check_upstream()
 
     def check_alive(self) -> None:
         """Returns if no worker has died.
@@ -252,7 +261,7 @@ class ModelRegistry:
             state = served.queue_state()
             self._metrics.model_state(
                 served.name,
-                ready=served.engine.alive and not served.stalled,
+                ready=served.ready,
                 tokens=state.tokens,
                 requests=state.requests,
                 cache_bytes=state.cache_bytes,

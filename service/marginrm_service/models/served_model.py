@@ -26,6 +26,8 @@ from marginrm_service.errors import EngineStoppedError
 from marginrm_service.models import compiling
 from marginrm_service.settings import Settings
 from marginrm_service.telemetry.metrics import Metrics
+from marginrm_service.upstream.model import UpstreamModel
+from marginrm_service.upstream.watch import watch
 
 if TYPE_CHECKING:  # torch takes seconds to import; the server listens before that
     from marginrm.reward_model import RewardModel
@@ -80,7 +82,7 @@ class ServedModel:
 
     def __init__(
         self,
-        model: RewardModel,
+        model: RewardModel | UpstreamModel,
         settings: Settings,
         metrics: Metrics,
         *,
@@ -95,7 +97,7 @@ class ServedModel:
         self.encoder: Encoder = model.encoder
         self.shares_prefixes: bool = model.shares_prefixes
         self.token_budget: int = model.token_budget
-        self.tells_familiarity = bool(model.manifest and model.manifest.uncertainty)
+        self.tells_familiarity = bool(model.manifest and model.manifest.uncertainty and model.readout)
         calibration = model.manifest.calibration if model.manifest else None
         self.margin_quantiles: Mapping[str, float] = calibration.margin_quantiles if calibration else {}
         self.admission = Admission(
@@ -110,6 +112,8 @@ class ServedModel:
         self._metrics = metrics
         self._stall_seconds = settings.stall_seconds
         self._created = int(time.time())
+        self._upstream = model if isinstance(model, UpstreamModel) else None
+        self._watching: asyncio.Task[None] | None = None
         self._compiling: asyncio.Task[None] | None = None
         self._prefix_use = PrefixUse()
         self._leases = 0
@@ -125,6 +129,26 @@ class ServedModel:
     def stalled(self) -> bool:
         """Whether the present step has been running for longer than a normal one."""
         return self.engine.step_seconds > self._stall_seconds
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are welcome."""
+        down = self._upstream is not None and self._upstream.reason_down is not None
+        return self.engine.alive and not self.stalled and not down
+
+    def check_upstream(self) -> None:
+        """Returns if the server that computes the rewards may be used, or this one computes them.
+
+        Raises:
+            UpstreamUnavailableError: It may not; the message has the reason.
+        """
+        if self._upstream:
+            self._upstream.check_available()
+
+    def watch_upstream(self) -> None:
+        """Checks the server that computes the rewards from now on, if there is one."""
+        if self._upstream:
+            self._watching = asyncio.create_task(watch(self._upstream))
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Self]:
@@ -151,6 +175,11 @@ class ServedModel:
             self._compiling.cancel()
             await asyncio.wait([self._compiling])
         await self.engine.close(drain_seconds)
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        if self._upstream:
+            self._upstream.close()
 
     @property
     def compiled(self) -> bool:
@@ -168,7 +197,7 @@ class ServedModel:
     async def _compile(self, one_at_a_time: asyncio.Lock) -> None:
         async with one_at_a_time:
             try:
-                if not self._model.worth_compiling:
+                if isinstance(self._model, UpstreamModel) or not self._model.worth_compiling:
                     return
                 _log.info("Model %r: compiling its layers in the background", self.name)
                 choice = await compiling.compile_layers(self._model, self.engine)

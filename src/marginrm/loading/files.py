@@ -16,6 +16,7 @@ from torch import Tensor
 
 from marginrm.errors import ModelError
 from marginrm.loading.foreign import translated
+from marginrm.manifest import revision_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The order in which transformers looks for weights.
@@ -93,6 +94,10 @@ class CheckpointFiles:
                     found |= {name: StoredTensor(path, name, shape) for name, shape in _shapes(path).items()}
         return found | dict(self.added)
 
+    def revision(self) -> str:
+        """Returns the commit on the Hub, `hub:<commit>`, or a hash of the folder's content, which takes seconds to make."""
+        return f"hub:{self.commit}" if self.commit else revision_of(self.folder)
+
     def read(self, name: str) -> Tensor:
         """Returns a weight in float32, on the CPU."""
         stored = self.tensors[name]
@@ -148,12 +153,13 @@ class CheckpointFiles:
         return [self.folder / name for name in names]
 
 
-def find_checkpoint(path: str | Path, revision: str | None = None) -> CheckpointFiles:
+def find_checkpoint(path: str | Path, revision: str | None = None, *, weights: bool = True) -> CheckpointFiles:
     """Finds a checkpoint's folder; a name on the Hub is fetched into the Hub's cache.
 
     Args:
         path: A folder or a name on the Hugging Face Hub.
         revision: Branch, tag or commit on the Hub.
+        weights: Whether its weights are fetched from the Hub, too.
 
     Raises:
         ModelError: There is no such checkpoint.
@@ -171,10 +177,10 @@ def find_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
         raise ModelError(
             f"{path}: no such folder, and not a name on the Hugging Face Hub (those are like owner/model)."
         )
-    return _from_hub(str(path), revision)
+    return _from_hub(str(path), revision, weights=weights)
 
 
-def _from_hub(name: str, revision: str | None) -> CheckpointFiles:
+def _from_hub(name: str, revision: str | None, *, weights: bool) -> CheckpointFiles:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str) -> Path:
@@ -188,6 +194,8 @@ def _from_hub(name: str, revision: str | None) -> CheckpointFiles:
                 )
             )
 
+    if not weights:
+        return CheckpointFiles(name, folder := fetch(*_DESCRIPTIONS), commit=folder.name)
     folder = fetch(*_DESCRIPTIONS, "*.safetensors")
     if not any(folder.glob("*.safetensors")):
         folder = fetch(*_DESCRIPTIONS, "*.bin")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from marginrm.encoding import Architecture, Encoder
 from marginrm.encoding.frames import frame_of
 from marginrm.encoding.special_tokens import EncodingPolicy
-from marginrm.errors import ConfigError, ModelError
+from marginrm.errors import ModelError
 from marginrm.forward.eligibility import build_module
 from marginrm.forward.module import RewardModule
 from marginrm.forward.own_forward import vocabulary_of
@@ -31,13 +31,14 @@ from marginrm.loading.classifier import (
 )
 from marginrm.loading.config import load_config
 from marginrm.loading.device import resolve_device, resolve_dtype
+from marginrm.loading.encoder import policy_of, with_manifest
 from marginrm.loading.files import ADAPTER_CONFIG, CheckpointFiles, find_checkpoint
 from marginrm.loading.foreign import translated
 from marginrm.loading.own_code import check_trusted, own_code_of
 from marginrm.loading.process_reward import check_steps, with_steps
 from marginrm.loading.record import reading_of
 from marginrm.loading.refusals import refuse_by_kind
-from marginrm.loading.token_logits import TokenReward, frame_reads_tokens, reads_tokens, token_reward_of
+from marginrm.loading.token_logits import frame_reads_tokens, reads_tokens, token_reward_of
 from marginrm.loading.tokenizer import length_limit, load_tokenizer
 from marginrm.loading.weights import Target, quantisation_of
 from marginrm.manifest import Manifest
@@ -92,7 +93,7 @@ def load_for_scoring(
         ConfigError: An option is not a valid one for it.
     """
     files = path if isinstance(path, CheckpointFiles) else find_checkpoint(path, revision)
-    given = _with_manifest(reading or ReadingOptions(), manifest)
+    given = with_manifest(reading or ReadingOptions(), manifest)
     with translated(files.name, "model"):
         source, plan, tokenizer, options, steps = _read(files, given)
     on = resolve_device(device)
@@ -104,7 +105,13 @@ def load_for_scoring(
     check_of_use(options, loaded)
     check_steps(files, steps, causal=loaded.causal, has_template=bool(tokenizer.chat_template))
     limit = length_limit(source.config, tokenizer, max_length, loaded.classifier)
-    policy = _policy(source, loaded, options, plan.tokens, manifest)
+    if loaded.causal:
+        policy = policy_of(
+            source.files, source.config, options, plan.tokens, manifest, skips_padding=loaded.skips_padding
+        )
+    else:
+        frame = frame_of(options.frame) if options.frame else None
+        policy = EncodingPolicy("auto", frame=frame) if frame else EncodingPolicy()
     if steps:
         policy = replace(policy, unread=frozenset(), steps=steps)
     architecture: Architecture = "decoder" if loaded.causal else "encoder"
@@ -183,52 +190,3 @@ def _read(files: CheckpointFiles, given: ReadingOptions) -> _Read:
         plan = plan_by_weights(source, options)
     tokenizer = load_tokenizer(folder, files.name, trust_remote_code=options.trust_remote_code)
     return _Read(source, plan, tokenizer, options, steps)
-
-
-def _with_manifest(options: ReadingOptions, manifest: Manifest | None) -> ReadingOptions:
-    """Returns the options with what a manifest recorded of the head and the frame.
-
-    Raises:
-        ConfigError: An option says otherwise.
-    """
-    if manifest is None:
-        return options
-    head, encoding = manifest.head, manifest.encoding
-    recorded: dict[str, Any] = {
-        "label_weights": tuple(head.label_weights) if head and head.label_weights else None,
-        "reward_tokens": tuple(head.reward_tokens) if head and head.reward_tokens else None,
-        "head_activation": head.head_activation if head else None,
-        "steps": head.steps if head else None,
-        "step_value": head.step_value if head else None,
-        "aggregate": head.aggregate if head else None,
-        "frame": encoding.frame,
-        "bos": encoding.bos if encoding.bos != "single" else "auto",
-        "eos": encoding.eos,
-    }
-    defaults = ReadingOptions()
-    said = [name for name, value in recorded.items() if getattr(options, name) not in (getattr(defaults, name), value)]
-    if said:
-        raise ConfigError(
-            f"{', '.join(said)}: reward_manifest.json records how this checkpoint is read, and says otherwise. Leave the "
-            "option out, or remove the manifest and calibrate again."
-        )
-    return replace(options, **recorded)
-
-
-def _policy(
-    source: Source,
-    loaded: LoadedClassifier,
-    options: ReadingOptions,
-    tokens: TokenReward | None,
-    manifest: Manifest | None,
-) -> EncodingPolicy:
-    """Returns how sequences begin and end: as recorded with a manifest, else as the author's library has them."""
-    frame = tokens.frame if tokens else frame_of(options.frame) if options.frame else None
-    if not loaded.causal:
-        return EncodingPolicy("auto", frame=frame) if frame else EncodingPolicy()
-    if manifest is not None:
-        said = manifest.encoding
-        return EncodingPolicy(said.bos, said.eos, frozenset(said.unread_token_ids), said.appended_token_id, frame)
-    pad = getattr(source.config.get_text_config(), "pad_token_id", None)
-    unread = frozenset({pad} if loaded.skips_padding and pad is not None and pad >= 0 else ())
-    return EncodingPolicy(options.bos, options.eos, unread, source.files.config.get("reward_token_id"), frame)
