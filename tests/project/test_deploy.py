@@ -7,6 +7,8 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -213,12 +215,34 @@ def test_selectors_match_the_pods():
     assert load_yaml("deploy/kubernetes/base/poddisruptionbudget.yaml")["spec"]["selector"]["matchLabels"] == labels
     assert load_yaml("deploy/kubernetes/base/networkpolicy.yaml")["spec"]["podSelector"]["matchLabels"] == labels
     monitor = load_yaml("deploy/kubernetes/components/monitoring/servicemonitor.yaml")["spec"]
-    assert monitor["selector"]["matchLabels"] == load_yaml("deploy/kubernetes/base/service.yaml")["metadata"]["labels"]
+    (expression,) = monitor["selector"]["matchExpressions"]
+    (canary,) = load_yaml("deploy/kubernetes/overlays/canary/kustomization.yaml")["labels"]
+    named = load_yaml("deploy/kubernetes/base/service.yaml")["metadata"]["labels"], canary["pairs"]
+    assert [{expression["key"]: value} for value in expression["values"]] == list(named)
+
+
+def test_a_canary_shares_no_pod_with_the_present_model_and_a_shadow_gets_copies_only():
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("needs kubectl, which renders overlays")
+    command = [kubectl, "kustomize", "deploy/kubernetes/overlays/shadow"]
+    rendered = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    resources = {one["kind"]: one for one in yaml.safe_load_all(rendered)}
+    labels = resources["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert (
+        resources["Service"]["spec"]["selector"] == resources["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    )
+    assert labels != load_yaml("deploy/kubernetes/base/service.yaml")["spec"]["selector"]
+    assert resources["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    (rule,) = resources["HTTPRoute"]["spec"]["rules"]
+    assert [one["name"] for one in rule["backendRefs"]] == ["marginrm"]
+    assert rule["filters"][0]["requestMirror"]["backendRef"]["name"] == resources["Service"]["metadata"]["name"]
+    assert resources["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"][1].startswith("canary=")
 
 
 def test_every_kustomization_names_its_manifests():
     files = sorted((ROOT / "deploy/kubernetes").rglob("kustomization.yaml"))
-    assert len(files) == 12
+    assert len(files) == 14
     for file in files:
         manifests = {path.name for path in file.parent.glob("*.yaml")} - {"kustomization.yaml", "adapter.yaml"}
         named = load_yaml(str(file.relative_to(ROOT))).get("resources", [])

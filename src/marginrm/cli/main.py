@@ -38,6 +38,7 @@ _ORDER = (
     "ablate",
     "audit",
     "demo",
+    "rollout",
     "size",
 )
 
