@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from marginrm import RewardModel
+from marginrm.compiler import CACHE_VARIABLE
 from marginrm.errors import ConfigError
 from marginrm.forward.execution import Choice
 from marginrm.forward.module import RewardModule
@@ -36,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of compiled code, filled by another process, as a server does it."""
     folder = tmp_path_factory.mktemp("inductor")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(compiled.CACHE_VARIABLE, str(folder))
+        patch.setenv(CACHE_VARIABLE, str(folder))
         patch.setattr(packed_weights, "_WORTH_IT", 0.0)
         yield folder
 

@@ -19,7 +19,7 @@ from support.models import tiny_checkpoint
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        ({"device": "cuda", "attention": "matmul"}, "matmul attention is for CPUs"),
+        ({"device": "cuda", "attention": "matmul"}, "matmul and AMX attention are for CPUs"),
         ({"device": "cuda", "weights": "packed"}, "packed weights are for CPUs"),
         ({"device": "cuda", "splits_prefix": True}, "splits prefixes"),
         ({"attention": "flex", "splits_prefix": True}, "splits prefixes"),

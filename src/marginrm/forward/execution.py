@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-Attention = Literal["gathered", "matmul", "flex", "blocked"]
+Attention = Literal["gathered", "matmul", "amx", "flex", "blocked"]
 
 
 class Choice(NamedTuple):
@@ -26,8 +26,8 @@ class Execution:
 
     Attributes:
         device: The type of device that this was chosen for. On another, attention is `gathered`.
-        attention: The backend: padded calls over gathered sequences, the same with matrix products, FlexAttention, or
-            blocks of fixed shape.
+        attention: The backend: padded calls over gathered sequences, the same with matrix products, a kernel for
+            processors with matrix tiles (AMX), FlexAttention, or blocks of fixed shape.
         splits_prefix: Whether attention to a long shared prefix is computed apart and merged.
         last_layer: Whether the last layer computes all tokens, or only those that rewards are read at.
         weights: Whether linear layers use their own weights or weights packed for oneDNN.
@@ -51,10 +51,12 @@ class Execution:
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._require(self.device == "cpu" or self.attention != "matmul", "matmul attention is for CPUs")
+        self._require(
+            self.device == "cpu" or self.attention not in {"matmul", "amx"}, "matmul and AMX attention are for CPUs"
+        )
         self._require(self.device == "cpu" or self.weights == "plain", "packed weights are for CPUs")
         # Only CPU kernels return the log-sum-exp that merges a prefix with the rest.
-        gathers = self.device == "cpu" and self.attention in {"gathered", "matmul"}
+        gathers = self.device == "cpu" and self.attention in {"gathered", "matmul", "amx"}
         self._require(gathers or not self.splits_prefix, "only gathered attention on CPUs splits prefixes")
         self._require(
             (self.tile is None) == (self.attention != "blocked"), "blocked attention needs tiles, and only it"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from marginrm.attention.amx import tile_layout
 from marginrm.attention.blocked import block_layout
 from marginrm.attention.flex import interval_layout
 from marginrm.attention.gathered import SPLIT_FROM, gathered_layout
@@ -182,6 +183,8 @@ class RewardModule(nn.Module):
         if chosen.attention == "flex":
             return interval_layout
         split_from = SPLIT_FROM if chosen.splits_prefix else None
+        if chosen.attention == "amx":
+            return partial(tile_layout, split_from=split_from)
         return partial(gathered_layout, split_from=split_from, matmul=chosen.attention == "matmul")
 
     def _forward_packed(self, batch: PackedBatch, readout: Readout | None) -> Tensor:

@@ -3,8 +3,9 @@
 FlexAttention reads each token of the row in place, by one kernel for rows of any length, and skips blocks that hold
 nothing. It is compiled by Triton for each GPU, and a prototype in PyTorch, so it is taken only if its rewards, and for
 training its gradients, agree with gathered attention on the device itself. On CPUs it is slower than gathered attention
-and has no backward pass. There, long shared prefixes are computed apart if the model allows it, and decoders in half
-precision compute attention by matrix products if a trial finds them faster than PyTorch's fused kernel.
+and has no backward pass. There, long shared prefixes are computed apart if the model allows it. For scoring in bfloat16
+on processors with matrix tiles (AMX), a kernel of our own is compiled and tried. Other decoders in half precision compute
+attention by matrix products if a trial finds them faster than PyTorch's fused kernel.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from marginrm.attention import amx_kernel
+from marginrm.attention.amx import tile_layout
 from marginrm.attention.flex import interval_layout
 from marginrm.attention.gathered import gathered_layout
 from marginrm.attention.layout import AttentionOptions, LayoutFn, UnsupportedAttentionError
@@ -25,6 +29,7 @@ from marginrm.forward.batch import PackedBatch, pack
 from marginrm.forward.execution import Attention, Choice
 from marginrm.forward.module import RewardModule, evaluating
 from marginrm.forward.self_check import difference, groups_for, tolerance
+from marginrm.packing import plan_row
 from marginrm.tuning.timing import best_seconds
 
 # The longer probe's row has several blocks, of which some hold nothing. The shorter one's is within a block, for which
@@ -41,7 +46,7 @@ def try_it(
 
     Args:
         module: Its `execution` is changed.
-        wanted: `auto` tries FlexAttention on CUDA, and on CPUs shared prefixes and, for scoring, matrix products; `flex`
+        wanted: `auto` tries FlexAttention on CUDA, and on CPUs shared prefixes and, for scoring, other kernels; `flex`
             tries FlexAttention on any device.
         gradients: Whether the module is to be trained, so that gradients must agree too.
     """
@@ -50,11 +55,17 @@ def try_it(
         return Choice(False, "")
     if wanted == "flex" or module.device.type == "cuda":
         return _try_flex(module, gradients=gradients)
-    if module.architecture != "decoder":
+    decoder = module.architecture == "decoder"
+    if decoder:
+        splits = not (gradients and _attention_dropout(module)) and _splits_exactly(module)
+        module.execution = replace(module.execution, splits_prefix=splits)
+    if gradients or module.dtype == torch.float32:
         return Choice(False, "")
-    splits = not (gradients and _attention_dropout(module)) and _splits_exactly(module)
-    module.execution = replace(module.execution, splits_prefix=splits)
-    return Choice(False, "") if gradients or module.dtype == torch.float32 else _try_matmul(module)
+    tiles = _try_tiles(module) if module.dtype == torch.bfloat16 and amx_kernel.supported() else Choice(False, "")
+    if tiles.taken or not decoder:
+        return tiles
+    products = _try_matmul(module)
+    return Choice(products.taken, "; ".join(filter(None, (tiles.reason, products.reason))))
 
 
 def undo(module: RewardModule) -> None:
@@ -64,6 +75,41 @@ def undo(module: RewardModule) -> None:
 
 def _take(module: RewardModule, attention: Attention) -> None:
     module.execution = replace(module.execution, attention=attention)
+
+
+def _try_tiles(module: RewardModule) -> Choice:
+    name = "attention by matrix tiles (AMX)"
+    try:
+        amx_kernel.load_kernel()
+        with torch.inference_mode():
+            found, expected = (
+                _rewards(module, max(_PROBE_TOKENS), layout) for layout in (tile_layout, gathered_layout)
+            )
+            speed = tiles_speed(module)
+    except amx_kernel.KernelUnavailableError as error:
+        return Choice(False, f"no {name}, since {error}")
+    worst = difference(found, expected)
+    if worst > tolerance(module):
+        return Choice(False, f"no {name}, since rewards differ by {worst:.2g} in a probe")
+    taken = speed >= _WORTH_IT
+    if taken:
+        _take(module, "amx")
+    return Choice(taken, f"{name if taken else f'no {name}'} ({speed:.2f}x the speed of gathered attention in a trial)")
+
+
+def tiles_speed(module: RewardModule) -> float:
+    """Returns the speed of the kernel relative to gathered attention, for this module's heads."""
+    sequences, tokens = _TRIAL
+    groups = [[np.arange(tokens, dtype=np.int32) + number * tokens] for number in range(sequences)]
+    plan = plan_row(groups, causal=module.architecture == "decoder")
+    query, key = _random(module, 1, len(plan.ids))
+    tiles, gathered = tile_layout(plan), gathered_layout(plan)
+    with torch.inference_mode():
+        slow, quick = best_seconds(
+            lambda: gathered.attend(query, key, key, AttentionOptions()),
+            lambda: tiles.attend(query, key, key, AttentionOptions()),
+        )
+    return slow / quick
 
 
 def _try_matmul(module: RewardModule) -> Choice:
@@ -77,20 +123,26 @@ def _try_matmul(module: RewardModule) -> Choice:
 
 def matmul_speed(module: RewardModule) -> float:
     """Returns the speed of `matmul_attention` relative to PyTorch's fused kernel, for this module's heads and dtype."""
+    query, key = _random(module, *_TRIAL)
+    grouped = query.shape[1] != key.shape[1]
+    attend = F.scaled_dot_product_attention
+    with torch.inference_mode():
+        fused, products = best_seconds(
+            lambda: attend(query, key, key, is_causal=True, enable_gqa=grouped),
+            lambda: matmul_attention(query, key, key, None, None, AttentionOptions()),
+        )
+    return fused / products
+
+
+def _random(module: RewardModule, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns queries and keys with this module's heads, as a layer passes them: [sequences, heads, tokens, head size]."""
     config = module.base.config.get_text_config()
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    sequences, tokens = _TRIAL
-    query = torch.randn(sequences, heads, tokens, size, dtype=module.dtype)
-    key = torch.randn(sequences, key_heads, tokens, size, dtype=module.dtype)
-    attend = F.scaled_dot_product_attention
-    with torch.inference_mode():
-        fused, products = best_seconds(
-            lambda: attend(query, key, key, is_causal=True, enable_gqa=heads != key_heads),
-            lambda: matmul_attention(query, key, key, None, None, AttentionOptions()),
-        )
-    return fused / products
+    shapes = ((sequences, tokens, count, size) for count in (heads, key_heads))
+    query, key = (torch.randn(shape, dtype=module.dtype).transpose(1, 2) for shape in shapes)
+    return query, key
 
 
 def _splits_exactly(module: RewardModule) -> bool:

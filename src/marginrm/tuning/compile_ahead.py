@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from marginrm.attention.interface import ATTENTION_NAME
+from marginrm.compiler import use_cache_folder
 from marginrm.encoding import Architecture
 from marginrm.forward.module import RewardModule
 from marginrm.forward.own_forward import is_own_code
@@ -130,7 +131,7 @@ def main() -> None:
     skeleton = Skeleton(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_input, daemon=True).start()
     torch.set_num_threads(skeleton.threads)
-    compiled.use_cache_folder()
+    use_cache_folder()
     module = build(skeleton)
     compiled.apply(module)
     probe_rewards(module)

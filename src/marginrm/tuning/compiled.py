@@ -10,19 +10,17 @@ is an error (`fullgraph`), so there are no graph breaks.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from marginrm import compiler
 from marginrm.attention.interface import packed_attention
 from marginrm.attention.layout import AttentionOptions
 from marginrm.encoding import EncodedGroup
@@ -34,7 +32,6 @@ from marginrm.forward.self_check import difference, probe_rewards, tolerance
 from marginrm.tuning.last_layer import layers_of
 from marginrm.tuning.timing import timed
 
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # Most graphs kept: one for each kind of layer, dtype and form of weights, of all models in the process.
 _GRAPHS = 64
 # Weights of layers from which on a trial may pay its half a minute of a core; below, a forward pass is short.
@@ -50,7 +47,7 @@ _row: ContextVar[PackedBatch] = ContextVar("row")  # the packed batch of the pre
 def try_it(module: RewardModule) -> Choice:
     """Compiles a module's layers for scoring, and checks that rewards stay the same.
 
-    It is tried only on request, so a failure is an error. It takes seconds with a warm cache (`use_cache_folder`), and
+    It is tried only on request, so a failure is an error. It takes seconds with a warm cache (`compiler.use_cache_folder`), and
     about half a minute without.
 
     Args:
@@ -95,7 +92,7 @@ def trial(module: RewardModule, groups: Sequence[EncodedGroup]) -> Generator[Non
     Returns:
         What became of it.
     """
-    use_cache_folder()
+    compiler.use_cache_folder()
     before = probe_rewards(module)
     yield
     try:
@@ -136,20 +133,7 @@ def obstacle(module: RewardModule) -> str | None:
         return "only packed rows are compiled"
     if not _layers(module):
         return "it does not say which modules its layers are"
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler})"
-    try:
-        use_cache_folder().mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # the second without a home
-        return f"the folder of compiled code cannot be made ({error}); set {CACHE_VARIABLE} to one that can be written"
-    return None
-
-
-def use_cache_folder() -> Path:
-    """Sets the folder in which compiled code is kept, unless `TORCHINDUCTOR_CACHE_DIR` does, and returns it."""
-    folder = os.environ.setdefault(CACHE_VARIABLE, str(Path.home() / ".cache" / "marginrm" / "inductor"))
-    return Path(folder)
+    return compiler.obstacle()
 
 
 @contextmanager
