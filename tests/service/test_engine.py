@@ -65,6 +65,48 @@ def test_jobs_that_arrive_during_a_step_share_the_next_one():
     asyncio.run(scenario())
 
 
+def test_a_step_waits_for_the_jobs_that_follow_on_the_replies_of_the_last_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("marginrm_service.engine.engine._WAIT", 1e9)  # of a step's time: as long as it takes
+
+    async def scenario():
+        gate = Gate()
+        model = FakeModel(on_forward=gate)
+        engine = ScoringEngine(model)
+        engine.start()
+
+        async def client(requests: int) -> None:
+            for _ in range(requests):
+                await engine.run(job(sized_group(5, 2)))
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(client(1))
+            await entered(gate)
+            for _ in range(4):
+                tasks.create_task(client(3))
+            await asyncio.sleep(0)
+            gate.open(4)
+        await engine.close()
+        assert [len(step) for step in model.steps] == [1, 4, 4, 4]
+
+    asyncio.run(scenario())
+
+
+def test_an_unfinished_job_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("marginrm_service.engine.engine._WAIT", 1e9)
+
+    async def scenario():
+        model = FakeModel(token_budget=10)
+        engine = ScoringEngine(model)
+        engine.start()
+        large, small = job(*[sized_group(0, 8)] * 6), job(sized_group(0, 1))
+        await asyncio.gather(engine.run(large), engine.run(small))
+        await engine.close()
+        assert large.outcomes == expected(large)
+        assert len(model.steps) >= 6
+
+    asyncio.run(scenario())
+
+
 def test_two_hundred_jobs_at_once_get_their_own_rewards():
     async def scenario():
         engine = ScoringEngine(FakeModel(token_budget=300))

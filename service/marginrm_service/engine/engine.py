@@ -1,7 +1,11 @@
 """The engine of one model: jobs in, rewards out, by one worker thread that runs a step whenever there is work.
 
-There is no timer. While a forward pass runs, requests queue; when it ends, the next step takes what has arrived. So an
-idle server answers at once, and a busy one fills its steps.
+While a forward pass runs, requests queue; when it ends, the next step takes what has arrived. So an idle server answers
+at once, and a busy one fills its steps.
+
+Trainers send their next request when they have the reply to the last one. So the next step waits for as many jobs as the
+last one completed, but no longer than a small part of that step's time. Without it, a fast client's request would run
+alone while the others are on their way, and steps would stay uneven for good.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from marginrm_service.engine.job import Job
 from marginrm_service.engine.queue import FairQueue, Step
 from marginrm_service.engine.step import ForwardModel, StepOutcome, run_step
 from marginrm_service.errors import EngineStoppedError, UnavailableError
+
+_WAIT = 1 / 32  # of a step's time, for the requests that follow on its replies
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -74,6 +80,8 @@ class ScoringEngine:
         self._closing = False
         self._failure: BaseException | None = None
         self._step_began: float | None = None
+        self._followers = 0  # jobs that the last step completed
+        self._wait_until = 0.0
         self._unfinished: set[Job] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
@@ -182,6 +190,7 @@ class ScoringEngine:
     def _next_step(self) -> Step | None:
         """Waits for work. Returns an empty step if there is background work only, and None at the end."""
         with self._wake:
+            self._await_followers()
             while True:
                 step = self._queue.take()
                 if step or (self._background and not self._closing):
@@ -189,6 +198,17 @@ class ScoringEngine:
                 if self._closing:
                     return None
                 self._wake.wait()
+
+    def _await_followers(self) -> None:
+        """Waits until as many jobs wait as the last step completed, or until the time for it is over.
+
+        A job that is not finished keeps the worker busy by itself, and so does background work.
+        """
+        while not self._closing and not self._background and not self._queue.has_unfinished:
+            left = self._wait_until - perf_counter()
+            if left <= 0 or len(self._queue) >= self._followers:
+                return
+            self._wake.wait(left)
 
     def _run_step(self, step: Step) -> None:
         self._step_began = started = perf_counter()
@@ -200,7 +220,10 @@ class ScoringEngine:
             return
         finally:
             self._step_began = None
-        self._post(self._deliver, step, result, started, perf_counter() - started)
+        ended = perf_counter()
+        self._followers = sum(job.fully_scheduled for job in {job for job, _ in step})
+        self._wait_until = ended + _WAIT * (ended - started)
+        self._post(self._deliver, step, result, started, ended - started)
 
     def _advance(self) -> None:
         """Runs the next piece of background work, if there is any."""

@@ -59,6 +59,11 @@ class FairQueue:
     def __len__(self) -> int:
         return len(self._interactive) + len(self._bulk)
 
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a job of the last step has work left."""
+        return self._interactive.has_unfinished or self._bulk.has_unfinished
+
     def push(self, job: Job) -> None:
         """Adds a job behind the waiting jobs of its class and before those that the last step served."""
         if not job.fully_scheduled:
@@ -75,8 +80,7 @@ class FairQueue:
         bulk_first = self._steps % BULK_FIRST_EVERY == 0
         for jobs in (self._bulk, self._interactive) if bulk_first else (self._interactive, self._bulk):
             jobs.fill(step)
-        unfinished = self._interactive.has_unfinished or self._bulk.has_unfinished
-        self._single_round = step.completes_a_job and unfinished
+        self._single_round = step.completes_a_job and self.has_unfinished
         return [(job, part) for (job, _), part in step.slices.items()]
 
 

@@ -42,12 +42,13 @@ async def compile_layers(model: RewardModel, engine: ScoringEngine) -> Choice:
     Raises:
         EngineStoppedError: The engine was closed.
     """
+    from marginrm.compiler import use_cache_folder
     from marginrm.forward.execution import Choice
     from marginrm.tuning import compiled
     from marginrm.tuning.compile_ahead import Skeleton
     from marginrm.tuning.timing import trial_groups
 
-    compiled.use_cache_folder()
+    use_cache_folder()
     skeleton = Skeleton.of(model.module)
     if skeleton is None:
         return Choice(False, "layers not compiled, since their code came with the checkpoint")
