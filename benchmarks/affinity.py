@@ -21,13 +21,14 @@ from typing import Annotated, Any, Self
 import httpx
 import typer
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.harness.command import DataFolder, app_of, known
 from benchmarks.harness.texts import load_texts
 from benchmarks.harness.worker_process import ROOT
 from benchmarks.harness.workloads import Samples
 from benchmarks.models import NAMES, build
+from marginrm.errors import ConfigError
+from marginrm.scrape import scrape
 
 _SERVE = Path(sys.executable).with_name("serve")
 _CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "marginrm_service.ray_serve.proxy.middleware"}
@@ -90,14 +91,12 @@ class Cluster:
     def _ready(self) -> bool:
         try:
             return len(self.metric("marginrm_ready")) == self.replicas
-        except httpx.HTTPError:
+        except ConfigError:
             return False
 
     def metric(self, name: str) -> dict[str, float]:
         """Returns the values of a metric by replica, from one scrape."""
-        reply = httpx.get(f"{self.url}/metrics", timeout=60).raise_for_status()
-        families = text_string_to_metric_families(reply.text)
-        return {s.labels["replica"]: s.value for family in families for s in family.samples if s.name == name}
+        return {s.labels["replica"]: s.value for s in scrape(self.url) if s.name == name}
 
     def stop(self) -> None:
         """Ends the cluster."""

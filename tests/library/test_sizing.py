@@ -114,3 +114,19 @@ def test_the_command_sizes_for_each_rate() -> None:
         size("--tokens", "300")
     with pytest.raises(ConfigError, match="not a list of numbers"):
         size(*given[:4], "--responses-per-minute", "many")
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (("--tokens", "nan"), "--tokens nan: give a number above 0"),
+        (("--tokens", "inf"), "--tokens inf: give a number above 0"),
+        (("--tokens", "300", "--p99", "nan"), "--p99 nan: give a number above 0"),
+        (("--tokens", "300", "--p99", "0"), "--p99 0: give a number above 0"),
+        (("--tokens", "300", "--responses", "100000"), "rejects 100% of these requests: they have 30,000,000 tokens"),
+        (("--url", "127.0.0.1:1"), "cannot be read.*such as http://127.0.0.1:8000"),
+    ],
+)
+def test_the_command_refuses_what_no_simulation_can_answer(options: tuple[str, ...], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        size("--tokens-per-second", "9000", *options)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from marginrm.cli.main import build_app
 from marginrm.client import RewardClient, UnauthorizedError
 from marginrm.errors import ConfigError
 from marginrm_service.keys import KeyFile, RateLimit, add_key, new_key
@@ -103,3 +107,22 @@ def test_a_key_over_its_rate_limit_gets_retry_after(tmp_path: Path) -> None:
         assert replies[2].json()["error"]["code"] == "rate_limited"
         assert 1 <= int(replies[2].headers["retry-after"]) <= 30
         assert http.post("/score", json=ASK, headers=bearer(bob)).status_code == 200
+
+
+def test_size_takes_the_figures_of_a_server_that_needs_a_key(tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys", "ann")
+    with (
+        serving(FakeRewardModel(), key_file=tmp_path / "keys") as server,
+        RewardClient(server.url, api_key=key) as client,
+    ):
+        arguments = ["size", "--url", server.url, "--json", "--p99", "1000", "--responses-per-minute", "1"]
+        with pytest.raises(ConfigError, match="Give it as MARGINRM_API_KEY"):
+            CliRunner().invoke(build_app(), arguments, catch_exceptions=False)
+        client.score("Hi?", ["Yes.", "No."])
+        text = httpx.get(f"{server.url}/metrics", headers=bearer(key)).text
+        tokens, seconds = (
+            float(re.findall(rf"^marginrm_step_{name}_sum\{{.*\}} (\S+)$", text, re.MULTILINE)[0])
+            for name in ("tokens", "seconds")
+        )
+        found = json.loads(CliRunner().invoke(build_app(), arguments, env={"MARGINRM_API_KEY": key}).output)
+        assert found["replica"]["tokens_per_second"] == pytest.approx(tokens / seconds)

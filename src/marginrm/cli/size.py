@@ -56,11 +56,15 @@ def size(
             show_default=False,
         ),
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MARGINRM_API_KEY", help="API key of that server, if it needs one.", show_default=False),
+    ] = None,
     p99: Annotated[float, typer.Option(help="Seconds that 99% of the requests must stay below.")] = 2.0,
     responses_per_minute: Annotated[str, typer.Option(metavar="N,N,...", help="Rates to size for.")] = _RATES,
     responses: Annotated[int, typer.Option(min=1, help="Responses in a request.")] = 1,
     spread: Annotated[
-        float, typer.Option(min=0, help="Standard deviation of a request's tokens over their mean.")
+        float, typer.Option(min=0, max=10, help="Standard deviation of a request's tokens over their mean.")
     ] = 0.5,
     step_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of a step, as `marginrm serve --token-budget` sets it.")
@@ -72,17 +76,17 @@ def size(
     """Say how many replicas a load needs.
 
     One replica's queue is simulated: requests come independently of each other, wait for the running step, and share
-    the next one. The highest rate that keeps the p99 gives the number of replicas. docs/operations.md explains the model
-    and holds it against measurements.
+    the next one. The highest rate that keeps the p99 gives the number of replicas. docs/operations.md explains the model.
     """
     from marginrm.sizing.replica import Replica, Traffic, highest_rate
 
-    if url:
-        measured_rate, measured_tokens = _measured(url)
+    _check({"--tokens-per-second": tokens_per_second, "--tokens": tokens, "--p99": p99})
+    if url and not (tokens_per_second and tokens):
+        measured_rate, measured_tokens = _measured(url, api_key)
         tokens_per_second = tokens_per_second or measured_rate
         tokens = tokens or measured_tokens
-    if not tokens_per_second or not tokens or min(tokens_per_second, tokens) <= 0:
-        raise ConfigError("Give --tokens-per-second and --tokens, both above 0, or the --url of a running server.")
+    if not tokens_per_second or not tokens:
+        raise ConfigError("Give --tokens-per-second and --tokens, or the --url of a running server.")
     replica = Replica(tokens_per_second=tokens_per_second, step_seconds=step_seconds, step_tokens=step_tokens)
     traffic = Traffic(tokens=tokens * responses, spread=spread)
     best = highest_rate(replica, traffic, p99)
@@ -124,24 +128,30 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _measured(url: str) -> tuple[float, float]:
+def _measured(url: str, api_key: str | None) -> tuple[float, float]:
     """Returns a server's tokens per second of its steps, and tokens per response, since it started.
 
     Raises:
         ConfigError: The server cannot be asked, or has computed nothing yet.
     """
-    import httpx
-    from prometheus_client.parser import text_string_to_metric_families
+    from marginrm.scrape import scrape
 
-    try:
-        reply = httpx.get(f"{url.rstrip('/')}/metrics").raise_for_status()
-    except httpx.HTTPError as error:
-        raise ConfigError(f"{url}/metrics cannot be read: {error}. Give the address of a running server.") from error
-    sums = {"step_tokens": 0.0, "step_seconds": 0.0, "step_responses": 0.0}
-    for family in text_string_to_metric_families(reply.text):
-        name = family.name.removeprefix("marginrm_")
-        if name in sums:
-            sums[name] = sum(sample.value for sample in family.samples if sample.name.endswith("_sum"))
-    if not all(sums.values()):
+    samples = scrape(url, api_key)
+    tokens, seconds, responses = (
+        sum(sample.value for sample in samples if sample.name == f"marginrm_step_{name}_sum")
+        for name in ("tokens", "seconds", "responses")
+    )
+    if not (tokens and seconds and responses):
         raise ConfigError(f"{url} has computed nothing yet. Send it the traffic that you expect, then ask again.")
-    return sums["step_tokens"] / sums["step_seconds"], sums["step_tokens"] / sums["step_responses"]
+    return tokens / seconds, tokens / responses
+
+
+def _check(values: dict[str, float | None]) -> None:
+    """Checks options that must be numbers above 0.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for option, value in values.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{option} {value:g}: give a number above 0.")

@@ -131,9 +131,14 @@ def highest_rate(replica: Replica, traffic: Traffic, p99: float, *, seed: int = 
     """Returns the highest rate whose p99 latency is at most `p99` seconds, with nothing rejected.
 
     Raises:
-        ConfigError: Not even an idle replica answers that fast.
+        ConfigError: Not even an idle replica answers that fast, or it has no room for such requests.
     """
     idle = simulate(replica, traffic, 1e-3 * replica.highest_token_rate(traffic.tokens) / traffic.tokens, seed=seed)
+    if idle.rejected:
+        raise ConfigError(
+            f"An idle replica rejects {idle.rejected:.0%} of these requests: they have {traffic.tokens:,.0f} tokens on "
+            f"average, and its queue takes {replica.queue_tokens:,}. Send fewer responses in a request."
+        )
     if idle.quantile(0.99) > p99:
         raise ConfigError(
             f"p99 = {p99:g} s cannot be kept: an idle replica takes {idle.quantile(0.99):.3g} s for the longest 1% of these "
