@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from marginrm import RewardModel
 from marginrm.cli.main import build_app
-from marginrm.errors import ConfigError, DataError
+from marginrm.errors import ConfigError, DataError, MarginRMError
 from support.models import CHATML_TEMPLATE, tiny_checkpoint
 
 ROWS: list[Any] = [
@@ -179,3 +180,63 @@ def test_the_input_is_read_once(checkpoint: Path, tmp_path: Path) -> None:
         writer.join()
         output.write_text("".join(json.dumps(row) + "\n" for row in found[:2]))
     assert len(found) == len(ROWS) + 1
+
+
+@pytest.mark.parametrize("content", ["my notes", '{"prompt": "mine"}', "first line\nsecond"])
+def test_a_file_of_something_else_is_never_cut(checkpoint: Path, tmp_path: Path, content: str) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "notes"
+    source.write_text(lines(ROWS))
+    output.write_text(content)
+    for options in ((), ("--keep-columns",)):
+        with pytest.raises(ConfigError, match="cannot be continued"):
+            score(checkpoint, source, output, *options)
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize("options", [(), ("--keep-columns",)])
+def test_a_run_continues_wherever_a_row_was_cut(checkpoint: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        "".join(json.dumps(row) + "\n" for row in ({"prompt": "Hi é?", "response": "Yes.", "big": 1e400}, ROWS[0]))
+    )
+    whole = score(checkpoint, source, output, *options)
+    first, rest = (line + b"\n" for line in output.read_bytes().split(b"\n", 2)[:2])
+    for cut in (first[:1], first[:9], first[:-1], first + rest[:25]):
+        output.write_bytes(cut)
+        assert score(checkpoint, source, output, *options) == whole
+
+
+def test_two_runs_never_write_one_output(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(lines(ROWS))
+    for name, lock in (("out.jsonl", "out.jsonl"), ("out.parquet", "out.parquet.shards/.marginrm/0-of-1.lock")):
+        held = tmp_path / lock
+        held.parent.mkdir(parents=True, exist_ok=True)
+        with held.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # as another process holds it
+            arguments = ["score", str(source), "-o", str(tmp_path / name), "--model", str(checkpoint)]
+            for options in ([], ["--restart"]):
+                with pytest.raises(ConfigError, match="another `marginrm score` is writing it"):
+                    CliRunner().invoke(build_app(), [*arguments, *options], catch_exceptions=False)
+        CliRunner().invoke(build_app(), arguments, catch_exceptions=False)
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_a_restart_that_fails_leaves_the_output(checkpoint: Path, tmp_path: Path) -> None:
+    source, broken = tmp_path / "in.jsonl", tmp_path / "broken.jsonl"
+    source.write_text(lines(ROWS))
+    broken.write_text("not rows\n")
+    for name in ("out.jsonl", "out.parquet", "out/"):
+        arguments = ["-o", f"{tmp_path}/{name}", "--dtype", "float32"]
+        CliRunner().invoke(
+            build_app(), ["score", str(source), *arguments, "-m", str(checkpoint)], catch_exceptions=False
+        )
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for given, model in ((broken, checkpoint), (source, tmp_path / "no-model")):
+            with pytest.raises(MarginRMError):
+                CliRunner().invoke(
+                    build_app(),
+                    ["score", str(given), *arguments, "-m", str(model), "--restart"],
+                    catch_exceptions=False,
+                )
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

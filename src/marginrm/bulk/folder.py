@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from marginrm.atomic_file import replace_file
+from marginrm.bulk.lock import locked
 from marginrm.bulk.summary import Summary
 from marginrm.bulk.tables import Format
 from marginrm.errors import ConfigError
@@ -29,20 +32,24 @@ class ShardFolder:
         path: The folder.
         form: Format of its files.
         work: What the shards depend on, as plain JSON values by name; the model is added when it is loaded.
+        restart: Replace what is there, as soon as the new run begins.
 
     Raises:
         ConfigError: The folder holds shards of another input or of other options, or other files.
     """
 
-    def __init__(self, path: Path, form: Format, work: dict[str, Any]) -> None:
+    def __init__(self, path: Path, form: Format, work: dict[str, Any], *, restart: bool = False) -> None:
         self.path = path
         self.form = form
         self._work = {"version": _VERSION, **work}
         self._hidden = path / _HIDDEN
-        self._state = self._read()
-        if self._state is None and path.is_dir() and any(one != self._hidden for one in path.iterdir()):
+        self._restart = restart
+        self._state = None if restart else self._read()
+        ours = self._hidden.is_dir() if restart else self._state is not None
+        if not ours and path.is_dir() and any(one != self._hidden for one in path.iterdir()):
             raise ConfigError(
-                f"{path}: the folder holds files, and none of a run of `marginrm score`. Give an empty one."
+                f"{path}: the folder holds files, and none of a run of `marginrm score`, so it is not replaced or added "
+                "to. Give an empty one."
             )
         if self._state is not None:
             self._check(self._work)
@@ -52,21 +59,30 @@ class ShardFolder:
         """The model of the shards that are there, as `begin` was given it."""
         return self._state["model"] if self._state else None
 
-    def begin(self, model: dict[str, Any]) -> None:
-        """Creates the folder, or continues it.
+    @contextmanager
+    def begin(self, model: dict[str, Any], part: tuple[int, int]) -> Iterator[None]:
+        """Creates the folder, or continues it, and keeps other runs from writing the same shards meanwhile.
 
         Args:
             model: What the rewards depend on: the model's revision and dtype.
+            part: The shards of this run, as for `Sharding`.
 
         Raises:
-            ConfigError: The shards that are there were scored by another model.
+            ConfigError: The shards that are there were scored by another model, or another run is writing them.
         """
-        if self._state is not None:
-            self._check({"model": model})
-            return
+        lock = self._hidden / f"{part[0]}-of-{part[1]}.lock"
         self._hidden.mkdir(parents=True, exist_ok=True)
-        self._state = {**self._work, "model": model}
-        replace_file(self._hidden / _STATE, json.dumps(self._state, indent=1))
+        if self._restart:
+            with locked(lock, self.path):
+                self.remove()
+            self._hidden.mkdir(parents=True)
+        with locked(lock, self.path):
+            self._state = self._read()  # another process may have begun it
+            if self._state is None:
+                self._state = {**self._work, "model": model}
+                replace_file(self._hidden / _STATE, json.dumps(self._state, indent=1))
+            self._check({**self._work, "model": model})
+            yield
 
     def shard(self, number: int) -> Path:
         """Returns the file of a shard."""
@@ -74,7 +90,9 @@ class ShardFolder:
 
     def done(self) -> dict[int, Summary]:
         """Returns the counts of the shards that are complete."""
-        found = {}
+        found: dict[int, Summary] = {}
+        if self._state is None:
+            return found
         for counts in sorted(self._hidden.glob("part-*.json")):
             number = int(counts.stem.removeprefix("part-"))
             if self.shard(number).is_file():
@@ -95,16 +113,9 @@ class ShardFolder:
         for left in self._hidden.glob("*.new"):
             left.unlink(missing_ok=True)
 
-    @staticmethod
-    def remove(path: Path) -> None:
-        """Removes a folder of shards with all that is in it, if there is one.
-
-        Raises:
-            ConfigError: `marginrm score` has not written it.
-        """
-        if path.is_dir() and any(path.iterdir()) and not (path / _HIDDEN).is_dir():
-            raise ConfigError(f"{path}: is not an output of `marginrm score`, so --restart does not remove it.")
-        shutil.rmtree(path, ignore_errors=True)
+    def remove(self) -> None:
+        """Removes the folder with all that is in it."""
+        shutil.rmtree(self.path)
 
     def _read(self) -> dict[str, Any] | None:
         try:

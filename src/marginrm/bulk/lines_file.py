@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from marginrm.bulk.rows import InputRow
 from marginrm.bulk.summary import Summary
+from marginrm.bulk.tables import dump
 from marginrm.errors import ConfigError
 
 
-def resume(rows: Iterator[InputRow], output: Path, column: str | None, summary: Summary) -> str | None:
+def resume(
+    rows: Iterator[InputRow], output: Path, column: str | None, summary: Summary
+) -> tuple[str | None, Iterator[InputRow]]:
     """Takes the rows that an earlier run has scored, after checking that its output belongs to this input.
 
     A last line that was cut off while it was written is removed.
@@ -24,28 +28,31 @@ def resume(rows: Iterator[InputRow], output: Path, column: str | None, summary: 
         summary: Gets the number of rows that are done, and those of them with errors by reason.
 
     Returns:
-        The revision of the model that scored them; None without rows.
+        The revision of the model that scored them, None without rows; and the rows that are left.
 
     Raises:
         ConfigError: The output belongs to another input, or to two models.
     """
     revision: str | None = None
     if not output.exists():
-        return revision
+        return revision, rows
     with output.open("r+b") as file:
         while line := file.readline():
-            if not line.endswith(b"\n"):
-                file.seek(-len(line), 1)
-                file.truncate()
-                break
             given = next(rows, None)
             source = f"{output}:{summary.rows + 1}"
+            if not line.endswith(b"\n"):
+                if given is None or not _begins(line, given, column):
+                    raise _another(f"{source}: its last line is not the beginning of this input row's result")
+                file.seek(-len(line), 1)
+                file.truncate()
+                rows = chain([given], rows)
+                break
             row = _checked(line, given, column, source)
             if revision not in (None, row["revision"]):
                 raise _another(f"{source}: was scored by {row['revision']}, and the rows before it by {revision}")
             revision = row["revision"]
             _count(row, given, summary)
-    return revision
+    return revision, rows
 
 
 def check_revision(output: Path, found: str | None, revision: str) -> None:
@@ -56,6 +63,13 @@ def check_revision(output: Path, found: str | None, revision: str) -> None:
     """
     if found not in (None, revision):
         raise _another(f"{output}: was scored by {found}, and this model is {revision}")
+
+
+def _begins(line: bytes, given: InputRow, column: str | None) -> bool:
+    """Tells whether a line that was cut off may be the result of a row: it is the beginning of it, or the other way round."""
+    start = {"input": given.fingerprint} if column is None else given.given.fields or {}
+    wanted = dump(start).removesuffix("}").encode()
+    return line.startswith(wanted) or wanted.startswith(line)
 
 
 def _count(row: dict[str, Any], given: InputRow | None, summary: Summary) -> None:

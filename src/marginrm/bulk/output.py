@@ -40,10 +40,15 @@ class Output:
             restart: An output that is there will be replaced.
 
         Raises:
-            ConfigError: The suffix is not one of an output, `shard` has another form or needs a folder, or a complete
-                file is there.
+            ConfigError: The suffix is not one of an output, `shard` has another form or needs a folder, a complete
+                file is there, or each process of several would replace what the others write.
         """
         path = Path(name)
+        if restart and shard is not None:
+            raise ConfigError(
+                f"--shard {shard} with --restart: each process would remove the shards of the others. Remove {path} once, "
+                "and start them without --restart."
+            )
         if name.endswith("/") or path.is_dir():
             return cls(path, form, path, _part(shard))
         found = format_of(name)

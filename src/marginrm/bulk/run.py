@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from marginrm.bulk.folder import ShardFolder
 from marginrm.bulk.lines_file import check_revision, resume
+from marginrm.bulk.lock import locked
 from marginrm.bulk.plan import Plan, plan_shards, read_shards
 from marginrm.bulk.progress import Progress
-from marginrm.bulk.rows import checked, parse_row, read_places
+from marginrm.bulk.rows import InputRow, checked, parse_row, read_places
 from marginrm.bulk.scoring import ModelOptions, RowOptions, score_rows
 from marginrm.bulk.summary import Summary
 from marginrm.bulk.tables import ColumnTypes, Format, dump, join_shards
@@ -80,16 +82,23 @@ def score_to_file(run: Run, output: Path, tell: Tell) -> Summary:
         DataError: The input cannot be read, or more rows cannot be scored than allowed.
         ModelError: The model cannot be loaded.
     """
-    rows = map(parse_row, checked(read_places(run.places), " ".join(run.places)))
+    rows: Iterator[InputRow] = map(parse_row, checked(read_places(run.places), " ".join(run.places)))
     summary = Summary(max_bad_rows=run.max_bad_rows)
-    revision = None if run.restart else resume(rows, output, run.rows.column, summary)
-    summary.check()
-    model = run.model.load()
-    check_revision(output, revision, model.info.revision)
-    if run.restart:
-        output.unlink(missing_ok=True)
-    done, total = summary.rows, count_rows(run.places)
-    with output.open("a", encoding="utf-8", buffering=1) as file, Progress("scoring", total, done) as progress:
+    with ExitStack() as held:
+        there = output.exists()
+        if there:
+            held.enter_context(locked(output, output))
+        revision, rows = (None, rows) if run.restart else resume(rows, output, run.rows.column, summary)
+        summary.check()
+        model = run.model.load()
+        check_revision(output, revision, model.info.revision)
+        if run.restart:
+            output.unlink(missing_ok=True)
+        if run.restart or not there:  # it is made only now, so that a run that fails before leaves nothing
+            held.enter_context(locked(output, output))
+        done, total = summary.rows, count_rows(run.places)
+        file = held.enter_context(output.open("a", encoding="utf-8", buffering=1))
+        progress = held.enter_context(Progress("scoring", total, done))
         for row in score_rows(model, rows, run.rows, summary):
             file.write(dump(row) + "\n")
             progress.update(1)
@@ -115,13 +124,11 @@ def score_in_shards(run: Run, sharding: Sharding, output: Path, workers: Callabl
         DataError: The input cannot be read, or more rows cannot be scored than allowed.
         ModelError: The model cannot be loaded.
     """
-    if run.restart:
-        ShardFolder.remove(output)
     types = ColumnTypes(run.rows.column or "") if sharding.form == "parquet" else None
     with Progress("reading") as reading:
         plan = plan_shards(run.places, sharding.rows, types, reading.update)
     run.rows.check_columns(plan.columns)
-    folder = ShardFolder(output, sharding.form, _work(run, sharding, plan))
+    folder = ShardFolder(output, sharding.form, _work(run, sharding, plan), restart=run.restart)
     done = folder.done()
     mine = sharding.mine(plan)
     summary = Summary(max_bad_rows=run.max_bad_rows)
@@ -131,18 +138,19 @@ def score_in_shards(run: Run, sharding: Sharding, output: Path, workers: Callabl
     earlier, total = summary.rows, sum(plan.sizes[number] for number in mine)
     shards = read_shards(run.places, plan, set(mine) - done.keys())
     crew = workers()
-    try:
-        folder.begin(crew.start(_with_dtype_of(folder, run.model)))
-        with Progress("scoring", total, earlier) as progress:
-            for scored in crew.run(shards, ShardScorer(run.rows, sharding.form, plan.schema)):
-                folder.write(scored.number, scored.content, scored.summary)
-                summary.merge(scored.summary)
-                progress.update(scored.summary.rows)
-                summary.check()
-    finally:
-        crew.stop()
-    tell(f"{progress.rows:,} rows scored, {progress.rate:,.1f} rows/s ({earlier:,} were done before)")
-    _finish(folder, sharding, plan, tell)
+    with ExitStack() as held:
+        try:
+            held.enter_context(folder.begin(crew.start(_with_dtype_of(folder, run.model)), sharding.part))
+            with Progress("scoring", total, earlier) as progress:
+                for scored in crew.run(shards, ShardScorer(run.rows, sharding.form, plan.schema)):
+                    folder.write(scored.number, scored.content, scored.summary)
+                    summary.merge(scored.summary)
+                    progress.update(scored.summary.rows)
+                    summary.check()
+        finally:
+            crew.stop()
+        tell(f"{progress.rows:,} rows scored, {progress.rate:,.1f} rows/s ({earlier:,} were done before)")
+        _finish(folder, sharding, plan, tell)
     return summary
 
 
@@ -155,7 +163,7 @@ def _finish(folder: ShardFolder, sharding: Sharding, plan: Plan, tell: Tell) -> 
     folder.finish()
     if sharding.whole is not None:
         join_shards([folder.shard(number) for number in range(len(plan.sizes))], sharding.whole, sharding.form)
-        ShardFolder.remove(folder.path)
+        folder.remove()
 
 
 def _with_dtype_of(folder: ShardFolder, model: ModelOptions) -> ModelOptions:

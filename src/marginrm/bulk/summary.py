@@ -115,7 +115,7 @@ class Summary:
         raise DataError(
             f"{last}More than max_bad_rows = {self.max_bad_rows:,} rows cannot be scored: "
             f"{'; '.join(_counted(self.unusable))}. The rows before are in the output. Mend the input and run the command "
-            "again (with --restart for an output of shards), or allow more."
+            "again (with --restart if the output has rows with errors or is one of shards), or allow more."
         )
 
     def lines(self) -> list[str]:
