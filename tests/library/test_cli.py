@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from marginrm.cli.main import GROUP, build_app
+from marginrm.cli.main import GROUP, build_app, main
 from support.models import tiny_checkpoint
 from support.training import config_file, rows, write
 
@@ -85,3 +87,25 @@ def test_a_run_that_cannot_be_trained_stops_with_the_cure(tmp_path: Path, fault:
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "fault", [PermissionError(errno.EACCES, "Permission denied", "x"), OSError(errno.ENOSPC, "Full")]
+)
+def test_a_fault_of_a_file_or_a_disk_is_one_line(fault: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def write() -> None:
+        raise fault
+
+    with pytest.raises(SystemExit) as left:
+        main([], app)
+    assert left.value.code == 1
+    assert capsys.readouterr().err in (
+        "marginrm: error: x: Permission denied. Give --debug to see where.\n",
+        "marginrm: error: Full. Give --debug to see where.\n",
+    )
+    with pytest.raises(SystemExit):
+        main(["--debug"], app)
+    assert "Traceback" in capsys.readouterr().err

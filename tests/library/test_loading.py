@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from marginrm.errors import ConfigError, HeadError, MarginRMError, ModelError
-from marginrm.loading import find_checkpoint
+from marginrm.loading import find_checkpoint, resolve_device
 from marginrm.manifest import HeadInfo, Manifest
 from marginrm.process_rewards import FORMS
 from marginrm.reading import ReadingOptions
@@ -435,3 +435,9 @@ def test_the_record_is_plain_json(tmp_path: Path) -> None:
     assert found["leading_bos"] == 2
     assert "is EOS and padding at once" in found["notes"][0]
     assert issubclass(ConfigError, MarginRMError)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "xpu:99"])
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"device = '{name}' is not available here: .*Use auto, or one of cpu"):
+        resolve_device(name)

@@ -6,6 +6,7 @@ listed in the help with the extra that installs it.
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import sys
@@ -22,6 +23,18 @@ from marginrm.errors import MarginRMError
 GROUP = "marginrm.commands"
 # Import package to the extra that installs its dependencies. The library's own commands load models, as the service does.
 _EXTRAS = {"marginrm": "service", "marginrm_service": "service", "marginrm_training": "training"}
+_OF_FILES = {  # errors of the system whose cause is a path, its rights or a full disk
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
 _WERE_FLAGS = {"--compile": "on"}  # each with the value that it stood for
 
 _ORDER = (
@@ -65,7 +78,9 @@ def build_app(commands: Sequence[EntryPoint] | None = None) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None, command: typer.Typer | None = None) -> NoReturn:
-    """Runs the command and exits with 0 (done), 1 (a marginrm error, one line on stderr) or 2 (wrong usage).
+    """Runs the command and exits with 0 (done), 1 (an error, one line on stderr) or 2 (wrong usage).
+
+    An error is one of marginrm, or one of the system about a file or a disk, whose text says enough to people.
 
     Args:
         argv: Arguments without the program's name; by default those of the process.
@@ -76,14 +91,22 @@ def main(argv: Sequence[str] | None = None, command: typer.Typer | None = None) 
     debug = "--debug" in arguments  # accepted before and after the name of the subcommand
     try:
         (command or app)(args=[argument for argument in arguments if argument != "--debug"], prog_name="marginrm")
-    except MarginRMError as error:
-        if debug:
+    except (MarginRMError, OSError) as error:
+        known = isinstance(error, MarginRMError) or error.errno in _OF_FILES
+        if debug or not known:
             traceback.print_exc()
         else:
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            sys.stderr.write(f"marginrm: error: {' '.join(str(error).split())}{notes}\n")
+            sys.stderr.write(f"marginrm: error: {_text(error)}{notes}\n")
         sys.exit(1)
     sys.exit(0)
+
+
+def _text(error: MarginRMError | OSError) -> str:
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename is not None else ""
+        return f"{named}{error.strerror}. Give --debug to see where."
+    return " ".join(str(error).split())
 
 
 def with_values(arguments: Sequence[str]) -> list[str]:

@@ -19,14 +19,21 @@ def resolve_device(name: str) -> torch.device:
     """Returns a device; `auto` takes CUDA where there is one.
 
     Raises:
-        ConfigError: The name is not a valid one.
+        ConfigError: The name is not a valid one, or this machine or this build of PyTorch lacks the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device = {name!r} is unknown. Use auto, cpu, cuda or cuda:N.") from error
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        found = f"cpu, cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
+        raise ConfigError(f"device = {name!r} is not available here: {reason}. Use auto, or one of {found}.") from error
+    return device
 
 
 def resolve_dtype(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
