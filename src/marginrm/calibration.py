@@ -125,8 +125,13 @@ def fit_uncertain_temperature(margins: ArrayLike, stds: ArrayLike) -> float:
     Args:
         margins: reward(chosen) - reward(rejected) of each pair, [n].
         stds: Standard deviations of the margins, [n].
+
+    Returns:
+        T in [1/64, 64], a bound where the likelihood has no maximum inside; 1 if all margins are 0.
     """
     d, _ = _checked(margins, None)
+    if not np.any(d):
+        return 1.0
     s = np.asarray(stds, dtype=np.float64)
 
     def loss(log_t: float) -> float:
@@ -138,7 +143,7 @@ def fit_uncertain_temperature(margins: ArrayLike, stds: ArrayLike) -> float:
     for _ in range(60):  # golden section
         first, second = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         low, high = (low, second) if loss(first) <= loss(second) else (first, high)
-    return math.exp((low + high) / 2)
+    return min(T_MIN, T_MAX, math.exp((low + high) / 2), key=lambda t: loss(math.log(t)))
 
 
 def calibrate(
@@ -191,9 +196,10 @@ def calibrate_uncertain(margins: ArrayLike, stds: ArrayLike, temperature: float 
     after = calibrate(narrowed(margins, stds, t), temperature=t)
     interval = temperature_interval(narrowed(margins, stds, t), t) if temperature is None else None
     measured = ("ece_after", "brier_after", "nll_after", "reliability", "risk_coverage")
-    return plain.model_copy(
-        update={name: getattr(after, name) for name in measured} | {"temperature_interval": interval}
-    )
+    found = {name: getattr(after, name) for name in measured} | {"temperature_interval": interval}
+    if temperature is None:
+        found["note"] = _note(np.asarray(margins, dtype=np.float64), t, interval)
+    return plain.model_copy(update=found)
 
 
 def area_under_risk_coverage(margins: ArrayLike, stds: ArrayLike | None = None, temperature: float = 1.0) -> float:

@@ -203,6 +203,13 @@ class NoUncertaintyError(MarginRMError):
 
     default_code = "no_uncertainty"
 
+    def __init__(
+        self,
+        message: str = "risk_averse needs the uncertainty of rewards, and this model has none. `marginrm calibrate "
+        "--uncertainty` adds it to a checkpoint whose head ends in a linear layer; without it, leave risk_averse out.",
+    ) -> None:
+        super().__init__(message)
+
 
 class NonFiniteRewardError(MarginRMError):
     """The forward pass gave NaN or infinity for a response."""

@@ -220,10 +220,7 @@ def averse(rewards: Sequence[float], factor: float) -> list[float]:
         raise ValueError(f"risk_averse = {factor}: it must not be negative.")
     keys = [reward - factor * reward.std for reward in rewards if isinstance(reward, UncertainReward)]
     if len(keys) < len(rewards):
-        raise NoUncertaintyError(
-            "risk_averse needs the uncertainty of rewards, and this model has none. `marginrm calibrate --uncertainty` adds it "
-            "to a checkpoint whose head ends in a linear layer; without it, leave risk_averse out."
-        )
+        raise NoUncertaintyError
     return keys
 
 

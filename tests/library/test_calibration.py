@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marginrm import ranking
-from marginrm.calibration import T_MAX, T_MIN, calibrate, correctness, fit_temperature, sigmoid, temperature_interval
+from marginrm.calibration import (
+    T_MAX,
+    T_MIN,
+    calibrate,
+    calibrate_uncertain,
+    correctness,
+    fit_temperature,
+    sigmoid,
+    temperature_interval,
+)
 from marginrm.errors import CalibrationError, NonFiniteRewardError
 
 
@@ -100,3 +109,21 @@ def test_the_logistic_of_an_array_is_that_of_a_number(values: list[float]) -> No
 def test_a_tie_counts_half() -> None:
     assert correctness([[2.0, 0.0], [-1.0, -0.0]]).tolist() == [[1.0, 0.5], [0.0, 0.5]]
     assert float(correctness(0.0)) == 0.5
+
+
+def test_a_temperature_beside_uncertainty_has_the_notes_of_any_other() -> None:
+    generator = np.random.default_rng(0)
+    unrelated = generator.normal(size=400)
+    found = calibrate_uncertain(-np.abs(unrelated), np.full(400, 0.1))
+    assert (found.temperature, found.temperature_interval) == (64.0, None)
+    assert found.note
+    assert "upper bound" in found.note
+    right = calibrate_uncertain(np.abs(unrelated) + 1, np.full(400, 0.1))
+    assert (right.temperature, right.temperature_interval) == (1 / 64, None)
+    assert right.note
+    assert "lower bound" in right.note
+    same = calibrate_uncertain(np.zeros(5), np.ones(5))
+    assert (same.temperature, same.note) == (1.0, "All margins are 0, so any temperature fits; T = 1 was kept.")
+    few = calibrate_uncertain(np.array([1.0, 2.0, -1.0, 1.5, 0.5, -0.7]), np.full(6, 0.01))
+    assert few.note
+    assert "determine T only to between" in few.note

@@ -326,3 +326,17 @@ def test_a_run_calibrates_choices_and_uncertainty_on_held_out_data(tmp_path: Pat
     assert ranking.confidence_from == "groups"
     assert ranking.margin_std is not None
     assert "ece_temperature_alone" in model.manifest.metrics
+
+
+def test_what_a_new_calibration_removes_is_said(tmp_path: Path) -> None:
+    folder, pairs = tiny_checkpoint(tmp_path / "model", "llama"), str(write(tmp_path / "pairs.jsonl", rows(12)))
+    assert not any("removed" in note for note in recalibrate(folder, pairs, uncertainty=True).notes)
+    assert (folder / FILE_NAME).is_file()
+    assert any("uncertainty" in note and "was removed" in note for note in recalibrate(folder, pairs).notes)
+    assert not (folder / FILE_NAME).exists()
+    with pytest.raises(NoUncertaintyError, match="calibrate --uncertainty"):  # before the data are read
+        CliRunner().invoke(
+            build_app(),
+            ["best-of-n", "--model", str(folder), "--data", "/nowhere", "--risk-averse", "1"],
+            catch_exceptions=False,
+        )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from marginrm.cli.reading import takes_reading
-from marginrm.errors import ConfigError
+from marginrm.errors import ConfigError, NoUncertaintyError
 from marginrm.reading import ReadingOptions
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def evaluate(
         raise ConfigError(
             f"--report, --candidates and --to-within are for pairs, and this is {benchmark}. Leave them out."
         )
+    _check_report(report)
     if candidates and not report:
         raise ConfigError("--candidates adds a figure to --report FILE.html; for the curve alone: marginrm best-of-n.")
     loaded = RewardModel.from_pretrained(model, max_length=max_length, reading=reading)
@@ -184,7 +185,8 @@ def calibrate(
     """Fit the temperature of any reward model on preference pairs, and write it into its manifest.
 
     With --candidates it also fits the temperatures of the best of N, and prints how well they hold for prompts that they
-    were not fitted on. A missing manifest is begun. So is one that cannot be read; the old file is kept beside it.
+    were not fitted on. A missing manifest is begun. So is one that cannot be read; the old file is kept beside it. The
+    whole calibration is replaced: without --candidates or --uncertainty, what an earlier run fitted by them is removed.
     """
     from marginrm_training.checkpoint.recalibrate import recalibrate
 
@@ -238,6 +240,7 @@ def compare(
     _configure_logging()
     if not data and not candidates:
         raise ConfigError("Nothing to compare on: give --data FILE (pairs), --candidates FILE (groups), or both.")
+    _check_report(report)
     pairs, groups = (str(path) if path else None for path in (data, candidates))
     found = measure_difference(
         first,
@@ -281,6 +284,8 @@ def best_of_n(
 
     _configure_logging()
     loaded = RewardModel.from_pretrained(model, max_length=max_length, reading=reading)
+    if risk_averse and loaded.readout is None:
+        raise NoUncertaintyError
     scored = measure_candidates(loaded, str(data), max_bad_rows=max_bad_rows)
     _tell([scored.summary()])
     choices = [] if risk_averse else scored.confidences(groups_of(loaded))
@@ -329,6 +334,16 @@ def _benchmark(data: Path, form: Format) -> Benchmark | None:
     if found:
         _tell([f"{data}: recognised as {found}, scored by its rule; --format pairs reads it as pairs"])
     return found
+
+
+def _check_report(report: Path | None) -> None:
+    """Checks that a report can be written, before anything is computed.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if report and (report.is_dir() or not report.absolute().parent.is_dir()):
+        raise ConfigError(f"--report {report}: give the path of a file, in a folder that exists.")
 
 
 def _curve(scored: ScoredGroups) -> Sequence[BestOfNPoint]:

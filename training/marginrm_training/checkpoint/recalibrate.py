@@ -98,15 +98,16 @@ def recalibrate(
     manifest = recalibrated(model, folder.resolve().name, calibration, split.pairs).model_copy(
         update={"groups": groups, "uncertainty": fitted.save(folder) if fitted else None}
     )
-    if not fitted:
-        (folder / FILE_NAME).unlink(missing_ok=True)
     if fault:
         shutil.copyfile(folder / MANIFEST_NAME, folder / BROKEN)
         notes.append(
             f"the old manifest could not be read, so a new one was begun, without a record of the training; the old "
             f"one is kept as {folder / BROKEN}"
         )
+    notes += _removed(model.manifest, manifest)
     manifest.save(folder)
+    if not fitted:  # only now, since the manifest before names the file
+        (folder / FILE_NAME).unlink(missing_ok=True)
     return Recalibrated(calibration, notes, groups, manifest.uncertainty)
 
 
@@ -133,6 +134,16 @@ def recalibrated(model: RewardModel, name: str, calibration: Calibration, pairs:
         golden_tolerance=tolerances(rewards),
         calibration=calibration,
     )
+
+
+def _removed(before: Manifest | None, after: Manifest) -> list[str]:
+    """Returns what a manifest no longer has, because it belonged to the temperature before, with the option to keep it."""
+    parts = (("groups", "calibration of choices", "--candidates"), ("uncertainty", "uncertainty", "--uncertainty"))
+    return [
+        f"the {name} that the checkpoint had belonged to its former temperature and was removed; {option} fits it anew"
+        for part, name, option in parts
+        if before and getattr(before, part) and not getattr(after, part)
+    ]
 
 
 def _load(folder: Path, reading: ReadingOptions | None) -> tuple[RewardModel, ManifestError | None]:
