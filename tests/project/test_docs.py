@@ -49,6 +49,14 @@ def test_no_sentence_is_longer_than_thirty_words(page: Path) -> None:
     assert [s for s in sentences(prose(page)) if words(s) > LONGEST_SENTENCE] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_row_of_a_table_is_below_its_heading(page: Path) -> None:
+    """A blank line ends a table, and the rows behind it are shown as plain text."""
+    lines = ["", *prose(page).splitlines(), ""]
+    starts = [at for at, line in enumerate(lines) if line.startswith("|") and not lines[at - 1].startswith("|")]
+    assert [lines[at] for at in starts if not re.fullmatch(r"\|[-:| ]+\|", lines[at + 1])] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
 
