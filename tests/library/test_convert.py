@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from marginrm.cli.convert import convert
 from marginrm.errors import ConfigError, ModelError
+from marginrm.manifest import MANIFEST_NAME
+from marginrm.reward_model import RewardModel
 from support import zoo
 
 _CAUSAL = "AutoModelForCausalLM"
@@ -85,3 +87,23 @@ def test_smollm2_is_read_from_its_package(tmp_path: Path) -> None:
     convert(spec.submodule_search_locations[0], tmp_path / "smollm2")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
     assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+
+
+def test_a_head_or_a_record_is_never_left_behind(tmp_path: Path) -> None:
+    beside, lacking, known = tmp_path / "beside", tmp_path / "lacking", tmp_path / "known"
+    a_model(beside, _CAUSAL)
+    zoo.change_weights(beside, lambda old: old | {"v_head.weight": zoo.rows()})
+    zoo.as_bin(beside)
+    with pytest.raises(ModelError, match=r"has no place for v_head\.weight.*`marginrm serve`"):
+        convert(str(beside), tmp_path / "new")
+    assert RewardModel.from_pretrained(beside, dtype="float32").score("Hi?", ["Yes."])  # the cure
+    a_model(lacking)
+    zoo.change_weights(lacking, lambda old: {name: value for name, value in old.items() if name != "score.weight"})
+    zoo.as_bin(lacking)
+    with pytest.raises(ModelError, match=r"the files have no score\.weight.*random weights"):
+        convert(str(lacking), tmp_path / "new")
+    a_model(known)
+    (known / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(ConfigError, match="a plain folder already"):
+        convert(str(known), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -117,3 +117,11 @@ def test_pairs_without_a_model_say_what_to_add(tmp_path: Path) -> None:
     code, output = audit(write(tmp_path / "pairs.jsonl", swapped(8, set())))
     assert code == 1
     assert "Add --model BACKBONE" in output
+
+
+def test_rows_are_never_written_over_those_that_are_audited(tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", swapped(4, set()))
+    for without, fault in ((pairs, "is the file that is audited"), (tmp_path / "no" / "x", "in a folder that exists")):
+        code, output = audit(pairs, "--model", "/nowhere", "--without", without)  # refused before the model is loaded
+        assert code == 1
+        assert fault in output

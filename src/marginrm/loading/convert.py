@@ -16,8 +16,10 @@ from marginrm.errors import ConfigError, ModelError
 from marginrm.loading.adapters import base_of, tokenizer_folder, with_adapter
 from marginrm.loading.files import CheckpointFiles, find_checkpoint
 from marginrm.loading.foreign import translated
+from marginrm.loading.heads import is_harmless
 from marginrm.loading.scoring import load_for_scoring
 from marginrm.loading.tokenizer import load_tokenizer
+from marginrm.manifest import MANIFEST_NAME
 
 _GGUF = ".gguf"
 
@@ -35,10 +37,12 @@ def convert(path: str | Path, output: str | Path, *, dtype: torch.dtype = torch.
         The class of the written model.
 
     Raises:
-        ModelError: There is no such checkpoint, or it cannot be read.
-        ConfigError: A package is missing, or the folder to write holds files.
+        ModelError: There is no such checkpoint, it cannot be read, or its class lacks weights or has no place for them.
+        ConfigError: A package is missing, the folder to write holds files, or marginrm wrote the checkpoint.
     """
     folder = Path(output)
+    if (Path(path) / MANIFEST_NAME).is_file():
+        raise ConfigError(f"{path} has a {MANIFEST_NAME}, so it is a plain folder already, and a copy would lose that.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} holds files already. Give another folder, or remove it.")
     gguf = _gguf_file(Path(path))
@@ -84,8 +88,35 @@ def _from_folder(files: CheckpointFiles) -> tuple[PreTrainedModel, PreTrainedTok
             "kind of model is not known. Add the name of its class."
         )
     with translated(files.name, "model"):
-        model = kind.from_pretrained(files.folder, dtype=torch.float32)
+        model, loaded = kind.from_pretrained(files.folder, dtype=torch.float32, output_loading_info=True)
+    _check_complete(files, names[0], loaded)
     return model, load_tokenizer(files.folder, files.name, trust_remote_code=False)
+
+
+def _check_complete(files: CheckpointFiles, kind: str, loaded: dict[str, Any]) -> None:
+    """Checks that a class has read every weight that rewards may depend on, and that it made up none.
+
+    Raises:
+        ModelError: It has not, such as a value head beside a language model.
+    """
+    stored, vocabulary = files.tensors, int(files.config.get("vocab_size") or 0)
+    beside = {name for name, one in stored.items() if one.file.name.startswith("value_head")}
+    lost = sorted(
+        name
+        for name in beside | set(loaded["unexpected_keys"])
+        if not is_harmless(name, stored[name].shape if name in stored else (), vocabulary)
+    )
+    if lost:
+        raise ModelError(
+            f"{files.name}: {kind} has no place for {', '.join(lost[:4])}, so the written model would lack it. Give the "
+            "folder itself to `marginrm serve`, which finds a head by its weights."
+        )
+    made_up = sorted(loaded["missing_keys"])
+    if made_up:
+        raise ModelError(
+            f"{files.name}: the files have no {', '.join(made_up[:4])}, which {kind} needs, so the written model would have "
+            "random weights. Fetch the checkpoint again, or correct `architectures` in its config.json."
+        )
 
 
 def _from_adapter(files: CheckpointFiles) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -53,10 +53,8 @@ def audit(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = _config(source, model, overrides or ())
-    if without and config.data.train is None:
-        raise ConfigError(
-            "--without writes the rows of one file, and the run has several sources. Audit them one by one."
-        )
+    if without:
+        _check_without(config, without)
     split = audited_pairs(config)
     typer.echo(split.summary())
     typer.echo(cost(config, split.pairs, folds))
@@ -124,6 +122,25 @@ def write_without(config: TrainConfig, path: Path, sources: set[str]) -> int:
     rows = [row for row, place in read_raw(expand(config.data.train), unreadable) if place not in sources]
     replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
+
+
+def _check_without(config: TrainConfig, path: Path) -> None:
+    """Checks, before hours of training, that the rows can be written without replacing those that are audited.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    from marginrm_training.config import expand
+
+    if config.data.train is None:
+        raise ConfigError(
+            "--without writes the rows of one file, and the run has several sources. Audit them one by one."
+        )
+    train = Path(expand(config.data.train))
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise ConfigError(f"--without {path}: give the path of a file, in a folder that exists.")
+    if path.exists() and train.exists() and path.samefile(train):
+        raise ConfigError(f"--without {path} is the file that is audited. Give another one.")
 
 
 def _config(source: Path, model: str | None, overrides: Sequence[str]) -> TrainConfig:
