@@ -213,7 +213,9 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="Seconds of one forward pass after which the server is not ready until it ends."
     )
     encode_threads: int = Field(default=2, ge=1, le=64, description="Threads that tokenise.")
-    drain_seconds: float = Field(default=30.0, ge=0, description="Time to finish accepted requests after SIGTERM.")
+    drain_seconds: float = Field(
+        default=30.0, ge=0, allow_inf_nan=False, description="Time to finish accepted requests after SIGTERM."
+    )
     adapter_overload_status: Annotated[Literal["429", "503"], BeforeValidator(str)] = Field(
         default="503", description="Status of a full queue on other servers' routes; native routes answer 429."
     )

@@ -136,6 +136,7 @@ def test_the_help_shows_each_option_with_its_default():
         ({"colour": "red"}, "colour: "),
         ({"reward_cache_mib": "-1"}, "reward_cache_mib: "),
         ({"reward_cache_mib": "nan"}, "reward_cache_mib: "),
+        ({"drain_seconds": "inf"}, "drain_seconds: "),
         ({"bos": "maybe"}, "bos: "),
         ({"label_weights": "one,two"}, "label_weights = 'one,two': give a number for each row"),
         ({"reward_tokens": "a,b,c"}, "reward_tokens = "),
