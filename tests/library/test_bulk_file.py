@@ -240,3 +240,15 @@ def test_a_restart_that_fails_leaves_the_output(checkpoint: Path, tmp_path: Path
                     catch_exceptions=False,
                 )
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("output", ["data/out.jsonl", "data/scored/", "data/out.parquet"])
+@pytest.mark.parametrize("place", ["data", "data/*"])
+def test_an_output_among_its_inputs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, output: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "in.jsonl").write_text(lines(ROWS))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="would read its own rows"):
+        CliRunner().invoke(build_app(), ["score", place, "-o", output, "-m", "no-model"], catch_exceptions=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Self
 
@@ -64,7 +65,7 @@ class Output:
         return cls(path, found or "jsonl", shards)
 
     def check(self, places: Sequence[str]) -> None:
-        """Checks that the output can be written, and is not one of the inputs.
+        """Checks that the output can be written, and is not one of the inputs or among their files.
 
         Raises:
             ConfigError: It cannot, or it is.
@@ -75,6 +76,14 @@ class Output:
             )
         if self.path.exists() and any(Path(place).exists() and self.path.samefile(place) for place in places):
             raise ConfigError(f"-o {self.path} is the input. Give another file.")
+        path = self.path.resolve()
+        for place in places:
+            whole = Path(place).resolve()
+            if (whole.is_dir() and path.is_relative_to(whole)) or (has_magic(place) and path.match(str(whole))):
+                raise ConfigError(
+                    f"-o {self.path} is among the files of the input {place}, so a run that continues would read its own "
+                    "rows. Give a path outside of it."
+                )
 
     @property
     def in_shards_only(self) -> bool:
