@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from typer.testing import CliRunner
 
 from benchmarks.harness.command import app_of
-from benchmarks.training import quality, speed
+from benchmarks.training import code_pairs, quality, speed
 from marginrm_training.ablation.plan import load_ablation
 from marginrm_training.ablation.results import read_results
 
@@ -71,3 +72,16 @@ def test_an_unknown_seed_is_refused_in_one_line_with_a_long_path(tmp_path):
     result = CliRunner().invoke(app_of(quality.main), [str(ablation), "--seeds", "0,99"])
     assert result.exit_code == 2
     assert f"{ablation} has no seed 99: it has 0, 1, 2." in result.output
+
+
+def test_code_pairs_hold_a_function_and_the_same_with_a_fault(tmp_path, monkeypatch):
+    file = tmp_path / "code.jsonl"
+    monkeypatch.setattr("sys.argv", ["code_pairs", str(file), "--pairs", "40"])
+    code_pairs.main()
+    pairs = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(pairs) == 40
+    for pair in pairs:
+        sources = [pair[side].removeprefix("```python\n").removesuffix("\n```") for side in ("chosen", "rejected")]
+        chosen, rejected = (ast.parse(source).body[0] for source in sources)
+        assert ast.dump(chosen) != ast.dump(rejected)
+        assert pair["prompt"].startswith(f"Write the Python function `{chosen.name}(")
