@@ -166,6 +166,12 @@ class Settings(BaseSettings):
         default=False,
         description="Give a text bit-identical rewards whatever is scored beside it; slower, not with --compile on.",
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that share every layer of the model, each on a GPU of this machine: for a model that one GPU "
+        "does not hold. The server then has one model.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     max_length: Annotated[int | None, Option(default="the model's")] = Field(
         default=None, ge=8, description="The most tokens of a sequence."

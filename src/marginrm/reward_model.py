@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +30,8 @@ from marginrm.errors import (
 from marginrm.forward.module import Readout, RewardModule, evaluating
 from marginrm.golden import verify_golden
 from marginrm.head_posterior import Features, HeadPosterior
-from marginrm.loading import find_checkpoint, load_for_scoring
+from marginrm.loading import find_checkpoint
+from marginrm.loading.ranks import Ranks, load_in_processes
 from marginrm.manifest import Manifest, model_info
 from marginrm.prefix_cache import PrefixCache, StepPrefixes
 from marginrm.prefix_cache.memory import default_bytes
@@ -74,8 +77,10 @@ class RewardModel:
         token_budget: int | None = None,
         reading: CheckpointReading | None = None,
         prefix_cache_bytes: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.module = module
+        self._ranks = ranks
         self.encoder = encoder
         self.manifest = manifest
         self.reading = reading
@@ -105,6 +110,7 @@ class RewardModel:
         deterministic: bool = False,
         ignore_manifest: bool = False,
         prefix_cache_mib: float | None = 0,
+        tensor_parallel: int = 1,
     ) -> RewardModel:
         """Loads a checkpoint that `marginrm train` wrote, or any other reward model that gives one reward to a response.
 
@@ -127,16 +133,20 @@ class RewardModel:
             prefix_cache_mib: MiB of keys and values to keep of what was scored, so that later calls do not compute the
                 same prompt again; 0 keeps nothing, None takes an eighth of the memory that is free after loading. The
                 weights must not change afterwards.
+            tensor_parallel: Number of processes, each with a share of every layer, for a model that one GPU does not hold;
+                with CUDA each takes a GPU of this machine. One such model in a process.
 
         Raises:
             ModelError: The checkpoint cannot be loaded or is not a reward model, or deterministic rewards are not
                 possible.
-            ConfigError: Both compiled and deterministic are asked for.
+            ConfigError: Both compiled and deterministic are asked for, or either with tensor_parallel.
         """
         if compiled and deterministic:
             raise ConfigError(
                 "compiled and deterministic exclude each other: compiled kernels choose their own shapes."
             )
+        if tensor_parallel > 1 and (compiled or deterministic):
+            raise ConfigError("tensor_parallel excludes compiled and deterministic: layers are shared among processes.")
         options = reading or ReadingOptions()
         if trust_remote_code:
             options = replace(options, trust_remote_code=True)
@@ -144,17 +154,18 @@ class RewardModel:
         manifest = None if ignore_manifest else Manifest.load(files.folder)
         if manifest and max_length is None:
             max_length = manifest.encoding.max_length
+        wanted: dict[str, Any] = {
+            "path": files,
+            "dtype": dtype,
+            "device": device,
+            "max_length": max_length,
+            "reading": options,
+            "manifest": manifest,
+            "purpose": "deterministic_scoring" if deterministic else "compiled_scoring" if compiled else "scoring",
+        }
         with ThreadPoolExecutor(1, "hash") as pool:  # hashing takes seconds and leaves the interpreter to others
             found = pool.submit(files.revision)
-            loaded = load_for_scoring(
-                files,
-                dtype=dtype,
-                device=device,
-                max_length=max_length,
-                reading=options,
-                manifest=manifest,
-                purpose="deterministic_scoring" if deterministic else "compiled_scoring" if compiled else "scoring",
-            )
+            loaded, ranks = load_in_processes(tensor_parallel, wanted)
         model = cls(
             loaded.module,
             loaded.encoder,
@@ -167,6 +178,7 @@ class RewardModel:
             prefix_cache_bytes=(
                 default_bytes(loaded.module.device) if prefix_cache_mib is None else int(prefix_cache_mib * 2**20)
             ),
+            ranks=ranks,
         )
         if manifest and manifest.uncertainty:
             model.read_uncertainty(HeadPosterior.load(files.folder, manifest.uncertainty.sha256))
@@ -199,8 +211,9 @@ class RewardModel:
     @property
     def forward_reason(self) -> str:
         """Why that path, and how packed rows are computed here, in words."""
+        shared = f"; every layer shared among {self._ranks.size} processes" if self._ranks else ""
         if self.prefixes is None:
-            return self.module.forward_reason
+            return self.module.forward_reason + shared
         return f"{self.module.forward_reason}; prefixes kept across steps, up to {self.prefixes.max_bytes / 2**20:,.0f} MiB"
 
     @property
@@ -211,7 +224,7 @@ class RewardModel:
     @property
     def worth_compiling(self) -> bool:
         """Whether compiled layers may be faster, so that a trial is worth its time: large models on CPUs."""
-        return compilation.may_pay(self.module)
+        return self._ranks is None and compilation.may_pay(self.module)
 
     @property
     def shares_prefixes(self) -> bool:
@@ -429,7 +442,8 @@ class RewardModel:
         self, groups: Sequence[EncodedGroup], prefixes: StepPrefixes | None
     ) -> tuple[list[float], tuple[int, ...]]:
         batch = self.module.collate(groups, multiple=self.row_multiple, prefixes=prefixes)
-        with torch.inference_mode(), evaluating(self.module):
+        together = self._ranks.step(groups, self.row_multiple) if self._ranks else nullcontext()
+        with together, torch.inference_mode(), evaluating(self.module):
             output = self.module(batch.to(self.module.device), self.readout)
             values: list[float] = self.readout.rewards(output) if self.readout else output.tolist()
         responses = [response for group in groups for response in group]
@@ -439,6 +453,11 @@ class RewardModel:
         assert steps is not None  # its encoder says where steps are read
         rest = iter(values)
         return [steps.reward(list(itertools.islice(rest, one.values))) for one in responses], batch.costs
+
+    def close(self) -> None:
+        """Ends the other processes of a tensor-parallel model; without effect on others. They end with this one, too."""
+        if self._ranks:
+            self._ranks.close()
 
     def verify_golden(self) -> float | None:
         """Scores the manifest's golden samples again.

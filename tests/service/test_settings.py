@@ -26,6 +26,7 @@ VALUES = {
     "compile": "off",
     "deterministic": "true",
     "device": "cuda:1",
+    "tensor_parallel": "2",
     "max_length": "512",
     "token_budget": "4096",
     "max_queue_tokens": "1000",

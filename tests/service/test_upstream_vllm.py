@@ -75,6 +75,7 @@ def rewards(url: str) -> list[float]:
     return [entry["reward"] for entry in sorted(found["ranking"], key=lambda entry: entry["candidate"])]
 
 
+@pytest.mark.timeout(1800)  # two starts of vLLM, on a machine that others use
 def test_a_vllm_server_computes_the_rewards_dies_and_returns(vllm, described, expected, tmp_path):
     arguments = (
         "--model",

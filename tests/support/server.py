@@ -99,7 +99,7 @@ class ServerProcess:
 
     def wait_until_ready(self, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
-        with httpx.Client(base_url=self.url) as client:
+        with httpx.Client(base_url=self.url, timeout=60) as client:
             while client.get("/readyz").status_code != 200:
                 assert self.process.poll() is None, self.log
                 assert time.monotonic() < deadline, self.log

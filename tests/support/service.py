@@ -52,6 +52,9 @@ class FakeModel:
     def cached_tokens(self, ids: Sequence[int], tenant: str | None) -> int:
         return 0
 
+    def close(self) -> None:
+        pass
+
     def run_step(self, groups: Groups, tenants: Sequence[str | None] | None = None) -> StepResult:
         rewards = iter(self._rewards(groups))
         plan = plan_row([[one.array for one in members] for members in groups], causal=self.shares_prefixes)

@@ -91,10 +91,15 @@ def load_model(spec: ModelSpec, settings: Settings) -> LoadedModel:
         compiled=settings.compile == "on",
         deterministic=settings.deterministic,
         prefix_cache_mib=settings.prefix_cache_mib,
+        tensor_parallel=settings.tensor_parallel,
     )
-    golden = model.verify_golden()
-    if settings.token_budget is None:
-        model.measure_token_budget()
+    try:
+        golden = model.verify_golden()
+        if settings.token_budget is None:
+            model.measure_token_budget()
+    except BaseException:
+        model.close()
+        raise
     model.encoder.token_ids.load()
     return LoadedModel(model, golden, folder if folder.is_dir() else None)
 

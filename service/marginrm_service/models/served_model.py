@@ -178,8 +178,7 @@ class ServedModel:
         if self._watching:
             self._watching.cancel()
             await asyncio.wait([self._watching])
-        if self._upstream:
-            self._upstream.close()
+        await asyncio.to_thread(self._model.close)
 
     @property
     def compiled(self) -> bool:

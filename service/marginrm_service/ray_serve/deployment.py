@@ -63,7 +63,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=len(settings.models) * settings.max_queue_requests + _SPARE,
         graceful_shutdown_timeout_s=settings.drain_seconds + _SHUTDOWN_MARGIN,
         request_router_config={"request_router_class": _ROUTER},
-        ray_actor_options={"num_gpus": int(settings.device.startswith("cuda"))},
+        ray_actor_options={"num_gpus": settings.tensor_parallel if settings.device.startswith("cuda") else 0},
     )
     return deploy(serve.ingress(build)(_Replica)).bind()
 

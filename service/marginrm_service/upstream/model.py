@@ -99,10 +99,10 @@ class UpstreamModel:
         """
         from marginrm.loading import find_checkpoint, load_encoder
 
-        if settings.deterministic or settings.compile == "on":
+        if settings.deterministic or settings.compile == "on" or settings.tensor_parallel > 1:
             raise ConfigError(
-                f"model {spec.name!r} has an upstream, whose forward pass is its own: leave out --deterministic and "
-                "--compile on, or give the upstream's own options for them."
+                f"model {spec.name!r} has an upstream, whose forward pass is its own: leave out --deterministic, "
+                "--compile on and --tensor-parallel, or give the upstream's own options for them."
             )
         with contextlib.ExitStack() as unless_loaded:
             client = client_of(upstream, settings)

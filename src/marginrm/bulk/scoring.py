@@ -37,6 +37,7 @@ class ModelOptions:
     device: str = "auto"
     max_length: int | None = None
     token_budget: int | None = None
+    tensor_parallel: int = 1
     reading: ReadingOptions
 
     def load(self) -> RewardModel:
@@ -54,6 +55,7 @@ class ModelOptions:
             max_length=self.max_length,
             token_budget=self.token_budget,
             reading=self.reading,
+            tensor_parallel=self.tensor_parallel,
         )
         loaded.verify_golden()
         return loaded

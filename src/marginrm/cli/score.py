@@ -49,6 +49,10 @@ def score(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Most tokens a sequence may have.")] = None,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens in one forward pass.")] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that share every layer, each on a GPU: for models that one does not hold."),
+    ] = 1,
     max_bad_rows: Annotated[
         int | None,
         typer.Option(
@@ -126,6 +130,8 @@ def score(
     from marginrm.bulk.scoring import ModelOptions, RowOptions
     from marginrm.bulk.workers import ThisProcess, Workers
 
+    if ray is not None and tensor_parallel > 1:
+        raise ConfigError("--ray: each actor is one process. Leave out --tensor-parallel, or score without Ray.")
     out = Output.of(output, form, shard, sharded=ray is not None, restart=restart)
     out.check(source)
     kept = out.in_shards_only if keep_columns is None else keep_columns
@@ -141,6 +147,7 @@ def score(
             device=device,
             max_length=max_length,
             token_budget=token_budget,
+            tensor_parallel=tensor_parallel,
             reading=reading,
         ),
         rows=RowOptions(truncation=truncation, tie_below=tie_below, column=score_column if kept else None),

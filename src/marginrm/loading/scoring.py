@@ -74,6 +74,7 @@ def load_for_scoring(
     manifest: Manifest | None = None,
     revision: str | None = None,
     purpose: Purpose | None = "scoring",
+    processes: int = 1,
 ) -> Loaded:
     """Loads a trained reward model.
 
@@ -86,6 +87,8 @@ def load_for_scoring(
         manifest: What marginrm recorded of it: with one, it is read as recorded.
         revision: Branch, tag or commit on the Hub.
         purpose: As for `tune`; None leaves the module as it was built. Packed weights can be neither trained nor saved.
+        processes: Number of processes that share the model, this one included (`loading.ranks`). They must take the same
+            decisions, so nothing may depend on timing: give a dtype, and no purpose.
 
     Raises:
         ModelError: There is no such checkpoint, or it cannot be read.
@@ -97,9 +100,14 @@ def load_for_scoring(
     with translated(files.name, "model"):
         source, plan, tokenizer, options, steps = _read(files, given)
     on = resolve_device(device)
+    if processes > 1 and (plan.own is not None or plan.tokens is not None):
+        raise ModelError(
+            f"{files.name} cannot be shared among {processes} processes (tensor_parallel): its rewards are those of "
+            f"{'its own code' if plan.own else 'a language model' + chr(39) + 's vocabulary'}."
+        )
     # transformers' own class is preferred to a copy of it that an older checkpoint brings along.
     own_code = options.trust_remote_code and (plan.own is not None or not has_backbone(source.config))
-    target = Target(_dtype(dtype, on, source, own_code=own_code), on, trust_remote_code=own_code)
+    target = Target(_dtype(dtype, on, source, own_code=own_code), on, trust_remote_code=own_code, processes=processes)
     with translated(files.name, "model"):
         loaded = load_classifier(source, plan, target, options, has_template=bool(tokenizer.chat_template))
     check_of_use(options, loaded)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from marginrm.errors import HeadError, ModelError
 from marginrm.loading.files import CheckpointFiles
@@ -27,11 +28,13 @@ class Target:
         dtype: Of the backbone.
         device: Where its weights go.
         trust_remote_code: Whether code that comes with the checkpoint may run.
+        processes: Number of processes, of which each takes a share of every layer (`loading.ranks`); 1 for none.
     """
 
     dtype: torch.dtype
     device: torch.device
     trust_remote_code: bool = False
+    processes: int = 1
 
 
 def quantisation_of(config: PreTrainedConfig) -> str | None:
@@ -76,6 +79,8 @@ def load_model(
     method = quantisation_of(config)
     if method:
         options["device_map"] = {"": target.device}
+    if target.processes > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=target.processes)
     if prefix:
         options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
     try:
