@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import httpx
@@ -32,14 +31,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.timeout(1200)  # three processes that import torch, on a machine that others use
+@pytest.mark.timeout(1200)  # two processes that import torch, on a machine that others use
 def test_a_shared_model_is_served_and_its_processes_end_together(tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "model", "qwen3", chat_template=CHATML_TEMPLATE, kv_heads=2)
     arguments = ("--model", checkpoint, "--dtype", "float32", "--device", "cpu", "--tensor-parallel", "2")
@@ -52,21 +44,11 @@ def test_a_shared_model_is_served_and_its_processes_end_together(tmp_path):
             (card,) = http.get("/v1/models").json()["data"]
             assert "shared among 2 processes" in card["forward_reason"]
             (other,) = children(server.process.pid)
+            os.kill(other, signal.SIGTERM)  # systemd and terminals send it to all; rank 0 alone heeds it
+            http.post("/score", json=body).raise_for_status()
             os.kill(other, signal.SIGKILL)
             assert http.post("/score", json=body).status_code == 503
             assert http.get("/healthz").status_code == 503  # only a new process helps
         server.signal(signal.SIGTERM)
-        server.wait()
-
-
-@pytest.mark.timeout(1200)
-def test_a_signal_to_all_processes_ends_them_in_order(tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path / "model", "qwen3", chat_template=CHATML_TEMPLATE, kv_heads=2)
-    arguments = ("--model", checkpoint, "--dtype", "float32", "--device", "cpu", "--tensor-parallel", "2")
-    with ServerProcess(tmp_path / "log", *arguments, "--token-budget", "512") as server:
-        server.wait_until_ready(600)
-        others = children(server.process.pid)
-        for pid in (*others, server.process.pid):
-            os.kill(pid, signal.SIGTERM)
-        assert server.wait() == 0, server.log
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in others))
+        assert server.wait(300) == 0
+        assert not Path(f"/proc/{other}").exists()

@@ -90,7 +90,7 @@ def test_a_vllm_server_computes_the_rewards_dies_and_returns(vllm, described, ex
     with ServerProcess(tmp_path / "server.log", *arguments) as server:
         assert "still loading" in httpx.get(f"{server.url}/readyz").text
         vllm.start()
-        server.wait_until_ready()
+        server.wait_until_ready(900)
         assert "golden samples reproduced" in server.log
         assert rewards(server.url) == pytest.approx(expected, abs=TOLERANCE)
         vllm.kill()
@@ -100,7 +100,7 @@ def test_a_vllm_server_computes_the_rewards_dies_and_returns(vllm, described, ex
         assert int(reply.headers["Retry-After"]) >= 1
         assert "cannot be reached" in httpx.get(f"{server.url}/readyz").text
         vllm.start()
-        server.wait_until_ready()
+        server.wait_until_ready(900)
         assert "is back and gives the same rewards" in server.log
         assert rewards(server.url) == pytest.approx(expected, abs=TOLERANCE)
         assert server.process.poll() is None
