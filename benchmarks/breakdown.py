@@ -26,6 +26,7 @@ _KINDS = {
     "copies (gathers, casts)": ("index", "gather", "cat", "copy", "clone", "contiguous", "embedding"),
 }
 _REST = "elementwise"
+KINDS = (*_KINDS, _REST)
 _COMPILED = "## Call CompiledFxGraph"  # its own time is that of the fused kernels; a hash follows
 
 
@@ -50,12 +51,11 @@ def main(
     ours = InProcess(
         folder, device=device, compiled=compiled, deterministic=deterministic, whole_last_layer=whole_last_layer
     )
-    kinds = (*_KINDS, _REST)
     typer.echo(
         f"{model}, {ours.detail['dtype']}, {torch.get_num_threads()} threads, steps of {ours.detail['token_budget']:,}"
     )
-    typer.echo(f"\n| workload | seconds | of the GEMM rate | {' | '.join(kinds)} |")
-    typer.echo(f"|---|---:|---:|{'---:|' * len(kinds)}")
+    typer.echo(f"\n| workload | seconds | of the GEMM rate | {' | '.join(KINDS)} |")
+    typer.echo(f"|---|---:|---:|{'---:|' * len(KINDS)}")
     for name in all_known(workloads, WORKLOADS):
         ours.run(ours.prepare(samples.sample(WORKLOADS[name], 0)))  # warm-up
         work = ours.prepare(samples.sample(WORKLOADS[name], 1))
@@ -69,7 +69,7 @@ def main(
         events = profiler.key_averages()
         times = ((e.key, e.self_device_time_total if device == "cuda" else e.self_cpu_time_total) for e in events)
         shares = by_kind(times)
-        cells = " | ".join(f"{shares[kind]:.0%}" for kind in kinds)
+        cells = " | ".join(f"{shares[kind]:.0%}" for kind in KINDS)
         typer.echo(f"| {name} | {seconds:.2f} | {gemm:.0%} | {cells} |")
 
 
@@ -83,7 +83,7 @@ def by_kind(times: Iterable[tuple[str, float]]) -> dict[str, float]:
     for name, taken in times:
         found[_kind(name)] += taken
     whole = sum(found.values()) or 1.0
-    return {kind: found[kind] / whole for kind in (*_KINDS, _REST)}
+    return {kind: found[kind] / whole for kind in KINDS}
 
 
 def _kind(name: str) -> str:
