@@ -13,6 +13,7 @@ from marginrm.bulk.summary import Summary
 from marginrm.client import RewardClient
 from marginrm.client.errors import ItemScoreError
 from marginrm.errors import ConfigError
+from marginrm.scrape import scrape
 from marginrm.text import Truncation
 
 
@@ -116,18 +117,13 @@ class ServedRevision:
 
     def cached(self) -> float:
         """Returns the server's hits in the reward cache of this model; 0 where its metrics cannot be read."""
-        import httpx
-        from prometheus_client.parser import text_string_to_metric_families
-
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         try:
-            reply = httpx.get(f"{self._url.rstrip('/')}/metrics", headers=headers).raise_for_status()
-        except httpx.HTTPError:
+            samples = scrape(self._url, self._api_key)
+        except ConfigError:
             return 0.0
         return sum(
             sample.value
-            for family in text_string_to_metric_families(reply.text)
-            for sample in family.samples
+            for sample in samples
             if sample.name == "marginrm_reward_cache_hits_total" and sample.labels.get("model") == self._identity.name
         )
 
