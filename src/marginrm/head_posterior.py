@@ -13,6 +13,7 @@ import hashlib
 import math
 from array import array
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from marginrm.atomic_file import replacing
 from marginrm.calibration import Floats, sigmoid
 from marginrm.confidence.uncertain_reward import UncertainReward
-from marginrm.errors import ManifestError
-from marginrm.forward.module import Readout
+from marginrm.errors import HeadError, ManifestError
+from marginrm.forward.module import Readout, RewardModule
+from marginrm.process_rewards import StepReading
 
 FILE_NAME = "uncertainty.safetensors"
 DRAWS = 64  # the standard deviation of a margin is off by 1 / sqrt(2 * 64) = 9% at most times
@@ -153,10 +156,26 @@ class HeadPosterior(Readout):
         """Returns the share of the calibration texts that lie farther from their mean than this, in [0, 1]."""
         return 1.0 - bisect_right(self._known, distance) / len(self._known)
 
+    def check(self, module: RewardModule, steps: StepReading | None) -> None:
+        """Checks that it belongs to the head of a module.
+
+        Raises:
+            HeadError: The inputs of the head's last layer cannot be read, or the posterior is that of another layer.
+        """
+        layer, reason = module.last_linear, no_features(module, steps)
+        if reason or layer is None:
+            raise HeadError(f"Uncertainty cannot be read: {reason}.")
+        if layer.in_features != self.mean.numel():
+            raise HeadError(
+                f"Uncertainty cannot be read: it is that of a layer with {self.mean.numel()} inputs, and the head's has "
+                f"{layer.in_features}. Write it anew with `marginrm calibrate --uncertainty`."
+            )
+
     def save(self, folder: Path) -> str:
         """Writes it beside a checkpoint's weights, and returns the SHA-256 of the file in hex."""
         path = folder / FILE_NAME
-        save_file({name: value.cpu() for name, value in self.named_buffers()}, path)
+        with replacing(path) as fresh:
+            save_file({name: value.cpu() for name, value in self.named_buffers()}, fresh)
         return file_hash(path)
 
     @classmethod
@@ -185,6 +204,28 @@ class Features(Readout):
         """Returns rewards with their features as deviations, from [responses, 1 + size]."""
         table = rows.cpu().numpy()
         return [UncertainReward(float(row[0]), row[1:], 0.0) for row in table]
+
+    @staticmethod
+    def of(scored: Sequence[Sequence[float]]) -> list[Floats]:
+        """Returns the features of rewards that were read with it: for each group [responses, size], float64."""
+        return [
+            np.array([one.deviations for one in group if isinstance(one, UncertainReward)], dtype=np.float64)
+            for group in scored
+        ]
+
+
+def no_features(module: RewardModule, steps: StepReading | None) -> str | None:
+    """Returns why the inputs of a head's last linear layer cannot be read; None if they can.
+
+    Args:
+        module: The forward pass.
+        steps: How the steps of a response are read, for a process reward model.
+    """
+    if steps:
+        return "it is a process reward model, whose rewards are made of steps"
+    if module.pooling is None:
+        return "its rewards come from the model's own forward"
+    return None if module.last_linear else "its head does not end in a linear layer with one row"
 
 
 def file_hash(path: Path) -> str:

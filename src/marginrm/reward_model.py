@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from marginrm import ranking
 from marginrm.calibration import Floats
-from marginrm.confidence.uncertain_reward import UncertainReward
 from marginrm.encoding import EncodedGroup, EncodedResponse, Encoder
 from marginrm.errors import (
     ConfigError,
@@ -29,7 +28,7 @@ from marginrm.errors import (
 )
 from marginrm.forward.module import Readout, RewardModule, evaluating
 from marginrm.golden import verify_golden
-from marginrm.head_posterior import Features, HeadPosterior
+from marginrm.head_posterior import Features, HeadPosterior, no_features
 from marginrm.loading import find_checkpoint
 from marginrm.loading.ranks import Ranks, load_in_processes
 from marginrm.manifest import Manifest, model_info
@@ -234,11 +233,7 @@ class RewardModel:
     @property
     def no_features(self) -> str | None:
         """Why the inputs of the head's last linear layer cannot be read; None if they can."""
-        if self.steps:
-            return "it is a process reward model, whose rewards are made of steps"
-        if self.module.pooling is None:
-            return "its rewards come from the model's own forward"
-        return None if self.module.last_linear else "its head does not end in a linear layer with one row"
+        return no_features(self.module, self.steps)
 
     def score(self, prompt: Prompt, responses: Sequence[Response], truncation: Truncation = "error") -> list[float]:
         """Returns one reward per response, in order.
@@ -319,14 +314,7 @@ class RewardModel:
         Raises:
             HeadError: As for `score_features`, or the posterior is that of another layer.
         """
-        layer = self.module.last_linear
-        if self.no_features or layer is None:
-            raise HeadError(f"Uncertainty cannot be read: {self.no_features}.")
-        if layer.in_features != posterior.mean.numel():
-            raise HeadError(
-                f"Uncertainty cannot be read: it is that of a layer with {posterior.mean.numel()} inputs, and the head's "
-                f"has {layer.in_features}. Write it anew with `marginrm calibrate --uncertainty`."
-            )
+        posterior.check(self.module, self.steps)
         self.readout = posterior.to(self.module.device)
 
     def score_features(
@@ -352,11 +340,7 @@ class RewardModel:
             scored = self.score_encoded(groups, progress)
         finally:
             self.readout = kept
-        features = [
-            np.array([one.deviations for one in group if isinstance(one, UncertainReward)], dtype=np.float64)
-            for group in scored
-        ]
-        return [list(map(float, group)) for group in scored], features
+        return [list(map(float, group)) for group in scored], Features.of(scored)
 
     def run_step(self, groups: Sequence[EncodedGroup], tenants: Sequence[str | None] | None = None) -> StepResult:
         """Computes groups together, whatever their size: in one forward pass if packed.
