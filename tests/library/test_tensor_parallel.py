@@ -58,7 +58,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
         RewardModel.from_pretrained(tiny_checkpoint(tmp_path / "bert", "bert"), tensor_parallel=2)
     with pytest.raises(ConfigError, match="excludes compiled and deterministic"):
         RewardModel.from_pretrained(tmp_path / "one", deterministic=True, tensor_parallel=2)
-    if torch.cuda.device_count() < 2:
+    if torch.cuda.device_count() == 1:
         two = tiny_checkpoint(tmp_path / "two", "llama")
-        with pytest.raises(ConfigError, match=r"this machine has \d GPUs"):
+        with pytest.raises(ConfigError, match="this machine has 1 GPUs"):
             RewardModel.from_pretrained(two, dtype="float32", device="cuda", tensor_parallel=2)

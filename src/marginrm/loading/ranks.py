@@ -69,7 +69,7 @@ class _World:
             torch.set_num_threads(self.threads)
         distributed.init_process_group(
             "nccl" if self.device == "cuda" else "gloo",
-            store=distributed.FileStore(str(self.store), self.size),
+            init_method=self.store.as_uri(),
             rank=rank,
             world_size=self.size,
             timeout=_STEP_LIMIT,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from marginrm.errors import HeadError, ModelError
 from marginrm.loading.files import CheckpointFiles
