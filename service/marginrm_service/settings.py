@@ -132,6 +132,12 @@ class Settings(BaseSettings):
         description="Folder or Hugging Face Hub name of a reward model. Repeat it as NAME=PATH to serve several; requests "
         'choose one by {"model": NAME}.',
     )
+    max_loaded_models: Annotated[int | None, Option(default="all")] = Field(
+        default=None,
+        ge=1,
+        description="Most models in memory. The others are loaded when a request names them, and then the least recently "
+        "used one leaves.",
+    )
     upstreams: Annotated[
         tuple[UpstreamSpec, ...],
         NoDecode,

@@ -30,6 +30,7 @@ COMMANDS = {
     "compare",
     "best-of-n",
     "demo",
+    "rollout",
     "size",
 }
 EXTRAS = ("service", "training", "dev")

@@ -16,9 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 pytest.importorskip("ray", reason="needs the extra: pip install -c constraints.txt -e '.[ray]'")
 
+from marginrm_service.ray_serve.affinity import homes as homes_of
 from marginrm_service.ray_serve.affinity import preference, with_room_first
-from marginrm_service.ray_serve.prompt_key import prompt_key
-from marginrm_service.ray_serve.proxy import SESSION_HEADER, PromptAffinity
+from marginrm_service.ray_serve.prompt_key import RequestKeys, request_keys
+from marginrm_service.ray_serve.proxy import MODEL_HEADER, SESSION_HEADER, PromptAffinity
 from marginrm_service.ray_serve.router import PromptRouter
 from marginrm_service.ray_serve.scaling import QueuedTokens
 from marginrm_service.telemetry.metrics import Metrics
@@ -51,7 +52,7 @@ BODIES: dict[str, Any] = {
 
 
 def key(body: Any) -> str | None:
-    return prompt_key(json.dumps(body).encode())
+    return request_keys(json.dumps(body).encode()).prompt
 
 
 @pytest.mark.parametrize("contract", BODIES)
@@ -66,7 +67,7 @@ def test_requests_with_one_prompt_have_one_key_in_every_contract(contract: str) 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"{}", b'{"prompt": 3}', b'{"pairs": []}', b"\xff\xfe"])
 def test_a_body_without_a_prompt_has_no_key(body: bytes) -> None:
-    assert prompt_key(body) is None
+    assert request_keys(body) == RequestKeys()
 
 
 def test_keys_spread_evenly_and_a_new_replica_moves_only_its_share() -> None:
@@ -88,6 +89,21 @@ def test_a_replica_with_room_comes_first_and_one_above_the_bound_never(loads: li
     assert named[tried[0]] < max(free, 1.25 * (sum(loads) + 1) / len(loads))
     with_room = [name for name in order if named[name] < max(free, 1.25 * (sum(loads) + 1) / len(loads))]
     assert tried[0] == with_room[0]
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 6))
+def test_each_model_has_homes_and_no_replica_more_models_than_places(models: int, replicas: int, places: int) -> None:
+    names, machines = [f"m{index}" for index in range(models)], [f"r{index}" for index in range(replicas)]
+    found = homes_of(names, machines, places)
+    held = Counter(replica for chosen in found.values() for replica in chosen)
+    assert all(found.values())
+    assert all(len(set(chosen)) == len(chosen) for chosen in found.values())
+    if replicas * places >= models:
+        assert max(held.values()) <= places
+    assert homes_of(names, reversed(machines), places) == found
+    # The places are used: a model that is missing from a replica finds it full, or has no other home than it needs.
+    free = [replica for replica in machines if held[replica] < places]
+    assert all(replica in chosen for chosen in found.values() for replica in free)
 
 
 def test_arguments_of_the_router_are_checked() -> None:
@@ -112,6 +128,7 @@ class Proxy:
 
     def __init__(self, answers_from: int = 1) -> None:
         self.seen: list[tuple[str, bytes]] = []
+        self.models: list[str | None] = []
         self._answers_from = answers_from
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,6 +138,7 @@ class Proxy:
             body += message.get("body", b"")
             more = message.get("more_body", False)
         names = {name.decode(): value.decode() for name, value in scope["headers"]}
+        self.models.append(names.get(MODEL_HEADER))
         self.seen.append((names.get(SESSION_HEADER, ""), body))
         scope["headers"].append((b"x-request-id", b"1"))  # as Ray does
         if len(self.seen) >= self._answers_from:
@@ -156,7 +174,7 @@ BODY = json.dumps({"items": [{"prompt": "P", "response": "R"}]}).encode()
 def test_a_request_reaches_the_replica_whole_and_with_its_key() -> None:
     proxy = Proxy()
     assert call(proxy, [BODY[:10], BODY[10:]])[0]["status"] == 200
-    assert proxy.seen == [(prompt_key(BODY), BODY)]
+    assert proxy.seen == [(request_keys(BODY).prompt, BODY)]
 
 
 @pytest.mark.parametrize(
@@ -179,10 +197,17 @@ def test_a_request_without_a_readable_prompt_or_with_a_session_is_left_as_it_is(
 def test_a_request_is_sent_again_when_its_replica_dies_and_refused_after_three_attempts() -> None:
     proxy = Proxy(answers_from=3)
     assert call(proxy, [BODY])[1]["body"] == b"fine"
-    assert proxy.seen == [(prompt_key(BODY), BODY)] * 3
+    assert proxy.seen == [(request_keys(BODY).prompt, BODY)] * 3
     start, content = call(Proxy(answers_from=4), [BODY])
     assert (start["status"], dict(start["headers"])[b"retry-after"]) == (503, b"1")
     assert json.loads(content["body"])["error"]["code"] == "not_ready"
+
+
+def test_the_model_of_a_request_is_in_rays_header_unless_its_name_is_not_valid() -> None:
+    for model, header in (("a.b-1", "a.b-1"), ("org/name", None), (3, None)):
+        proxy = Proxy()
+        call(proxy, [json.dumps({"model": model, "items": []}).encode()])
+        assert proxy.models == [header]
 
 
 def test_a_body_that_is_not_held_is_sent_once() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -47,13 +49,17 @@ async def run(
         ClientGoneError: The client has disconnected.
         UnavailableError, RequestTooLargeError: As `scoring.score` does.
     """
-    with service.registry.lease(model_name) as model:
+    spent = 0.0
+    with contextlib.ExitStack() as lease:
+        if service.registry.on_demand(model_name):
+            spent = await _load(service, http, model_name, lease)
+        model = lease.enter_context(service.registry.lease(model_name))
         options = RequestOptions.of(http, service.settings)
         tenant = "" if service.settings.prefix_cache_shared else options.key_owner
-        request = ScoringRequest(groups, truncation, bulk=options.bulk, seconds=options.seconds, tenant=tenant)
+        request = ScoringRequest(groups, truncation, bulk=options.bulk, seconds=options.seconds - spent, tenant=tenant)
         try:
             model.check_upstream()
-            async with deadline(options.seconds), while_connected(http):
+            async with deadline(options.seconds - spent), while_connected(http):
                 result = await scoring.score(model, request, service.pool, on_group)
         except (OverloadedError, DeadlineExceededError, UpstreamUnavailableError) as error:
             service.metrics.rejected(model.name, error.code)
@@ -61,6 +67,14 @@ async def run(
     service.metrics.scored(result)
     tracing.record(result)
     return result
+
+
+async def _load(service: Service, http: Request, model_name: str, lease: contextlib.ExitStack) -> float:
+    """Loads a model on demand and leases it, within the time of the request; returns the seconds that it took."""
+    began = time.monotonic()
+    async with deadline(RequestOptions.of(http, service.settings).seconds), while_connected(http):
+        lease.enter_context(await service.registry.acquire(model_name))
+    return time.monotonic() - began
 
 
 async def respond(service: Service, result: ScoringResult, make: Callable[[], ReplyT]) -> tuple[ReplyT, Response]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -34,7 +35,8 @@ _NAME_SHOWN = 64  # characters of an unknown name that an error repeats
 class ModelRegistry:
     """The models that are served. Belongs to the event loop.
 
-    The first model also answers to `default`, unless another one has that name.
+    The first model also answers to `default`, unless another one has that name. With `max_loaded_models`, the models
+    beyond are loaded on demand: `acquire` loads one, and the least recently used one leaves.
 
     Args:
         settings: The models to load, and how.
@@ -59,18 +61,23 @@ class ModelRegistry:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._names = dict.fromkeys(spec.name for spec in settings.models)  # in order; the first is the default
-        self._served: dict[str, ServedModel] = {}
+        self._specs = {spec.name: spec for spec in settings.models}
+        self._most = settings.max_loaded_models
+        self._started = False  # all models that are loaded at the start are
+        self._served: dict[str, ServedModel] = {}  # the least recently used first
+        self._loads: dict[str, asyncio.Task[None]] = {}  # those on demand
+        self._waiting = Counter[str]()  # requests for models that are loaded on demand
         self._waits_for: dict[str, str] = {}  # by name the reason why loading has not begun
         self._changing = asyncio.Lock()  # one change at a time: two loads at once would need the memory of both
         self._one_compilation = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self.failure: MarginRMError | None = None
-        for name in self._names:
-            metrics.model_loading(name)
+        for spec in settings.models[: self._most]:
+            metrics.model_loading(spec.name)
 
     async def load_all(self) -> None:
-        """Loads every model of the settings, one after the other, and stops at the first that cannot be served."""
-        for spec in self._settings.models:
+        """Loads the models of the settings, as many as may be in memory, and stops at the first that cannot be served."""
+        for spec in self._settings.models[: self._most]:
             try:
                 await loading.wait_for_upstream(spec, self._settings, partial(self._waits_for.__setitem__, spec.name))
                 await self._load(spec)
@@ -81,8 +88,54 @@ class ModelRegistry:
                 if self._on_failure:
                     self._on_failure()
                 return
+        self._started = True
         if self._on_ready:
             self._on_ready()
+
+    def on_demand(self, name: str) -> bool:
+        """Returns whether a model is known, not in memory, and loaded by `acquire`."""
+        name = self._named(name)
+        return self._started and name in self._specs and name not in self._served
+
+    async def acquire(self, name: str) -> AbstractContextManager[ServedModel]:
+        """Returns a lease as `lease` does, and loads the model before if it is one on demand. Enter it at once.
+
+        All requests for a model share one load. A caller that is cancelled leaves it to the others.
+
+        Raises:
+            UnknownModelError, NotReadyError: As `get` does; also if the model cannot be loaded.
+        """
+        name = self._named(name)
+        self._waiting[name] += 1
+        try:
+            while self.on_demand(name):
+                if name not in self._loads:
+                    self._loads[name] = asyncio.create_task(self._load_on_demand(self._specs[name]))
+                    self._loads[name].add_done_callback(lambda _: self._loads.pop(name))
+                await asyncio.shield(self._loads[name])
+        finally:
+            self._waiting[name] -= 1
+        return self.lease(name)
+
+    async def _load_on_demand(self, spec: ModelSpec) -> None:
+        async with self._changing:
+            if not self.on_demand(spec.name):
+                return
+            while self._most and len(self._served) >= self._most:
+                name = next(iter(self._served))
+                while self._waiting[name]:  # noqa: ASYNC110 - those that waited for its load go on within this loop's next turns
+                    await asyncio.sleep(0)
+                _log.info("Model %r leaves memory for %r", name, spec.name)
+                leaving = self._served.pop(name)
+                self._metrics.model_left(name)
+                await asyncio.shield(self._retire(leaving))  # before the load: both may not fit
+            try:
+                await self._load(spec)
+            except MarginRMError as error:
+                _log.error("Model %r cannot be loaded: %s", spec.name, error, exc_info=error)
+                raise NotReadyError(
+                    f"Model {spec.name!r} cannot be loaded: {error}", retry_after=_RETRY_AFTER_FAILURE
+                ) from error
 
     async def load(self, spec: ModelSpec) -> ModelCard:
         """Loads a model and serves it. A model of the same name is replaced.
@@ -94,6 +147,7 @@ class ModelRegistry:
         """
         async with self._changing:
             await self._load(spec)
+            self._specs[spec.name] = spec
             return self._served[spec.name].card()
 
     async def _load(self, spec: ModelSpec) -> None:
@@ -144,14 +198,16 @@ class ModelRegistry:
             if len(self._names) == 1:
                 raise LastModelError(f"{served.name!r} is the only model; load another before.")
             del self._names[served.name], self._served[served.name]
+            self._specs.pop(served.name, None)
             self._metrics.model_left(served.name)
             self._retire(served)
 
-    def _retire(self, served: ServedModel) -> None:
+    def _retire(self, served: ServedModel) -> asyncio.Task[None]:
         _log.info("Model %r %s is retired", served.name, served.info.revision)
         task = asyncio.create_task(served.retire(self._settings.drain_seconds))
         self._retiring.add(task)
         task.add_done_callback(self._free)
+        return task
 
     def _free(self, task: asyncio.Task[None]) -> None:
         """Drops the last reference to a retired model, and returns its memory to the operating system."""
@@ -164,7 +220,9 @@ class ModelRegistry:
         Raises:
             UnknownModelError, NotReadyError: As `get` does.
         """
-        return self.get(name).lease()
+        served = self.get(name)
+        self._served[served.name] = self._served.pop(served.name)  # now the most recently used
+        return served.lease()
 
     def get(self, name: str) -> ServedModel:
         """Returns a model that takes requests. Use `lease` to score with it.
@@ -173,18 +231,27 @@ class ModelRegistry:
             UnknownModelError: No model has that name.
             NotReadyError: It is loading.
         """
-        if name == DEFAULT_MODEL and name not in self._names and self._names:
-            name = next(iter(self._names))
+        name = self._named(name)
         if name not in self._names:
             known = ", ".join(self._names)
             raise UnknownModelError(
                 f"No model is called {name[:_NAME_SHOWN]!r}; this server has: {known}.", param="model"
             )
         served = self._served.get(name)
+        if served is None and self.on_demand(name):
+            raise NotReadyError(
+                f"Model {name!r} is not in memory; a scoring request loads it.", retry_after=_RETRY_WHILE_LOADING
+            )
         if served is None:
             reason = self._waits_for.get(name, "")
             raise NotReadyError(f"Model {name!r} is still loading. {reason}".rstrip(), retry_after=_RETRY_WHILE_LOADING)
         return served
+
+    def _named(self, name: str) -> str:
+        """Returns a model's name; that of the first model for `default`, unless one has that name."""
+        if name == DEFAULT_MODEL and name not in self._names and self._names:
+            return next(iter(self._names))
+        return name
 
     def known_or_only(self, name: str) -> str:
         """Returns the name itself, or that of the only model, which answers to any name.
@@ -219,7 +286,7 @@ class ModelRegistry:
         raise refusal
 
     def check_ready(self) -> None:
-        """Returns if every model takes requests.
+        """Returns if every model takes requests, or is loaded by one.
 
         Raises:
             NotReadyError, UpstreamUnavailableError: One does not; the message names it and the reason.
@@ -227,6 +294,8 @@ class ModelRegistry:
         if self.failure:
             raise NotReadyError(f"Loading failed: {self.failure}", retry_after=_RETRY_AFTER_FAILURE)
         for name in self._names:
+            if self.on_demand(name):
+                continue
             served = self.get(name)
             if not served.engine.alive:
                 raise NotReadyError(f"The worker of model {name!r} has ended.", retry_after=_RETRY_AFTER_FAILURE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 DEFAULT_LOAD_FACTOR = 1.25
 DEFAULT_FREE_REQUESTS = 8
@@ -38,6 +38,35 @@ def with_room_first(order: list[str], loads: Mapping[str, int], *, load_factor: 
     """
     bound = max(free_requests, load_factor * (sum(loads.get(replica, 0) for replica in order) + 1) / len(order))
     return sorted(order, key=lambda replica: loads.get(replica, 0) >= bound)  # stable
+
+
+def homes(models: Sequence[str], replicas: Iterable[str], per_replica: int) -> dict[str, list[str]]:
+    """Returns the replicas that serve each model, where a replica holds fewer models than there are.
+
+    Models take turns in choosing, each the replica that it prefers among those with a free place, until no place is
+    left. So every proxy finds the same homes, no replica has more models than places, and no model is without a home.
+    Only with fewer places than models do replicas hold more: the least recently used model then leaves memory.
+
+    Args:
+        models: Names of the models, in the order of the settings.
+        replicas: Names of the replicas.
+        per_replica: Places of a replica.
+    """
+    held = dict.fromkeys(sorted(replicas), 0)
+    found: dict[str, list[str]] = {model: [] for model in models}
+    free = True
+    while free:
+        free = False
+        for model in models:
+            order = [replica for replica in preference(model, held) if replica not in found[model]]
+            choice = next((replica for replica in order if held[replica] < per_replica), None)
+            if choice is None and not found[model]:
+                choice = min(order, key=held.__getitem__, default=None)  # stable: the preferred of the least used
+            if choice is not None:
+                found[model].append(choice)
+                held[choice] += 1
+                free = True
+    return found
 
 
 def _weight(key: str, replica: str) -> bytes:

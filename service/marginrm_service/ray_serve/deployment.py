@@ -62,10 +62,18 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         # Ray's default of 5 leaves too few requests for a batch, and delays requests that the replica would refuse.
         max_ongoing_requests=len(settings.models) * settings.max_queue_requests + _SPARE,
         graceful_shutdown_timeout_s=settings.drain_seconds + _SHUTDOWN_MARGIN,
-        request_router_config={"request_router_class": _ROUTER},
+        request_router_config={"request_router_class": _ROUTER, "request_router_kwargs": _placement(settings)},
         ray_actor_options={"num_gpus": settings.tensor_parallel if settings.device.startswith("cuda") else 0},
     )
     return deploy(serve.ingress(build)(_Replica)).bind()
+
+
+def _placement(settings: Settings) -> dict[str, Any]:
+    """Returns the router's arguments for replicas that do not hold all models; empty if they do."""
+    most = settings.max_loaded_models
+    if most is None or most >= len(settings.models):
+        return {}
+    return {"models": [spec.name for spec in settings.models], "models_per_replica": most}
 
 
 class _Replica:

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import dataclass
 from typing import Any
+
+from marginrm.text import NAME_PATTERN
 
 # Fields that hold a prompt, or objects that do, in the bodies of all contracts; the first that is found counts.
 _FIELDS = (
@@ -23,26 +27,40 @@ _ANSWER_STARTS = (
 _DIGEST_BYTES = 8
 
 
-def prompt_key(body: bytes) -> str | None:
-    """Returns the key of a JSON body: a 64-bit digest of its model and its first prompt, as hexadecimal digits.
+@dataclass(frozen=True, slots=True)
+class RequestKeys:
+    """Where a request belongs.
+
+    Attributes:
+        model: The name of its model; None without a valid name.
+        prompt: The key of its prompt; None without a prompt.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+
+
+def request_keys(body: bytes) -> RequestKeys:
+    """Returns model and prompt of a JSON body. The key is a 64-bit digest of both, as hexadecimal digits.
 
     A rendered text of prompt and response counts up to its last answer; without a known template the whole text counts.
 
     Args:
         body: The body of a scoring request.
 
-    Returns:
-        The key; None for a body that is not a JSON object with a prompt.
     """
     try:
         fields = json.loads(body)
     except ValueError:
-        return None
-    prompt = _prompt(fields) if isinstance(fields, dict) else None
+        return RequestKeys()
+    if not isinstance(fields, dict):
+        return RequestKeys()
+    model, prompt = fields.get("model"), _prompt(fields)
+    name = model if isinstance(model, str) and re.fullmatch(NAME_PATTERN, model) else None
     if prompt is None:
-        return None
-    text = json.dumps([fields.get("model"), prompt], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+        return RequestKeys(name)
+    text = json.dumps([model, prompt], sort_keys=True)
+    return RequestKeys(name, hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest())
 
 
 def _prompt(value: Any) -> Any:

@@ -22,9 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from marginrm_service.api import adapters, native
 from marginrm_service.errors import NotReadyError
-from marginrm_service.ray_serve.prompt_key import prompt_key
+from marginrm_service.ray_serve.prompt_key import request_keys
 
 SESSION_HEADER = os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id")  # Ray reads it the same way
+MODEL_HEADER = "serve_multiplexed_model_id"  # Ray's
 _HELD_BYTES = 4 * 2**20  # of a body that is held for another attempt; longer ones are not
 _READ_BYTES = 256 * 2**10  # of a body that is read for its prompt: some milliseconds of the proxy's loop
 _STALL_SECONDS = 10.0  # without a part of the body; then the replica gets what came, and watches the client
@@ -124,16 +125,16 @@ async def _read(receive: Receive, headers: Headers) -> _Body:
 
 
 def _keyed(scope: Scope, body: _Body) -> Scope:
-    """Returns the scope with the key of its prompt; unchanged if there is none, or if the client named a session."""
+    """Returns the scope with its model and the key of its prompt, as far as they are known and the client named none."""
     headers = Headers(scope=scope)
     plain = headers.get("content-encoding", "identity") == "identity"
-    if SESSION_HEADER in headers or not (body.complete and plain and len(body.content) <= _READ_BYTES):
+    if not (body.complete and plain and len(body.content) <= _READ_BYTES):
         return scope
-    key = prompt_key(body.content)
-    if key is None:
-        return scope
+    keys = request_keys(body.content)
     scope = {**scope, "headers": list(scope["headers"])}
-    MutableHeaders(scope=scope).append(SESSION_HEADER, key)
+    for name, value in ((MODEL_HEADER, keys.model), (SESSION_HEADER, keys.prompt)):
+        if value is not None and name not in headers:
+            MutableHeaders(scope=scope).append(name, value)
     return scope
 
 

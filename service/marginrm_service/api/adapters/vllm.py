@@ -33,6 +33,7 @@ from marginrm_service.api.adapters.common import (
 )
 from marginrm_service.api.errors import ERROR_REPLIES
 from marginrm_service.engine.request import ScoredResponse
+from marginrm_service.models.served_model import ServedModel
 from marginrm_service.settings import DEFAULT_MODEL
 from marginrm_service.state import Service, ServiceOf
 
@@ -201,7 +202,8 @@ async def classify(body: EitherRequest, request: Request, service: ServiceOf) ->
 @router.post("/pooling", response_model=PoolingResponse, responses=ERROR_REPLIES)
 async def pooling(body: PoolingRequest, request: Request, service: ServiceOf) -> Response:
     """Scores texts in the shape of vLLM's pooling route; of a process reward model the steps of each, as vLLM does."""
-    by_step = body.task != "classify" and _gives_steps(body, service)
+    with await service.registry.acquire(service.registry.known_or_only(body.model or DEFAULT_MODEL)) as model:
+        by_step = body.task != "classify" and _gives_steps(body, model)
     rewarded = await _pool(body, request, service)
     return await reply(
         service,
@@ -252,14 +254,13 @@ def _pooled(body: PoolingRequest, one: ScoredResponse, *, by_step: bool) -> list
     return [body.value(one.reward)]
 
 
-def _gives_steps(body: PoolingRequest, service: Service) -> bool:
+def _gives_steps(body: PoolingRequest, model: ServedModel) -> bool:
     """Returns whether the model that is asked gives probabilities of steps.
 
     Raises:
         InvalidTextError: It does not, and the request asks for them.
     """
-    name = service.registry.known_or_only(body.model or DEFAULT_MODEL)
-    steps = service.registry.get(name).encoder.policy.steps
+    steps = model.encoder.policy.steps
     found = steps is not None and steps.value == "probability" and body.use_activation is not False
     if body.task == "token_classify" and not found:
         raise InvalidTextError(
