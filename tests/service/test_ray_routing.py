@@ -114,6 +114,25 @@ def test_arguments_of_the_router_are_checked() -> None:
         router.initialize_state(virtual_nodes=3)
 
 
+def test_a_request_goes_to_the_replicas_of_its_model() -> None:
+    router = object.__new__(PromptRouter)
+    router.initialize_state(models=["a", "b"], models_per_replica=1)
+    router._replica_queue_len_cache = SimpleNamespace(get=lambda _: 0)
+    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in ("x", "y")]
+
+    def chosen(model: str, session: str) -> list[str]:
+        metadata = SimpleNamespace(session_id=session, multiplexed_model_id=model)
+        pending = SimpleNamespace(metadata=metadata, routing_context=SimpleNamespace(should_backoff=False))
+        (rank, *_) = asyncio.run(router.choose_replicas(replicas, pending))
+        return [replica.replica_id.unique_id for replica in rank]
+
+    homes = {model: chosen(model, "") for model in ("a", "b")}
+    assert sorted(homes["a"] + homes["b"]) == ["x", "y"]
+    for model, home in (("a", homes["a"]), ("b", homes["b"]), ("", homes["a"]), ("default", homes["a"])):
+        assert all(chosen(model, str(prompt)) == home for prompt in range(8))
+    assert sorted(chosen("unknown", "")) == ["x", "y"]
+
+
 def test_replicas_are_asked_for_by_queued_tokens() -> None:
     policy = QueuedTokens(tokens_per_replica=1_000)
     asked, state = policy(SimpleNamespace(aggregated_metrics={"queued_tokens": {"a": 2_500.0, "b": 500.0}}))

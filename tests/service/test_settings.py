@@ -40,6 +40,7 @@ VALUES = {
     "max_request_timeout": "60",
     "key_file": "keys",
     "admin_key_file": "admin",
+    "max_loaded_models": "2",
     "rate_limit": "60",
     "stall_seconds": "2.5",
     "encode_threads": "4",
