@@ -50,7 +50,7 @@ setting() { "${buildah[@]}" inspect --type image --format "{{range .OCIv1.Config
 
 serve() {
     say "server as its user in a read-only root"
-    local container root
+    local container root refused
     container=$("${buildah[@]}" from --pull-never "localhost/marginrm-$target")
     root=$("${buildah[@]}" mount "$container")
     mapfile -t environment < <(setting Env)
@@ -70,7 +70,9 @@ serve() {
         sleep 1
     done
     server=$(pgrep --parent "$outer")
-    say "ready as $(ps -o uid= -p "$server"), and cannot write: $(chroot --userspec="$user" "$root" sh -c 'touch /models/x' 2>&1 || true)"
+    # In the mount namespace of the server, where the root is read-only.
+    refused=$(nsenter --mount --target "$server" chroot --userspec="$user" "$root" touch /models/x 2>&1) && return 1
+    say "ready as $(ps -o uid= -p "$server"), and cannot write: $refused"
     curl --silent --show-error --fail "http://127.0.0.1:$port/score" --header 'Content-Type: application/json' --data \
         '{"pairs": [{"prompt": "What is 2 + 2?", "chosen": "4.", "rejected": "Five."}]}' | tee "$work/reply.json"
     echo

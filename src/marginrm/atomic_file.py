@@ -49,6 +49,20 @@ def replace_file(path: Path, content: str | bytes, *, beside: Path | None = None
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def share_weights(folder: Path) -> None:
+    """Gives the weights of a checkpoint the mode of its config.json: safetensors lets only their owner read them.
+
+    A server often runs as another user than the training, such as that of the image.
+
+    Args:
+        folder: The checkpoint; without a config.json nothing is changed.
+    """
+    config = folder / "config.json"
+    if config.is_file():
+        for path in folder.glob("*.safetensors"):
+            path.chmod(config.stat().st_mode & 0o777)
+
+
 def _flush(path: Path) -> None:
     """Flushes the content of a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)

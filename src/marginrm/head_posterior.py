@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marginrm.atomic_file import replacing
+from marginrm.atomic_file import replacing, share_weights
 from marginrm.calibration import Floats, sigmoid
 from marginrm.confidence.uncertain_reward import UncertainReward
 from marginrm.errors import HeadError, ManifestError
@@ -176,6 +176,7 @@ class HeadPosterior(Readout):
         path = folder / FILE_NAME
         with replacing(path) as fresh:
             save_file({name: value.cpu() for name, value in self.named_buffers()}, fresh)
+        share_weights(folder)
         return file_hash(path)
 
     @classmethod

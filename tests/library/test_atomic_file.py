@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from marginrm.atomic_file import replace_file, replacing
+from marginrm.atomic_file import replace_file, replacing, share_weights
 
 
 def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
@@ -34,3 +36,11 @@ def test_two_writers_of_one_file_do_not_share_their_new_files(tmp_path: Path) ->
         assert not target.exists()
     assert target.read_text(encoding="utf-8") == "first"  # its block ended last
     assert list(beside.iterdir()) == []
+
+
+def test_weights_get_the_mode_of_the_other_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").chmod(0o640)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    share_weights(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640

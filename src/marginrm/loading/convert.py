@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from marginrm.atomic_file import share_weights
 from marginrm.errors import ConfigError, ModelError
 from marginrm.loading.adapters import base_of, tokenizer_folder, with_adapter
 from marginrm.loading.files import CheckpointFiles, find_checkpoint
@@ -50,6 +51,7 @@ def convert(path: str | Path, output: str | Path, *, dtype: torch.dtype = torch.
     nn.Module.to(model, dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_weights(folder)
     return type(model).__name__
 
 

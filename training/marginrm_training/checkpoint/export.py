@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from marginrm.atomic_file import share_weights
 from marginrm.calibration import Floats, calibrate
 from marginrm.encoding import Encoder
 from marginrm.forward.module import RewardModule
@@ -80,6 +81,7 @@ def export(directory: Path, module: RewardModule, encoder: Encoder, splits: Spli
     directory.mkdir(parents=True, exist_ok=True)
     module.classifier.save_pretrained(directory)
     encoder.tokenizer.save_pretrained(directory)
+    share_weights(directory)
     # Measured and recorded is the checkpoint as a server will load it, not the module in memory.
     served = RewardModel.from_pretrained(directory, dtype="float32", max_length=encoder.max_length)
     calibration, uncertainty = _calibrated(directory, served, splits, record)
