@@ -148,7 +148,8 @@ def test_what_it_does_not_compute_is_gathered(options: dict[str, float]) -> None
 @needs_tiles
 def test_gradients_are_those_of_gathered_attention() -> None:
     plan = plan_row(GROUPS[:1], causal=True)
-    row = [torch.randn(1, 2, len(plan.ids), 32).bfloat16().requires_grad_() for _ in range(3)]
+    row = tuple(torch.randn(1, 2, len(plan.ids), 32).bfloat16().requires_grad_() for _ in range(3))
+    assert len(row) == 3
     tile_layout(plan).attend(*row, AttentionOptions()).float().square().sum().backward()
     assert all(part.grad is not None and bool(part.grad.abs().sum() > 0) for part in row)
 

@@ -60,9 +60,15 @@ class TileLayout:
     longest: int
     split_from: int | None
 
-    def to(self, device: torch.device) -> TileLayout | GatheredLayout:
-        """Returns the layout on another device, where attention is gathered."""
-        return self if device.type == "cpu" else self.gathered.to(device)
+    def to(self, device: torch.device) -> TileLayout:
+        """Returns the layout; modules take it on CPUs only.
+
+        Raises:
+            ValueError: The device is not a CPU.
+        """
+        if device.type != "cpu":
+            raise ValueError(f"device = {device}: the kernel for matrix tiles runs on CPUs.")
+        return self
 
     @cached_property
     def gathered(self) -> GatheredLayout:
