@@ -63,12 +63,24 @@ def check_copies() -> list[Outcome]:
     return [run_tool(sys.executable, "deploy/generate.py", "--check")]
 
 
+def check_scripts() -> list[Outcome]:
+    """Parses the shell script; `docs/deployment.md` records its last run."""
+    return [run_tool("bash", "-n", "deploy/rehearse.sh")]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints every outcome; returns 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--crds", type=Path, help="folder of custom resource definitions in YAML")
     crds = parser.parse_args(arguments).crds
-    checks = check_compose, check_dockerfile, lambda: check_kubernetes(crds), check_prometheus, check_copies
+    checks = (
+        check_compose,
+        check_dockerfile,
+        lambda: check_kubernetes(crds),
+        check_prometheus,
+        check_copies,
+        check_scripts,
+    )
     outcomes = [outcome for check in checks for outcome in check()]
     for outcome in outcomes:
         print(f"{outcome.status:<12} {outcome.what}")
