@@ -174,6 +174,12 @@ def samples(client: httpx.Client, name: str) -> dict[str, float]:
     return {sample.labels["replica"]: sample.value for sample in found}
 
 
+def by_model(client: httpx.Client, name: str) -> list[dict[str, str]]:
+    """The labels of a metric of the application with several models."""
+    families = text_string_to_metric_families(client.get("/many/metrics").text)
+    return [sample.labels for family in families for sample in family.samples if sample.name == name]
+
+
 def responses_by_replica(client: httpx.Client) -> Counter[str]:
     return Counter({replica: int(value) for replica, value in samples(client, "marginrm_step_responses_sum").items()})
 
@@ -260,6 +266,41 @@ def test_a_new_version_in_mid_load_loses_no_request_and_scales_by_queued_tokens(
         statuses += asyncio.run(answers(str(client.base_url), [body(number) for number in range(20)]))
         assert time.monotonic() < deadline, ray_serve.log
     assert set(statuses) == {200}
+
+
+def test_models_that_do_not_fit_one_replica_are_served_each_by_its_own(
+    ray_serve: RayServe, client: httpx.Client, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tiny_checkpoint(tmp_path / "other", "gpt_neox", seed=1)
+    arguments = {
+        "models": f"a={checkpoint},b={other}",
+        "max_loaded_models": 1,
+        "dtype": "float32",
+        "reward_cache_mib": 0,
+    }
+    many = {**ray_serve.application, "name": "many", "route_prefix": "/many", "args": arguments}
+    many["deployments"] = [
+        {"name": "marginrm", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0, "num_gpus": 0}},
+    ]
+    ray_serve.values["applications"].append(many)
+    ray_serve.deploy()
+    ray_serve.wait_for(lambda: client.get("/many/readyz").status_code == 200)
+    ray_serve.wait_for(lambda: len({s["replica"] for s in by_model(client, "marginrm_ready")}) == 2)
+    local = {
+        name: RewardModel.from_pretrained(path, dtype="float32") for name, path in (("a", checkpoint), ("b", other))
+    }
+    for number in range(12):
+        name, prompt = "ab"[number % 2], f"Question {number}?"
+        pair = {"prompt": prompt, "chosen": SENTENCES[0], "rejected": SENTENCES[1]}
+        reply = client.post("/many/score", json={"model": name, "pairs": [pair]})
+        assert reply.status_code == 200, reply.text
+        expected = local[name].score(prompt, list(SENTENCES[:2]))
+        assert rewards(reply.json()["pairs"][0]) == pytest.approx(expected, abs=1e-5)
+    # Each replica has one model in memory, and each model one replica.
+    held = [(s["model"], s["replica"]) for s in by_model(client, "marginrm_ready")]
+    assert sorted(model for model, _ in held) == ["a", "b"]
+    assert len({replica for _, replica in held}) == 2
+    ray_serve.values["applications"].remove(many)
 
 
 def test_a_model_that_cannot_be_served_fails_the_deployment_with_the_reason(
