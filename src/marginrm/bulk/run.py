@@ -14,12 +14,12 @@ from marginrm.bulk.folder import ShardFolder
 from marginrm.bulk.lines_file import check_revision, resume
 from marginrm.bulk.lock import locked
 from marginrm.bulk.plan import Plan, plan_shards, read_shards
-from marginrm.bulk.progress import Progress
 from marginrm.bulk.rows import InputRow, checked, parse_row, read_places
 from marginrm.bulk.scoring import ModelOptions, RowOptions, score_rows
 from marginrm.bulk.summary import Summary
 from marginrm.bulk.tables import ColumnTypes, Format, dump, join_shards
 from marginrm.bulk.workers import ShardScorer, Workers
+from marginrm.progress import Progress
 from marginrm.texts.places import count_rows
 
 Tell = Callable[[str], object]

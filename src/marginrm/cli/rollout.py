@@ -101,7 +101,7 @@ def rollout(
     Bounds with "lower end" hold for the worse end of a 95% interval, so too little traffic is a STOP. Exit status: 0 for
     GO, 1 for STOP. docs/operations.md has the roll-out around it.
     """
-    from marginrm.bulk.progress import Progress
+    from marginrm.progress import Progress
     from marginrm.rollout.decision import Thresholds, decide
     from marginrm.rollout.run import score_both
     from marginrm.rollout.traffic import read_traffic

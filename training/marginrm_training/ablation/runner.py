@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from marginrm.progress import progress_bar
 from marginrm_training.ablation.page import differences, write_ablation_page
 from marginrm_training.ablation.plan import RESULT, SPEC, Ablation, Run, plan
 from marginrm_training.ablation.results import Results, finished, keep_result
@@ -48,7 +47,7 @@ def run_all(
     deadline = time.monotonic() + limit_minutes * 60 if limit_minutes is not None else float("inf")
     active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
     failed: list[Run] = []
-    with tqdm(total=len(runs), initial=len(done), desc="ablation", unit="run") as bar:
+    with progress_bar("ablation", len(runs), "run", initial=len(done)) as bar:
         try:
             while (pending or active) and time.monotonic() < deadline and not stopped():
                 while pending and len(active) < jobs:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from marginrm.calibration import Floats, calibrate, calibrate_uncertain, sigmoid
 from marginrm.head_posterior import FILE_NAME, HeadPosterior, Laplace, laplace
 from marginrm.manifest import Calibration, Uncertainty
+from marginrm.progress import progress_bar
 from marginrm.reward_model import RewardModel
 from marginrm_training.data.splits import EncodedPair
 
@@ -104,7 +104,7 @@ def without_itself(variances: Floats, margins: Floats, temperature: float) -> Fl
 
 def _features(model: RewardModel, pairs: Sequence[EncodedPair]) -> tuple[Floats, Floats]:
     """Returns the margins of pairs, [pairs], and the features of their responses, [pairs, 2, size]."""
-    with tqdm(total=2 * len(pairs), desc="reading features", unit="response") as bar:
+    with progress_bar("reading features", 2 * len(pairs), "response") as bar:
         rewards, features = model.score_features([[pair.chosen, pair.rejected] for pair in pairs], bar.update)
     table = np.array(rewards, dtype=np.float64)
     return table[:, 0] - table[:, 1], np.stack(features)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from marginrm.calibration import Floats
 from marginrm.confidence.group_temperature import GroupTemperature
@@ -16,6 +15,7 @@ from marginrm.encoding import EncodedResponse
 from marginrm.errors import CalibrationError, DataError, EncodingError
 from marginrm.group_calibration import calibrate_groups, draw, measure, predict
 from marginrm.manifest import GroupCalibration, GroupMeasure
+from marginrm.progress import progress_bar
 from marginrm.ranking import averse
 from marginrm.reward_model import RewardModel
 from marginrm.texts.places import read_raw
@@ -228,7 +228,7 @@ def score_groups(model: RewardModel, groups: Groups) -> ScoredGroups:
         encoded.append(kept)
     if not usable:
         raise DataError(f"No candidate of any prompt can be read by this model: {excluded}.")
-    with tqdm(total=sum(map(len, encoded)), desc="scoring", unit="response") as bar:
+    with progress_bar("scoring", sum(map(len, encoded)), "response") as bar:
         scored = model.score_encoded([list(kept.values()) for kept in encoded], progress=bar.update)
     rewards = [[UNSCORED] * len(group.candidates) for group in usable]
     for row, kept, values in zip(rewards, encoded, scored, strict=True):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from marginrm.calibration import (
     Floats,
@@ -18,6 +17,7 @@ from marginrm.calibration import (
     narrowed,
 )
 from marginrm.confidence.uncertain_reward import familiarity_of, margin_std
+from marginrm.progress import progress_bar
 from marginrm.reward_model import RewardModel
 from marginrm_training.data.mixture import SOURCE_NAME
 from marginrm_training.data.splits import EncodedPair
@@ -54,7 +54,7 @@ class PairRewards:
 
 def score_pairs(model: RewardModel, pairs: Sequence[EncodedPair], *, progress: bool = False) -> PairRewards:
     """Scores pairs with the same call that serving uses."""
-    with tqdm(total=2 * len(pairs), desc="scoring", unit="response", disable=not progress) as bar:
+    with progress_bar("scoring", 2 * len(pairs), "response", disable=not progress) as bar:
         rewards = model.score_encoded([[pair.chosen, pair.rejected] for pair in pairs], progress=bar.update)
     table = np.array(rewards, dtype=np.float64).reshape(-1, 2)
     if model.readout is None:

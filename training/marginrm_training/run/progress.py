@@ -7,6 +7,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from marginrm.progress import progress_bar
+
 
 class PairProgress(TrainerCallback):
     """A progress bar over optimiser steps, with loss, accuracy and fire rate beside it."""
@@ -20,7 +22,7 @@ class PairProgress(TrainerCallback):
     ) -> None:
         """Draws the bar, at the first step of a resumed run."""
         if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+            self._bar = progress_bar("training", state.max_steps, "step", initial=state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -43,7 +45,8 @@ class PairProgress(TrainerCallback):
         if self._bar is not None and logs and "bt_nll" in logs:
             self._bar.set_postfix_str(
                 f"loss {logs['loss']:.3f} accuracy {logs['accuracy']:.2f} "
-                f"mu {logs['mu_B']:.2f} fired {logs['fire_rate']:.2f}{self._held_out}"
+                f"mu {logs['mu_B']:.2f} fired {logs['fire_rate']:.2f}{self._held_out}",
+                refresh=False,
             )
 
     def on_train_end(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tqdm.auto import tqdm
-
 from marginrm.encoding import EncodedResponse
 from marginrm.errors import EncodingError
+from marginrm.progress import progress_bar
 from marginrm.reward_model import RewardModel
 from marginrm.texts.places import read_raw
 from marginrm_training.data.excluded import ExcludedRows
@@ -78,7 +77,7 @@ def score_cases(model: RewardModel, cases: Sequence[Case]) -> tuple[list[Rewards
         else:
             fault = next(outcome for outcome in outcomes if isinstance(outcome, EncodingError))
             unreadable.add(fault.reason, case.source)
-    with tqdm(total=sum(map(len, encoded)), desc="scoring", unit="response") as bar:
+    with progress_bar("scoring", sum(map(len, encoded)), "response") as bar:
         scored = model.score_encoded(encoded, progress=bar.update)
     rewards: list[Rewards] = [UNREADABLE] * len(cases)
     for index, values in zip(readable, scored, strict=True):
