@@ -24,6 +24,7 @@ from benchmarks.models import NAMES, build
 from marginrm import RewardModel
 from marginrm.allocator import keep_memory
 from marginrm.encoding import EncodedGroup, EncodedResponse
+from marginrm.forward.execution import Attention
 from marginrm.tuning.last_layer import layers_of
 
 _PROMPT, _RESPONSE = 812, 137  # tokens, as in the workload `trainer` with its chat template
@@ -52,7 +53,7 @@ def main(
     module = scorer.module
     weights = sum(weight.numel() for layer in layers_of(module) for weight in layer.parameters() if weight.dim() == 2)
     # Packed weights are expanded from one number, and keep their shape.
-    chosen = module.execution.attention
+    kinds: tuple[Attention, ...] = tuple(dict.fromkeys((module.execution.attention, "gathered")))
     typer.echo(f"{model}, bfloat16, 1 thread, {'compiled' if compiled else 'eager'}; {scorer.forward_reason}")
     typer.echo(f"\n| step | attention | tokens | CPU s | TFLOP/s of the products, all time | {' | '.join(KINDS)} |")
     typer.echo(f"|---|---|---:|---:|---:|{'---:|' * len(KINDS)}")
@@ -60,9 +61,9 @@ def main(
     for name, step in steps.items():
         for _ in range(2):  # the second finds the prompts
             _run(scorer, step)
-        best: dict[str, float] = {}
+        best: dict[Attention, float] = {}
         for _ in range(rounds):
-            for attention in dict.fromkeys((chosen, "gathered")):
+            for attention in kinds:
                 module.execution = replace(module.execution, attention=attention)
                 seconds, tokens = _run(scorer, step)
                 best[attention] = min(seconds, best.get(attention, seconds))

@@ -246,7 +246,7 @@ class UpstreamModel:
                 )
 
     def _rewards(self, responses: Sequence[EncodedResponse], tenant: str = "") -> list[float]:
-        # Whoever asks the server directly learns no tenant's name from a salt.
+        # A hash, so that requests to the server tell no tenant's name.
         salt = hashlib.blake2b(tenant.encode(), digest_size=16).hexdigest() if tenant else None
         return self._client.rewards([one.array.tolist() for one in responses], self._served.name, salt=salt)
 

@@ -88,7 +88,7 @@ class RayPool:
     """
 
     def __init__(self, options: RayOptions) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a scoring run reports to nobody
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a scoring run sends no reports
         try:
             import ray
         except ImportError as error:

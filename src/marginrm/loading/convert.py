@@ -82,7 +82,7 @@ def _from_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _from_folder(files: CheckpointFiles) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if files.is_adapter:
         return _from_adapter(files)
-    names = files.config.get("architectures") or ()
+    names: list[str] = files.config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
         raise ModelError(
