@@ -50,7 +50,7 @@ def test_the_report_has_targets_tables_and_training(rehearsal):
     assert "marginrm, engine is |" in text
     assert "**tiny, short prompts**" in text
     detail = results.details["tiny", OURS]
-    assert detail["attention"] in {"gathered", "matmul", "flex"}
+    assert detail["attention"] in {"gathered", "matmul", "amx", "flex"}
     assert detail["path"]
     assert not [name for name, _ in results.studies if name == "error"]
 

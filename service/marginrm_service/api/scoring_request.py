@@ -17,6 +17,7 @@ from marginrm_service.api.request_options import RequestOptions, deadline, while
 from marginrm_service.engine.request import OnGroup, ScoringRequest, ScoringResult, TextGroup
 from marginrm_service.errors import DeadlineExceededError, OverloadedError, UpstreamUnavailableError
 from marginrm_service.models import scoring
+from marginrm_service.models.served_model import ServedModel
 from marginrm_service.state import Service
 
 _LARGE = 256  # responses from which on a reply takes milliseconds to serialise
@@ -52,8 +53,9 @@ async def run(
     spent = 0.0
     with contextlib.ExitStack() as lease:
         if service.registry.on_demand(model_name):
-            spent = await _load(service, http, model_name, lease)
-        model = lease.enter_context(service.registry.lease(model_name))
+            model, spent = await _load(service, http, model_name, lease)
+        else:
+            model = lease.enter_context(service.registry.lease(model_name))
         options = RequestOptions.of(http, service.settings)
         tenant = "" if service.settings.prefix_cache_shared else options.key_owner
         request = ScoringRequest(groups, truncation, bulk=options.bulk, seconds=options.seconds - spent, tenant=tenant)
@@ -69,12 +71,19 @@ async def run(
     return result
 
 
-async def _load(service: Service, http: Request, model_name: str, lease: contextlib.ExitStack) -> float:
-    """Loads a model on demand and leases it, within the time of the request; returns the seconds that it took."""
+async def _load(
+    service: Service, http: Request, model_name: str, lease: contextlib.ExitStack
+) -> tuple[ServedModel, float]:
+    """Loads a model on demand and leases it, within the time of the request.
+
+    Returns:
+        The model and the seconds that the load took. Another request may have its place by now, so it cannot be looked
+        up by name again.
+    """
     began = time.monotonic()
     async with deadline(RequestOptions.of(http, service.settings).seconds), while_connected(http):
-        lease.enter_context(await service.registry.acquire(model_name))
-    return time.monotonic() - began
+        model = lease.enter_context(await service.registry.acquire(model_name))
+    return model, time.monotonic() - began
 
 
 async def respond(service: Service, result: ScoringResult, make: Callable[[], ReplyT]) -> tuple[ReplyT, Response]:

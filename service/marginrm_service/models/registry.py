@@ -317,8 +317,8 @@ class ModelRegistry:
                 )
 
     def cards(self) -> list[ModelCard]:
-        """Returns the cards of the models that are loaded."""
-        return [served.card() for served in self._served.values()]
+        """Returns the cards of the models that are loaded, in the order in which they were given."""
+        return [self._served[name].card() for name in self._names if name in self._served]
 
     def queued_tokens(self) -> int:
         """Returns the tokens of all models that wait or are computed."""
