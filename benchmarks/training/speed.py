@@ -74,6 +74,7 @@ def main(
 ) -> None:
     """Compare the training speed of marginrm's presets, and of TRL, on this machine."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    output.mkdir(parents=True, exist_ok=True)
     texts = load_texts(data)
     methods = dict.fromkeys((_BASE, *presets.split(",")))
     contenders = {
