@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from marginrm.errors import CalibrationError, NonFiniteRewardError
+from marginrm.intervals import NORMAL_975
 from marginrm.manifest import Calibration, ReliabilityBin, RiskCoveragePoint
 
 Floats = NDArray[np.float64]  # shapes are given where it is used
@@ -26,7 +27,6 @@ Floats = NDArray[np.float64]  # shapes are given where it is used
 T_MIN, T_MAX = 1 / 64, 64.0
 BINS = 15  # of a reliability diagram, over [0, 1]: those of the literature
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_NORMAL_975 = 1.96  # the normal distribution's 97.5% point
 _VAGUE = 2.0  # an interval whose upper end is this many times the lower one gets a note
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 _COVERAGES = tuple(round(0.05 * step, 2) for step in range(1, 21))
@@ -100,7 +100,7 @@ def temperature_interval(margins: ArrayLike, temperature: float) -> tuple[float,
     curvature = float(np.sum(z**2 * sigmoid(z) * sigmoid(-z)))
     if curvature == 0 or not T_MIN < temperature < T_MAX:
         return None
-    factor = math.exp(min(_NORMAL_975 / math.sqrt(curvature), math.log(T_MAX / T_MIN)))
+    factor = math.exp(min(NORMAL_975 / math.sqrt(curvature), math.log(T_MAX / T_MIN)))
     return temperature / factor, temperature * factor
 
 

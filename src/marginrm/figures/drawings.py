@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from marginrm.figures.chart import Axis, Chart, Point, categories, linear, powers, row
+from marginrm.intervals import wilson
 from marginrm.manifest import ReliabilityBin, RiskCoveragePoint
 
 Estimate = tuple[float, float, float]
 STRENGTH_PREFIX = "accuracy_strength_"
 STYLE_PREFIX = "accuracy_style_"
 _STYLE_NAMES = {"for": "for the better one", "against": "against it", "neither": "neither"}
-_NORMAL_975 = 1.96  # the normal distribution's 97.5% point
 
 
 class BestOfNPoint(Protocol):
@@ -51,14 +51,6 @@ class BestOfNPoint(Protocol):
     @property
     def random(self) -> float:
         """Mean quality of any candidate."""
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Returns the 95% interval of a share of `count` trials (Wilson, 1927)."""
-    z2 = _NORMAL_975**2 / count
-    centre = (share + z2 / 2) / (1 + z2)
-    half = _NORMAL_975 / (1 + z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def reliability(curves: Mapping[str, Sequence[ReliabilityBin]]) -> str:

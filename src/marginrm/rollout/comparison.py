@@ -10,11 +10,11 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from marginrm import intervals
 from marginrm.bulk.rows import InputRow
 from marginrm.calibration import Floats, bins_of, correctness, error_of
 from marginrm.rollout.revisions import Scored
 
-_NORMAL_975 = 1.96  # the normal distribution's 97.5% point
 _RESAMPLES = 1000
 
 
@@ -78,10 +78,7 @@ def wilson(share: float, n: int) -> Estimate:
     It is the interval of a share of successes. For values between 0 and 1 it is too wide rather than too narrow, because
     their variance is at most that of successes.
     """
-    z2 = _NORMAL_975**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _NORMAL_975 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    return Estimate(share, *intervals.wilson(share, n))
 
 
 def preference_agreement(results: Results) -> Estimate | None:
@@ -153,7 +150,7 @@ def accuracy(results: Results) -> tuple[float, float, Estimate] | None:
         return None
     old, new = (correctness([_margin("pair", one) for one in side]) for side in zip(*pairs, strict=True))
     gained = new - old
-    half = _NORMAL_975 * float(gained.std()) / math.sqrt(len(gained))
+    half = intervals.NORMAL_975 * float(gained.std()) / math.sqrt(len(gained))
     mean = float(gained.mean())
     return float(old.mean()), float(new.mean()), Estimate(mean, mean - half, mean + half)
 

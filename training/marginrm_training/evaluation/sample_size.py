@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from marginrm.calibration import Floats, correctness
-
-_NORMAL_975 = 1.96  # the normal distribution's 97.5% point
+from marginrm.intervals import NORMAL_975
 
 
 def half_width(d: Floats) -> float:
@@ -18,7 +17,7 @@ def half_width(d: Floats) -> float:
         d: Margins, [pairs].
     """
     p, n = _adjusted(d)
-    return _NORMAL_975 * math.sqrt(p * (1 - p) / n)
+    return NORMAL_975 * math.sqrt(p * (1 - p) / n)
 
 
 def pairs_within(d: Floats, within: float) -> int:
@@ -32,7 +31,7 @@ def pairs_within(d: Floats, within: float) -> int:
         within: Half the width of the interval, above 0.
     """
     p, _ = _adjusted(d)
-    return max(1, math.ceil(_NORMAL_975**2 * p * (1 - p) / within**2 - 4))
+    return max(1, math.ceil(NORMAL_975**2 * p * (1 - p) / within**2 - 4))
 
 
 def _adjusted(d: Floats) -> tuple[float, int]:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from marginrm.calibration import T_MAX, T_MIN, Floats, sigmoid
+from marginrm.intervals import NORMAL_975
 
 FEATURES = ("log_length", "headings", "lists", "bold")
 _HEADING = re.compile(r"^[ \t]{0,3}#{1,6}[ \t]", re.MULTILINE)
 _LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d{1,3}[.)])[ \t]", re.MULTILINE)
 _BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 _PRECISION = 1e-9
-_NORMAL_975 = 1.96  # the normal distribution's 97.5% point
 _MEMORY = 1000.0  # pairs: the weight of a pair in b falls to 1/e over this many later ones
 
 
@@ -205,7 +205,7 @@ def _interval(d: Floats, z: Floats, temperature: float, weights: Floats) -> tupl
     p = sigmoid(x[:, 0] + z @ weights)
     curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag([1e-12] + [1.0] * z.shape[1])
     deviation = math.sqrt(float(np.linalg.inv(curvature)[0, 0]))
-    factor = math.exp(min(_NORMAL_975 * deviation, math.log(T_MAX / T_MIN)))
+    factor = math.exp(min(NORMAL_975 * deviation, math.log(T_MAX / T_MIN)))
     return temperature / factor, temperature * factor
 
 
