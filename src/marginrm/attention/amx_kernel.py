@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +16,7 @@ from typing import cast
 import torch
 
 from marginrm import compiler
+from marginrm.atomic_file import replacing
 
 _SOURCE = Path(__file__).with_name("amx.cpp")
 _FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16")
@@ -64,13 +64,12 @@ def _compiled() -> Path:
     target = compiler.use_cache_folder() / f"marginrm-amx-{digest}.so"
     if target.is_file():
         return target
-    part = target.with_suffix(f".{os.getpid()}.part")  # processes may compile at the same time
-    command = [compiler.cpp_compiler(), *_FLAGS, str(_SOURCE), "-o", str(part)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 - ours
+        with replacing(target) as fresh:  # processes may compile at the same time
+            command = [compiler.cpp_compiler(), *_FLAGS, str(_SOURCE), "-o", str(fresh)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 - ours
+            if done.returncode:
+                raise KernelUnavailableError(f"the compiler failed ({' '.join(done.stderr.split())[:300]})")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelUnavailableError(f"the compiler failed ({error})") from error
-    if done.returncode:
-        raise KernelUnavailableError(f"the compiler failed ({' '.join(done.stderr.split())[:300]})")
-    part.replace(target)
     return target
