@@ -48,6 +48,10 @@ class PromptRouter(RequestRouter):
         self._free_requests = free_requests
         self._models = tuple(models)
         self._models_per_replica = models_per_replica
+        self._homes: tuple[frozenset[str], dict[str, list[str]]] = (
+            frozenset(),
+            {},
+        )  # replicas, and the models' among them
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -76,7 +80,10 @@ class PromptRouter(RequestRouter):
         """Returns the replicas that hold a model; all of them if each holds all models, or for an unknown one."""
         if not self._models:
             return replicas
-        homes = affinity.homes(self._models, replicas, self._models_per_replica)
+        known, homes = self._homes
+        if known != replicas.keys():  # they change seldom, and hashing each model with each replica takes long
+            homes = affinity.homes(self._models, replicas, self._models_per_replica)
+            self._homes = frozenset(replicas), homes
         first = homes[self._models[0]]  # also answers to requests without a model
         names = homes.get(model, list(replicas) if model not in {"", DEFAULT_MODEL} else first)
         return {name: replicas[name] for name in names}
