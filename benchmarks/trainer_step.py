@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -89,10 +90,7 @@ def _steps(vocabulary: int) -> dict[str, _Step]:
             for number, response in enumerate(responses)
         ]
 
-    def step(samples: int, different: int) -> _Step:
-        return lambda: groups(samples, different)
-
-    return {name: step(*sizes) for name, sizes in _STEPS.items()}
+    return {name: partial(groups, *sizes) for name, sizes in _STEPS.items()}
 
 
 def _run(scorer: RewardModel, step: _Step) -> tuple[float, int]:

@@ -4,8 +4,8 @@ While a forward pass runs, requests queue; when it ends, the next step takes wha
 at once, and a busy one fills its steps.
 
 Trainers send their next request when they have the reply to the last one. So the next step waits for as many jobs as the
-last one completed, but no longer than a small part of that step's time. Without it, a fast client's request would run
-alone while the others are on their way, and steps would stay uneven for good.
+last one completed, but no longer than a small part of that step's time. Otherwise the first request to come back could
+run alone while the others are on their way.
 """
 
 from __future__ import annotations
