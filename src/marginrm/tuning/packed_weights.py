@@ -133,9 +133,10 @@ class PackedLinear(nn.Linear):
         """
         if torch.is_grad_enabled() and inputs.requires_grad:
             raise ModelError(f"Gradients: {_PACKED} Use one that was loaded for training.")
-        # torch.compile accepts this operator only for weights that it packed itself, so it gets one of ours.
-        product = _opaque if torch.compiler.is_compiling() else _product
-        return product(self.packed, self.bias, inputs)
+        if torch.compiler.is_compiling():
+            # torch.compile accepts oneDNN's operator only for weights that it packed itself, so it gets one of ours.
+            return _opaque(self.packed, self.bias, inputs, self.out_features)
+        return _product(self.packed, self.bias, inputs)
 
 
 def reordered(layer: nn.Linear) -> Tensor:
@@ -150,13 +151,15 @@ def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("marginrm::packed_linear", mutates_args=())
-def _opaque(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+def _opaque(weight: Tensor, bias: Tensor | None, inputs: Tensor, out_features: int) -> Tensor:
     return _product(weight, bias, inputs)
 
 
 @_opaque.register_fake
-def _(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+def _(_weight: Tensor, _bias: Tensor | None, inputs: Tensor, out_features: int) -> Tensor:
+    # Sizes of weights are unknowns of a graph that serves rows of any length, and module attributes are not. With a number,
+    # the compiled loops have constant bounds.
+    return inputs.new_empty(*inputs.shape[:-1], out_features)
 
 
 def _speed(layer: nn.Linear) -> float:
