@@ -108,14 +108,24 @@ def test_a_second_response_takes_no_room_of_prompts() -> None:
 
 
 def test_responses_leave_before_an_older_prompt() -> None:
-    tree: PrefixTree[Kept] = PrefixTree(12, 2)
+    tree: PrefixTree[Kept] = PrefixTree(10, 2)
     store(tree, [2, 2])  # the oldest
     for response in (5, 6, 7):
         store(tree, [1, 1, 1, 1, response, response])
-    assert tree.tokens == 12
+    assert tree.tokens == 8, "two responses left for the third"
     store(tree, [3, 3])
+    assert tree.tokens == 10
+    store(tree, [4, 4])
+    assert found(tree, [1, 1, 1, 1, 7, 7]) == [1, 1, 1, 1]
     assert found(tree, [2, 2]) == [2, 2]
     assert found(tree, [1, 1, 1, 1]) == [1, 1, 1, 1]
+
+
+def test_responses_take_an_eighth_of_the_room() -> None:
+    tree: PrefixTree[Kept] = PrefixTree(64, 2)
+    for response in range(5, 40):
+        assert store(tree, [1, 1, 1, 1, 1, 1, response, response])
+    assert tree.tokens == 6 + 64 // 8
 
 
 def test_turns_of_a_chat_are_kept_at_the_recent_end() -> None:

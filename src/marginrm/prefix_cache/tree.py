@@ -3,7 +3,8 @@
 A node is a *span*: consecutive tokens that follow those of its parent. Spans begin and end at multiples of `BLOCK`
 tokens, so a child is found by the bytes of its first block. A span that begins a sequence, or continues one at its end
 as a next turn of a chat does, enters as the most recently used. A span that branches off a longer one, as the second
-response to a prompt does, enters as the least recently used, and takes the room of others of its kind only.
+response to a prompt does, enters as the least recently used, and takes the room of others of its kind only. Such *cold*
+spans are seldom read, so they take at most an eighth of the room: new memory costs time where a span is copied to it.
 
 Everything here is independent of torch: a span's contents are opaque.
 """
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 # Small enough to compute few tokens of a prefix again, large enough for kernels that dislike ragged ends.
 BLOCK = 16
+_COLD_SHARE = 8  # of the room, cold spans take one part in this many
 
 TokenArray = NDArray[np.int32]
 
@@ -83,6 +85,7 @@ class PrefixTree(Generic[ContentsT]):
         self.block = block
         self.tokens = self.reserved = self.evicted = 0
         self._max_tokens = max_tokens
+        self._cold_tokens = 0  # of all cold spans
         self._roots: dict[str, Node[ContentsT]] = {}
         # The order of use. A parent is always behind its children, so the first one without pins is a leaf.
         self._order: OrderedDict[Node[ContentsT], None] = OrderedDict()
@@ -116,7 +119,7 @@ class PrefixTree(Generic[ContentsT]):
             return
         for node, used in parts:
             node.read |= used == len(node.tokens)
-            node.cold = False
+            self._mark(node, cold=False)
         last = parts[-1].node
         last.pins += 1  # those before it have a child, so they stay too
         self._touch(last)
@@ -143,7 +146,7 @@ class PrefixTree(Generic[ContentsT]):
         """
         if tokens + self.reserved > self._max_tokens:
             return False
-        while self.tokens + self.reserved + tokens > self._max_tokens:
+        while self.tokens + self.reserved + tokens > self._max_tokens or (cold and self._too_many_cold(tokens)):
             if not self._evict(only_cold=cold):
                 return False
         self.reserved += tokens
@@ -177,7 +180,8 @@ class PrefixTree(Generic[ContentsT]):
             parent = self._split(parent, used) if used < len(parent.tokens) else parent
             parent.branched |= bool(parent.children)
         rest = contents.part(depth - start, len(ids) - start) if depth > start else contents
-        node = Node(ids[depth:].copy(), rest, parent, branched=branches, cold=cold)
+        node = Node(ids[depth:].copy(), rest, parent, branched=branches)
+        self._mark(node, cold=cold)
         parent.children[node.tokens[: self.block].tobytes()] = node
         self.tokens += len(node.tokens)
         self._order[node] = None
@@ -188,9 +192,16 @@ class PrefixTree(Generic[ContentsT]):
     def clear(self) -> None:
         """Forgets all spans."""
         self.evicted += self.tokens
-        self.tokens = 0
+        self.tokens = self._cold_tokens = 0
         self._roots.clear()
         self._order.clear()
+
+    def _mark(self, node: Node[ContentsT], *, cold: bool) -> None:
+        self._cold_tokens += (cold - node.cold) * len(node.tokens)
+        node.cold = cold
+
+    def _too_many_cold(self, more: int) -> bool:
+        return self._cold_tokens > 0 and self._cold_tokens + more > self._max_tokens // _COLD_SHARE
 
     def _touch(self, node: Node[ContentsT] | None) -> None:
         """Makes a span and those before it the most recently used, if they are still kept."""
@@ -203,15 +214,18 @@ class PrefixTree(Generic[ContentsT]):
         assert node.parent is not None
         assert node.contents is not None
         contents = node.contents
+        cold = node.cold
+        self._mark(node, cold=False)  # while its tokens change
         upper = Node(node.tokens[:at].copy(), contents.part(0, at), node.parent, read=True, branched=True)
         node.parent.children[upper.tokens[: self.block].tobytes()] = upper
         node.contents, node.tokens = contents.part(at, len(node.tokens)), node.tokens[at:].copy()
         node.parent = upper
+        self._mark(node, cold=cold)
         upper.children[node.tokens[: self.block].tobytes()] = node
         self._order[upper] = None
         self._touch(upper)
         if not node.read and not node.children:
-            node.cold = True
+            self._mark(node, cold=True)
             self._order.move_to_end(node, last=False)
         return upper
 
@@ -230,6 +244,7 @@ class PrefixTree(Generic[ContentsT]):
         del self._order[node]
         del node.parent.children[node.tokens[: self.block].tobytes()]
         self.tokens -= len(node.tokens)
+        self._mark(node, cold=False)
         self.evicted += len(node.tokens)
         for root in [name for name, found in self._roots.items() if found is node.parent and not found.children]:
             del self._roots[root]
