@@ -79,14 +79,37 @@ def test_a_step_waits_for_the_jobs_that_follow_on_the_replies_of_the_last_one(mo
                 await engine.run(job(sized_group(5, 2)))
 
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(client(1))
+            tasks.create_task(client(4))
             await entered(gate)
             for _ in range(4):
                 tasks.create_task(client(3))
             await asyncio.sleep(0)
             gate.open(4)
         await engine.close()
-        assert [len(step) for step in model.steps] == [1, 4, 4, 4]
+        assert [len(step) for step in model.steps] == [1, 5, 5, 5], "those that wait and those that follow, together"
+
+    asyncio.run(scenario())
+
+
+def test_after_a_wait_in_vain_the_next_steps_do_not_wait(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("marginrm_service.engine.engine._WAIT", 0.0)
+
+    async def scenario():
+        gate = Gate()
+        model = FakeModel(on_forward=gate)
+        engine = ScoringEngine(model)
+        engine.start()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(engine.run(job(sized_group(5, 2))))
+            for wait in (0.0, 1e9):  # a job comes during each step, and no job follows on a reply
+                await entered(gate)
+                monkeypatch.setattr("marginrm_service.engine.engine._WAIT", wait)
+                tasks.create_task(engine.run(job(sized_group(5, 2))))
+                await asyncio.sleep(0)
+                gate.open(1)
+            gate.open(1)
+        await engine.close()
+        assert [len(step) for step in model.steps] == [1, 1, 1]
 
     asyncio.run(scenario())
 

@@ -3,9 +3,10 @@
 While a forward pass runs, requests queue; when it ends, the next step takes what has arrived. So an idle server answers
 at once, and a busy one fills its steps.
 
-Trainers send their next request when they have the reply to the last one. So the next step waits for as many jobs as the
-last one completed, but no longer than a small part of that step's time. Otherwise the first request to come back could
-run alone while the others are on their way.
+Trainers send their next request when they have the reply to the last one. So the next step waits for as many new jobs as
+the last one completed, but no longer than a small part of that step's time. Otherwise the first request to come back could
+run alone while the others are on their way, or two halves of the clients could take turns for ever. After a wait that
+kept jobs and brought none, the next steps go without one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from marginrm_service.engine.queue import FairQueue, Step
 from marginrm_service.engine.step import ForwardModel, StepOutcome, run_step
 from marginrm_service.errors import EngineStoppedError, UnavailableError
 
-_WAIT = 1 / 32  # of a step's time, for the requests that follow on its replies
+_WAIT = 1 / 16  # of a step's time, for the requests that follow on its replies
+_STEPS_WITHOUT = 15  # steps that do not wait, after a wait that kept jobs and brought none
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,8 +82,9 @@ class ScoringEngine:
         self._closing = False
         self._failure: BaseException | None = None
         self._step_began: float | None = None
-        self._followers = 0  # jobs that the last step completed
+        self._awaited = 0  # jobs of the queue when those that follow on the last step are there
         self._wait_until = 0.0
+        self._steps_without_wait = 0
         self._unfinished: set[Job] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
@@ -200,13 +203,21 @@ class ScoringEngine:
                 self._wake.wait()
 
     def _await_followers(self) -> None:
-        """Waits until as many jobs wait as the last step completed, or until the time for it is over.
+        """Waits until as many jobs came as the last step completed, or until the time for it is over.
 
         A job that is not finished keeps the worker busy by itself, and so does background work.
         """
-        while not self._closing and not self._background and not self._queue.has_unfinished:
+        before = len(self._queue)
+        if before >= self._awaited or self._background or self._queue.has_unfinished:
+            return
+        if self._steps_without_wait:
+            self._steps_without_wait -= 1
+            return
+        while not self._closing and not self._background and len(self._queue) < self._awaited:
             left = self._wait_until - perf_counter()
-            if left <= 0 or len(self._queue) >= self._followers:
+            if left <= 0:
+                in_vain = len(self._queue) == before > 0
+                self._steps_without_wait = _STEPS_WITHOUT if in_vain else 0
                 return
             self._wake.wait(left)
 
@@ -221,7 +232,7 @@ class ScoringEngine:
         finally:
             self._step_began = None
         ended = perf_counter()
-        self._followers = sum(job.fully_scheduled for job in {job for job, _ in step})
+        self._awaited = len(self._queue) + sum(job.fully_scheduled for job in {job for job, _ in step})
         self._wait_until = ended + _WAIT * (ended - started)
         self._post(self._deliver, step, result, started, ended - started)
 
