@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from tempfile import gettempdir
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def use_cache_folder() -> Path:
-    """Sets the folder in which compiled code is kept, unless `TORCHINDUCTOR_CACHE_DIR` does, and returns it."""
-    folder = os.environ.setdefault(CACHE_VARIABLE, str(Path.home() / ".cache" / "marginrm" / "inductor"))
-    return Path(folder)
+    """Sets the folder in which compiled code is kept, unless `TORCHINDUCTOR_CACHE_DIR` does, and returns it.
+
+    torch sets that variable itself, when a part of its compiler is imported: to `torchinductor_<user>` among the temporary
+    files. These may be gone at the next start, so that folder counts as not set.
+    """
+    given = os.environ.get(CACHE_VARIABLE)
+    folder = Path(given) if given else None
+    if folder is None or (folder.parent == Path(gettempdir()) and folder.name.startswith("torchinductor_")):
+        folder = Path.home() / ".cache" / "marginrm" / "inductor"
+        os.environ[CACHE_VARIABLE] = str(folder)
+    return folder
 
 
 def cpp_compiler() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -172,3 +173,10 @@ def test_a_skeleton_has_the_layers_of_its_model(tmp_path: Path, family: str) -> 
 def named_linear(module: RewardModule) -> list[tuple[str, torch.nn.Linear]]:
     parts = module.backbone.named_modules()
     return [(name, part) for name, part in parts if isinstance(part, torch.nn.Linear)]
+
+
+def test_compiled_code_is_kept_at_home_whatever_was_imported_before() -> None:
+    program = "import torch._dynamo; from marginrm.compiler import use_cache_folder; print(use_cache_folder())"
+    environment = {name: value for name, value in os.environ.items() if name != CACHE_VARIABLE}
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
+    assert Path(printed.strip()) == Path.home() / ".cache" / "marginrm" / "inductor"
