@@ -22,16 +22,18 @@ def serve(**given: Any) -> None:
     MARGINRM_PORT for --port, MARGINRM_MODELS for --model (with commas between), and so on.
 
     Examples:
-      marginrm serve --model checkpoints/demo
 
-      marginrm serve --model small=runs/a --model large=org/name --port 9000
+      marginrm serve checkpoints/demo
 
-      marginrm serve --model runs/rm-70b --upstream vllm=http://10.0.0.7:8000
+      marginrm serve small=runs/a large=org/name --port 9000
+
+      marginrm serve runs/rm-70b --upstream vllm=http://10.0.0.7:8000
     """
+    given["models"] = [*(given.pop("paths") or []), *(given["models"] or [])]
     settings = settings_of(given)
     if not settings.models:
         raise ConfigError(
-            "No model to serve. Give one: `marginrm serve --model PATH`, a folder that `marginrm train` wrote or any "
+            "No model to serve. Give one: `marginrm serve PATH`, a folder that `marginrm train` wrote or any "
             "Hugging Face reward model. `marginrm demo` makes a small one in checkpoints/demo."
         )
     from marginrm_service.server import run  # torch is not needed to print the help
@@ -70,8 +72,12 @@ def _shown(default: Any) -> str | bool:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
+_PATHS = typer.Argument(metavar="[NAME=]PATH", help="Models to serve, as --model names them.", show_default=False)
 serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # read by typer
-    [_parameter(name, field) for name, field in Settings.model_fields.items()]
+    [
+        inspect.Parameter("paths", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, _PATHS]),
+        *(_parameter(name, field) for name, field in Settings.model_fields.items()),
+    ]
 )
 
 

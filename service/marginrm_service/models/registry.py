@@ -83,7 +83,8 @@ class ModelRegistry:
                 await self._load(spec)
             except MarginRMError as error:
                 error.add_note(f"model {spec.name!r}, from {spec.path}")
-                _log.error("Model %r cannot be served: %s", spec.name, error, exc_info=error)
+                _log.error("Model %r cannot be served: %s", spec.name, error)
+                _log.debug("It was raised here", exc_info=error)
                 self.failure = error
                 if self._on_failure:
                     self._on_failure()
@@ -132,7 +133,8 @@ class ModelRegistry:
             try:
                 await self._load(spec)
             except MarginRMError as error:
-                _log.error("Model %r cannot be loaded: %s", spec.name, error, exc_info=error)
+                _log.error("Model %r cannot be loaded: %s", spec.name, error)
+                _log.debug("It was raised here", exc_info=error)
                 raise NotReadyError(
                     f"Model {spec.name!r} cannot be loaded: {error}", retry_after=_RETRY_AFTER_FAILURE
                 ) from error
