@@ -6,7 +6,8 @@ SHELL := /bin/bash
 HOST  ?= 127.0.0.1
 PORT  ?= 8000
 MODEL ?= checkpoints/demo
-JOBS  ?= 2
+# Tests wait for processes and sockets much of the time, so there is one more file than cores.
+JOBS  ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 8 ? n + 1 : 8 )))
 
 VENV   := .venv
 BIN    := $(VENV)/bin
