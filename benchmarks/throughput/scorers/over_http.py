@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,9 @@ from benchmarks.throughput.scorers.classify_client import REPLY_SECONDS, Classif
 from marginrm.client import AsyncRewardClient
 
 _COMPUTED = "marginrm_tokens_computed_total"
+_COMPILING = "compiling its layers in the background"
+_COMPILED = ("layers compiled", "layers not compiled", "compiling failed")
+_COMPILE_SECONDS = 300.0
 
 
 class OverHttp:
@@ -35,11 +39,25 @@ class OverHttp:
         logs = resources.enter_context(TemporaryDirectory(prefix="marginrm-serve-"))
         server = ServerProcess(marginrm_command(*given), Path(logs, "log"), ready="/readyz")
         self._resources, self._server = resources, resources.enter_context(server)
+        self._await_compilation()
         self._loop = asyncio.new_event_loop()
         self._client = AsyncRewardClient(server.url, timeout=REPLY_SECONDS)
         self._classify = ClassifyClient(server.url, folder)
         self._computed_before = 0.0
         self.detail: dict[str, Any] = {"arguments": given[2:]}
+
+    def _await_compilation(self) -> None:
+        """Waits until layers that the server compiles in the background are compiled, as they are in a server's life.
+
+        Raises:
+            RuntimeError: That takes too long.
+        """
+        time.sleep(1)  # compilation begins when the server is ready
+        deadline = time.monotonic() + _COMPILE_SECONDS
+        while _COMPILING in (log := self._server.log) and not any(words in log for words in _COMPILED):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"The server is still compiling after {_COMPILE_SECONDS:.0f} s:\n{log[-3000:]}")
+            time.sleep(1)
 
     @property
     def computed(self) -> int | None:
