@@ -22,7 +22,6 @@ def serve(**given: Any) -> None:
     MARGINRM_PORT for --port, MARGINRM_MODELS for --model (with commas between), and so on.
 
     Examples:
-
       marginrm serve checkpoints/demo
 
       marginrm serve small=runs/a large=org/name --port 9000
@@ -75,7 +74,9 @@ def _shown(default: Any) -> str | bool:
 _PATHS = typer.Argument(metavar="[NAME=]PATH", help="Models to serve, as --model names them.", show_default=False)
 serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # read by typer
     [
-        inspect.Parameter("paths", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, _PATHS]),
+        inspect.Parameter(
+            "paths", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, _PATHS]
+        ),
         *(_parameter(name, field) for name, field in Settings.model_fields.items()),
     ]
 )

@@ -138,7 +138,7 @@ class PackedLinear(nn.Linear):
             raise ModelError(f"Gradients: {_PACKED} Use one that was loaded for training.")
         if torch.compiler.is_compiling():
             # torch.compile accepts oneDNN's operator only for weights that it packed itself, so it gets one of ours.
-            return _opaque(self.packed, self.bias, inputs, self.out_features)
+            return cast("Tensor", _opaque(self.packed, self.bias, inputs, self.out_features))
         return _product(self.packed, self.bias, inputs)
 
 

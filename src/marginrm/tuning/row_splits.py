@@ -7,7 +7,7 @@ timed at each number of rows when a model is loaded. A table says where two part
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ Product = Callable[[Tensor], Tensor]
 _tables: dict[tuple[torch.dtype, int, int], tuple[int, ...]] = {}
 
 
-def measure(products: dict[tuple[torch.dtype, int, int], Product]) -> bool:
+def measure(products: Mapping[tuple[torch.dtype, int, int], Product]) -> bool:
     """Times products that were not timed before in this process.
 
     Args:
