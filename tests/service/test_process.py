@@ -298,8 +298,10 @@ def test_wrong_usage_is_reported_before_loading(checkpoint, tmp_path):
         port = str(taken.getsockname()[1])
         for arguments, env, message in (
             (("--model", checkpoint, "--port", port), {}, "Another process listens there"),
+            ((checkpoint, "--port", port), {"MARGINRM_MODELS": "a,b"}, "Another process listens there"),
             ((), {}, "No model to serve"),
             (("--model", "a", "--model", "b"), {}, "NAME=PATH"),
+            (("a", "--model", "b"), {}, "NAME=PATH"),
             (("--model", checkpoint), {"MARGINRM_MAX_BODY_BYTES": "many"}, "max_body_bytes"),
         ):
             with ServerProcess(tmp_path / "log", *arguments, env=env) as process:
