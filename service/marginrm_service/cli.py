@@ -71,7 +71,7 @@ def _shown(default: Any) -> str | bool:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-_PATHS = typer.Argument(metavar="[NAME=]PATH", help="Models to serve, as --model names them.", show_default=False)
+_PATHS = typer.Argument(metavar="[NAME=]PATH", help="Models to serve, beside those of --model.", show_default=False)
 serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # read by typer
     [
         inspect.Parameter(

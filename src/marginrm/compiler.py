@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 from pathlib import Path
@@ -14,14 +15,21 @@ def use_cache_folder() -> Path:
     """Sets the folder in which compiled code is kept, unless `TORCHINDUCTOR_CACHE_DIR` does, and returns it.
 
     torch sets that variable itself, when a part of its compiler is imported: to `torchinductor_<user>` among the temporary
-    files. These may be gone at the next start, so that folder counts as not set.
+    files. These may be gone at the next start, so that very folder counts as not set.
     """
     given = os.environ.get(CACHE_VARIABLE)
     folder = Path(given) if given else None
-    if folder is None or (folder.parent == Path(gettempdir()) and folder.name.startswith("torchinductor_")):
+    if folder is None or folder == Path(gettempdir(), f"torchinductor_{_user()}"):
         folder = Path.home() / ".cache" / "marginrm" / "inductor"
         os.environ[CACHE_VARIABLE] = str(folder)
     return folder
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        return ""
 
 
 def cpp_compiler() -> str:

@@ -108,17 +108,16 @@ def test_a_second_response_takes_no_room_of_prompts() -> None:
 
 
 def test_responses_leave_before_an_older_prompt() -> None:
-    tree: PrefixTree[Kept] = PrefixTree(10, 2)
+    tree: PrefixTree[Kept] = PrefixTree(32, 2)
     store(tree, [2, 2])  # the oldest
     for response in (5, 6, 7):
-        store(tree, [1, 1, 1, 1, response, response])
-    assert tree.tokens == 8, "two responses left for the third"
-    store(tree, [3, 3])
-    assert tree.tokens == 10
-    store(tree, [4, 4])
-    assert found(tree, [1, 1, 1, 1, 7, 7]) == [1, 1, 1, 1]
+        store(tree, [*[1] * 24, response, response])
+    assert tree.tokens == 30, "a third response took the room of another"
+    for prompt in (3, 4):
+        store(tree, [prompt, prompt])
+    assert tree.tokens == 32
     assert found(tree, [2, 2]) == [2, 2]
-    assert found(tree, [1, 1, 1, 1]) == [1, 1, 1, 1]
+    assert found(tree, [1] * 24) == [1] * 24
 
 
 def test_responses_take_an_eighth_of_the_room() -> None:
@@ -126,6 +125,21 @@ def test_responses_take_an_eighth_of_the_room() -> None:
     for response in range(5, 40):
         assert store(tree, [1, 1, 1, 1, 1, 1, response, response])
     assert tree.tokens == 6 + 64 // 8
+    assert not tree.reserve(10, cold=True), "more than an eighth"
+    assert tree.reserve(8, cold=True)
+    assert not tree.reserve(2, cold=True), "the reservation counts"
+
+
+def test_a_response_that_is_continued_is_no_longer_one_that_leaves_first() -> None:
+    tree: PrefixTree[Kept] = PrefixTree(64, 2)
+    prompt = [1] * 8
+    for response in ([5, 5], [6, 6]):
+        store(tree, [*prompt, *response])
+    assert tree.reserve(2)
+    tree.insert("", array([*prompt, 6, 6, 9, 9]), 10, Kept([9, 9]))  # a step that did not read the response
+    for response in range(20, 40):
+        assert store(tree, [*prompt, response, response])
+    assert found(tree, [*prompt, 6, 6, 9, 9]) == [*prompt, 6, 6, 9, 9]
 
 
 def test_turns_of_a_chat_are_kept_at_the_recent_end() -> None:

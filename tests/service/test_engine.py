@@ -101,7 +101,7 @@ def test_after_a_wait_in_vain_the_next_steps_do_not_wait(monkeypatch: pytest.Mon
         engine.start()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(engine.run(job(sized_group(5, 2))))
-            for wait in (0.0, 1e9):  # a job comes during each step, and no job follows on a reply
+            for wait in (5.0, 1e9):  # a job comes during each step, and no job follows on a reply
                 await entered(gate)
                 monkeypatch.setattr("marginrm_service.engine.engine._WAIT", wait)
                 tasks.create_task(engine.run(job(sized_group(5, 2))))

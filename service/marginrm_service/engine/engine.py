@@ -6,7 +6,7 @@ at once, and a busy one fills its steps.
 Trainers send their next request when they have the reply to the last one. So the next step waits for as many new jobs as
 the last one completed, but no longer than a small part of that step's time. Otherwise the first request to come back could
 run alone while the others are on their way, or two halves of the clients could take turns for ever. After a wait that
-kept jobs and brought none, the next steps go without one.
+kept jobs and brought none, the next step goes without one; after several such waits in a row, up to 15 steps do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from marginrm_service.engine.step import ForwardModel, StepOutcome, run_step
 from marginrm_service.errors import EngineStoppedError, UnavailableError
 
 _WAIT = 1 / 16  # of a step's time, for the requests that follow on its replies
-_STEPS_WITHOUT = 15  # steps that do not wait, after a wait that kept jobs and brought none
+_MOST_STEPS_WITHOUT = 15  # steps that do not wait, after several waits that kept jobs and brought none
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,6 +84,7 @@ class ScoringEngine:
         self._step_began: float | None = None
         self._awaited = 0  # jobs of the queue when those that follow on the last step are there
         self._wait_until = 0.0
+        self._in_vain = 0  # waits in a row that kept jobs and brought none
         self._steps_without_wait = 0
         self._unfinished: set[Job] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -213,13 +214,16 @@ class ScoringEngine:
         if self._steps_without_wait:
             self._steps_without_wait -= 1
             return
+        waited = False
         while not self._closing and not self._background and len(self._queue) < self._awaited:
             left = self._wait_until - perf_counter()
             if left <= 0:
-                in_vain = len(self._queue) == before > 0
-                self._steps_without_wait = _STEPS_WITHOUT if in_vain else 0
-                return
+                break
             self._wake.wait(left)
+            waited = True
+        if waited:
+            self._in_vain = self._in_vain + 1 if len(self._queue) == before > 0 else 0
+            self._steps_without_wait = min(2**self._in_vain - 1, _MOST_STEPS_WITHOUT)
 
     def _run_step(self, step: Step) -> None:
         self._step_began = started = perf_counter()
@@ -227,6 +231,7 @@ class ScoringEngine:
         try:
             result = run_step(self._model, groups, [job.tenant for job, _ in step])
         except UnavailableError as error:
+            self._awaited = 0
             self._post(self._fail, step, error)
             return
         finally:

@@ -83,8 +83,7 @@ class ModelRegistry:
                 await self._load(spec)
             except MarginRMError as error:
                 error.add_note(f"model {spec.name!r}, from {spec.path}")
-                _log.error("Model %r cannot be served: %s", spec.name, error)
-                _log.debug("It was raised here", exc_info=error)
+                _log.error("Model %r cannot be served: %s", spec.name, error, exc_info=_unexpected(error))
                 self.failure = error
                 if self._on_failure:
                     self._on_failure()
@@ -133,8 +132,7 @@ class ModelRegistry:
             try:
                 await self._load(spec)
             except MarginRMError as error:
-                _log.error("Model %r cannot be loaded: %s", spec.name, error)
-                _log.debug("It was raised here", exc_info=error)
+                _log.error("Model %r cannot be loaded: %s", spec.name, error, exc_info=_unexpected(error))
                 raise NotReadyError(
                     f"Model {spec.name!r} cannot be loaded: {error}", retry_after=_RETRY_AFTER_FAILURE
                 ) from error
@@ -344,3 +342,8 @@ class ModelRegistry:
         """Finishes accepted requests, as far as the time allows, and ends all workers."""
         workers = (served.close(drain_seconds) for served in self._served.values())
         await asyncio.gather(*workers, *self._retiring)
+
+
+def _unexpected(error: MarginRMError) -> BaseException | None:
+    """Returns an error that has another one as its cause, for a log with the traceback; None for a message that says all."""
+    return error if error.__cause__ and not isinstance(error.__cause__, MarginRMError) else None

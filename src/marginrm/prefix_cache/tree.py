@@ -142,11 +142,13 @@ class PrefixTree(Generic[ContentsT]):
 
         Args:
             tokens: Tokens of the span.
-            cold: It may take the room of other cold spans only.
+            cold: It may take the room of other cold spans only, and no more than an eighth of the whole with them.
         """
-        if tokens + self.reserved > self._max_tokens:
+        share = self._max_tokens // _COLD_SHARE
+        wanted = self.reserved + tokens  # what a step has reserved before may be cold too
+        if wanted > (share if cold else self._max_tokens):
             return False
-        while self.tokens + self.reserved + tokens > self._max_tokens or (cold and self._too_many_cold(tokens)):
+        while self.tokens + wanted > self._max_tokens or (cold and self._cold_tokens + wanted > share):
             if not self._evict(only_cold=cold):
                 return False
         self.reserved += tokens
@@ -174,6 +176,8 @@ class PrefixTree(Generic[ContentsT]):
         if not start <= depth < len(ids):
             return
         cold = self.enters_cold(parts, len(ids) - depth)
+        for ancestor, _ in parts:
+            self._mark(ancestor, cold=False)  # a sequence continues it
         parent = self._roots.setdefault(root, Node(ids[:0], None, None))
         if parts:
             parent, used = parts[-1]
@@ -200,9 +204,6 @@ class PrefixTree(Generic[ContentsT]):
         self._cold_tokens += (cold - node.cold) * len(node.tokens)
         node.cold = cold
 
-    def _too_many_cold(self, more: int) -> bool:
-        return self._cold_tokens > 0 and self._cold_tokens + more > self._max_tokens // _COLD_SHARE
-
     def _touch(self, node: Node[ContentsT] | None) -> None:
         """Makes a span and those before it the most recently used, if they are still kept."""
         while node is not None and node in self._order:
@@ -220,7 +221,7 @@ class PrefixTree(Generic[ContentsT]):
         node.parent.children[upper.tokens[: self.block].tobytes()] = upper
         node.contents, node.tokens = contents.part(at, len(node.tokens)), node.tokens[at:].copy()
         node.parent = upper
-        self._mark(node, cold=cold)
+        self._mark(node, cold=cold and not node.children)
         upper.children[node.tokens[: self.block].tobytes()] = node
         self._order[upper] = None
         self._touch(upper)

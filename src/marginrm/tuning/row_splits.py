@@ -36,11 +36,12 @@ def measure(products: Mapping[tuple[torch.dtype, int, int], Product]) -> bool:
     Returns:
         Whether some products are computed in parts.
     """
-    several = torch.get_num_threads() > 1
+    if torch.get_num_threads() == 1:
+        return False
     new = {key: product for key, product in products.items() if key not in _tables}
     for key, product in new.items():
-        few = key[1] * key[2] <= _MOST_WEIGHTS
-        _tables[key] = _table(_sweep(product, key[0], key[1], _SECONDS / len(new))) if several and few else ()
+        small = key[1] * key[2] <= _MOST_WEIGHTS
+        _tables[key] = _table(_sweep(product, key[0], key[1], _SECONDS / len(new))) if small else ()
     return any(any(_tables[key]) for key in products)
 
 
