@@ -92,8 +92,6 @@ def test_a_step_waits_for_the_jobs_that_follow_on_the_replies_of_the_last_one(mo
 
 
 def test_after_a_wait_in_vain_the_next_steps_do_not_wait(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("marginrm_service.engine.engine._WAIT", 0.0)
-
     async def scenario():
         gate = Gate()
         model = FakeModel(on_forward=gate)

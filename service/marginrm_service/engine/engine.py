@@ -84,8 +84,8 @@ class ScoringEngine:
         self._step_began: float | None = None
         self._awaited = 0  # jobs of the queue when those that follow on the last step are there
         self._wait_until = 0.0
-        self._in_vain = 0  # waits in a row that kept jobs and brought none
-        self._steps_without_wait = 0
+        self._pause = 0  # steps that do not wait after the last wait; more after each wait in vain
+        self._steps_without_wait = 0  # of these, the ones to come
         self._unfinished: set[Job] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
@@ -222,8 +222,9 @@ class ScoringEngine:
             self._wake.wait(left)
             waited = True
         if waited:
-            self._in_vain = self._in_vain + 1 if len(self._queue) == before > 0 else 0
-            self._steps_without_wait = min(2**self._in_vain - 1, _MOST_STEPS_WITHOUT)
+            in_vain = len(self._queue) == before > 0
+            self._pause = min(2 * self._pause + 1, _MOST_STEPS_WITHOUT) if in_vain else 0
+            self._steps_without_wait = self._pause
 
     def _run_step(self, step: Step) -> None:
         self._step_began = started = perf_counter()

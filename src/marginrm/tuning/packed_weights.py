@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marginrm.allocator import give_memory_back
 from marginrm.errors import ModelError
 from marginrm.forward.execution import Choice
 from marginrm.forward.module import RewardModule
@@ -156,9 +155,7 @@ def _measured(module: RewardModule) -> bool:
         for layer in layers
     }
     with torch.inference_mode():
-        found = row_splits.measure(products)
-    give_memory_back()
-    return found
+        return row_splits.measure(products)
 
 
 def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:

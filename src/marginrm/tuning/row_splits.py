@@ -8,16 +8,18 @@ timed at each number of rows when a model is loaded. A table says where two part
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from marginrm.tuning.timing import timed
+from marginrm.allocator import give_memory_back
+from marginrm.tuning.timing import best_seconds, timed
 
 _UNIT = 64  # rows; packed rows are filled to a multiple of it
 _MOST_ROWS = 2_048  # longer products have enough blocks for the threads of a laptop
 _MOST_WEIGHTS = 2**22  # and so do those of larger weights
-_ROUNDS = 3  # sweeps over the numbers of rows, so that a busy moment affects one of them
+_ROUNDS = 2  # sweeps over the numbers of rows after the first, so that a busy moment affects one of them
 _SECONDS = 3.0  # for all shapes of a model; longer products are left whole from there on
 _WORTH_IT = 1.15  # speed relative to the whole product from which on two parts are taken
 
@@ -42,6 +44,8 @@ def measure(products: Mapping[tuple[torch.dtype, int, int], Product]) -> bool:
     for key, product in new.items():
         small = key[1] * key[2] <= _MOST_WEIGHTS
         _tables[key] = _table(_sweep(product, key[0], key[1], _SECONDS / len(new))) if small else ()
+    if new:
+        give_memory_back()  # of products of many sizes
     return any(any(_tables[key]) for key in products)
 
 
@@ -67,19 +71,15 @@ def in_parts(product: Product, inputs: Tensor, out_features: int) -> Tensor:
 def _sweep(product: Product, dtype: torch.dtype, in_features: int, seconds: float) -> list[float]:
     """Returns the least seconds of a product of 0, 1, 2, ... units of rows, as far as the time allows."""
     inputs = torch.randn(_MOST_ROWS, in_features).to(dtype)
-    best = [0.0]
+    products: list[Callable[[], Tensor]] = []
     spent = 0.0
-    for units in range(1, _MOST_ROWS // _UNIT + 1):
-        rows = inputs[: units * _UNIT]
-        spent += _ROUNDS * (least := timed(lambda rows=rows: product(rows)))  # type: ignore[misc]
+    for rows in range(_UNIT, _MOST_ROWS + 1, _UNIT):
+        products.append(partial(product, inputs[:rows]))
+        spent += (1 + _ROUNDS) * timed(products[-1])  # the first run also pays for the set-up
         if spent > seconds:
+            products.pop()
             break
-        best.append(least)
-    for _ in range(_ROUNDS - 1):
-        for units in range(1, len(best)):
-            rows = inputs[: units * _UNIT]
-            best[units] = min(best[units], timed(lambda rows=rows: product(rows)))  # type: ignore[misc]
-    return best
+    return [0.0, *best_seconds(*products, times=_ROUNDS)]
 
 
 def _table(seconds: list[float]) -> tuple[int, ...]:
