@@ -21,7 +21,8 @@ def serve(**given: Any) -> None:
     do the same for programs, and /docs describes them. Each option can be given as an environment variable instead:
     MARGINRM_PORT for --port, MARGINRM_MODELS for --model (with commas between), and so on.
 
-    Examples:
+    For example:
+
       marginrm serve checkpoints/demo
 
       marginrm serve small=runs/a large=org/name --port 9000
