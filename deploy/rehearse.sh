@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Builds the image of docker/Dockerfile without an engine, and starts it as a cluster would: as its user, with a read-only
-# root. It checks that the server gets ready, answers /score, and ends with 0 after SIGTERM. Needs root, and from Debian:
+# root. It checks that the server compiles its layers there, gets ready, answers /score, and ends with 0 after SIGTERM. Needs
+# root, and from Debian:
 #
 #     apt-get install buildah mmdebstrap curl
 #     deploy/rehearse.sh [TARGET]    # server (the default); about 15 minutes on 2 cores, 6 GB in $WORK
 #
-# The base image is made of Debian's own Python, because no image registry is needed then. Optional variables:
+# The base image is made of Debian's own Python with its headers, which torch.compile includes; no image registry is needed
+# then. Optional variables:
 #   WORK            folder of the image store and of logs (default build/rehearsal)
 #   WHEELS          folder of wheels that pip prefers, such as one with a CPU build of torch
 #   CERTIFICATES    CA bundle for pip
@@ -23,7 +25,7 @@ say() { printf '== %s\n' "$*"; }
 base_image() {
     "${buildah[@]}" inspect localhost/rehearsal-base >/dev/null 2>&1 && return
     say "base image: Debian bookworm with Python"
-    [ -f "$work/base.tar" ] || mmdebstrap --mode=root --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/base.tar"
+    [ -f "$work/base.tar" ] || mmdebstrap --mode=root --variant=minbase --include=python3-dev,python3-venv,ca-certificates bookworm "$work/base.tar"
     printf 'FROM scratch\nADD base.tar /\nRUN ln -s /usr/bin/python3 /usr/local/bin/python\n' >"$work/base.Dockerfile"
     "${buildah[@]}" bud --isolation chroot --file "$work/base.Dockerfile" --tag localhost/rehearsal-base "$work"
 }
@@ -62,7 +64,7 @@ serve() {
         mount --bind "$root" "$root" && mount -o remount,bind,ro "$root"
         mount -t tmpfs tmpfs "$root/tmp" && mount --rbind /dev "$root/dev" && mount -t proc proc "$root/proc"
         exec chroot --userspec="$user" "$root" "$@"
-    ' rehearsal "$root" "$user" env -i "${environment[@]}" "${command[@]}" --port "$port" >"$work/server.log" 2>&1 &
+    ' rehearsal "$root" "$user" env -i "${environment[@]}" "${command[@]}" --port "$port" --compile on >"$work/server.log" 2>&1 &
     local outer=$! server=""
     for _ in $(seq 600); do
         curl --silent --fail "http://127.0.0.1:$port/readyz" >/dev/null && break
@@ -72,6 +74,8 @@ serve() {
     server=$(pgrep --parent "$outer")
     # In the mount namespace of the server, where the root is read-only.
     refused=$(nsenter --mount --target "$server" chroot --userspec="$user" "$root" touch /models/x 2>&1) && return 1
+    curl --silent --fail "http://127.0.0.1:$port/v1/models" | tee "$work/models.json"
+    echo
     say "ready as $(ps -o uid= -p "$server"), and cannot write: $refused"
     curl --silent --show-error --fail "http://127.0.0.1:$port/score" --header 'Content-Type: application/json' --data \
         '{"pairs": [{"prompt": "What is 2 + 2?", "chosen": "4.", "rejected": "Five."}]}' | tee "$work/reply.json"
