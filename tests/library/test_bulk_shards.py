@@ -21,8 +21,12 @@ from typer.testing import CliRunner
 
 from marginrm import RewardModel
 from marginrm.bulk.plan import plan_shards, read_shards
+from marginrm.bulk.rows import parse_row
+from marginrm.bulk.scoring import ModelOptions, RowOptions, score_chunk
+from marginrm.bulk.summary import Summary
 from marginrm.cli.main import build_app
 from marginrm.errors import ConfigError, DataError
+from marginrm.reading import ReadingOptions
 from support.models import CHATML_TEMPLATE, SENTENCES, tiny_checkpoint
 
 PAIRS = [
@@ -244,3 +248,28 @@ def test_a_run_that_is_killed_at_any_moment_continues_to_the_same_bytes(checkpoi
     run(checkpoint, [source], f"{tmp_path}/out/")
     assert [part.read_bytes() for part in parts(tmp_path / "out")] == whole
     assert [one.name for one in (tmp_path / "out" / ".marginrm").glob("*.new")] == []
+
+
+def test_a_prompt_that_returns_shards_later_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    prompts = ["Explain in detail. " * 20 + f"Question {number}?" for number in range(3)]
+    places = [
+        str(
+            write_jsonl(
+                tmp_path / "in.jsonl",
+                [{"prompt": prompts[number % 3], "response": SENTENCES[number % 8]} for number in range(12)],
+            )
+        )
+    ]
+    rewards = {}
+    for mebibytes in (0, 64):
+        model = ModelOptions(
+            model=str(checkpoint), dtype="float32", prefix_cache_mib=mebibytes, reading=ReadingOptions()
+        ).load()
+        rewards[mebibytes] = []
+        for shard in read_shards(places, plan_shards(places, 3), range(4)):
+            rows = score_chunk(model, [parse_row(row) for row in shard.rows], RowOptions(), Summary())
+            rewards[mebibytes] += [row["reward"] for row in rows]
+            first = model.encoder.encode_group(prompts[0], ["Yes."], "error")[0]
+            kept = model.cached_tokens(first.array, "")
+            assert kept > len(first.array) - 32 if mebibytes else kept == 0
+    assert rewards[64] == pytest.approx(rewards[0], abs=1e-5)

@@ -38,6 +38,8 @@ class ModelOptions:
     max_length: int | None = None
     token_budget: int | None = None
     tensor_parallel: int = 1
+    compiled: bool = False
+    prefix_cache_mib: float = 0
     reading: ReadingOptions
 
     def load(self) -> RewardModel:
@@ -56,6 +58,8 @@ class ModelOptions:
             token_budget=self.token_budget,
             reading=self.reading,
             tensor_parallel=self.tensor_parallel,
+            compiled=self.compiled,
+            prefix_cache_mib=self.prefix_cache_mib,
         )
         loaded.verify_golden()
         return loaded

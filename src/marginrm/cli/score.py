@@ -53,6 +53,16 @@ def score(
         int,
         typer.Option(min=1, help="Processes that share every layer, each on a GPU: for models that one does not hold."),
     ] = 1,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the layers: faster for large models, half a minute at the first load."),
+    ] = False,
+    prefix_cache_mib: Annotated[
+        float,
+        typer.Option(
+            min=0, help="MiB for keys and values of prompts, for input in which the rows of a prompt are far apart."
+        ),
+    ] = 0,
     max_bad_rows: Annotated[
         int | None,
         typer.Option(
@@ -148,6 +158,8 @@ def score(
             max_length=max_length,
             token_budget=token_budget,
             tensor_parallel=tensor_parallel,
+            compiled=compiled,
+            prefix_cache_mib=prefix_cache_mib,
             reading=reading,
         ),
         rows=RowOptions(truncation=truncation, tie_below=tie_below, column=score_column if kept else None),
