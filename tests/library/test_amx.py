@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from marginrm.attention import amx_kernel
+from marginrm.amx import kernels
+from marginrm.amx.kernels import KernelUnavailableError, load_kernels, supported
 from marginrm.attention.amx import TileLayout, tile_layout
-from marginrm.attention.amx_kernel import KernelUnavailableError, load_kernel, supported
 from marginrm.attention.layout import AttentionOptions, KeysAndValues
 from marginrm.compiler import CACHE_VARIABLE
 from marginrm.forward.batch import PackedBatch
@@ -157,13 +157,13 @@ def test_gradients_are_those_of_gathered_attention() -> None:
 def test_without_a_compiler_the_reason_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    load_kernel.cache_clear()
+    load_kernels.cache_clear()
     try:
         with pytest.raises(KernelUnavailableError, match=r"no C\+\+ compiler \(no-such-compiler\)"):
-            load_kernel()
-        monkeypatch.setattr(amx_kernel, "supported", lambda: True)
+            load_kernels()
+        monkeypatch.setattr(kernels, "supported", lambda: True)
         module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama"), dtype="bfloat16", device="cpu")
     finally:
-        load_kernel.cache_clear()
+        load_kernels.cache_clear()
     assert module.execution.attention != "amx"
     assert "no attention by matrix tiles (AMX), since there is no C++ compiler" in module.forward_reason

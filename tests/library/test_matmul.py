@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from marginrm.attention import amx_kernel
+from marginrm.amx import kernels
 from marginrm.attention.gathered import GatheredLayout
 from marginrm.attention.layout import AttentionOptions
 from marginrm.attention.matmul import masked_attention, matmul_attention
@@ -135,7 +135,7 @@ def test_a_model_gives_the_same_rewards_with_it(tmp_path: Path, family: str) -> 
 def test_half_precision_decoders_try_it_at_load_and_say_what_they_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amx_kernel, "supported", lambda: False)
+    monkeypatch.setattr(kernels, "supported", lambda: False)
     module, *_ = load_for_scoring(tiny_checkpoint(tmp_path, "llama", kv_heads=2), dtype="bfloat16", device="cpu")
     taken = "attention by matrix products" in module.forward_reason
     assert taken == (module.execution.attention == "matmul")

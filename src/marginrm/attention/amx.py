@@ -1,6 +1,6 @@
 """Attention by a kernel of our own, on processors with matrix tiles (AMX): nothing is gathered, padded or merged.
 
-The kernel (`amx.cpp`) walks a row's runs. Each token's queries read the keys of its own run, of the runs above it and of
+The kernel (`amx/attention.cpp`) walks a row's runs. Each token's queries read the keys of its own run, of the runs above it and of
 the cached prefix where they lie. Scores and sums are float32, as in PyTorch's fused kernel. What it does not compute
 (windows, soft-capping, sinks, dropout, gradients, other dtypes) goes to gathered attention.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marginrm.attention.amx_kernel import load_kernel
+from marginrm.amx.kernels import load_kernels
 from marginrm.attention.gathered import GatheredLayout, gathered_layout
 from marginrm.attention.layout import AttentionOptions, KeysAndValues
 from marginrm.packing import Ints, PackingPlan
@@ -111,7 +111,7 @@ class TileLayout:
             *(int(self.plan.causal), torch.get_num_threads()),
             scale * math.log2(math.e),  # its exponentials are powers of two
         )
-        failed = load_kernel()(ctypes.byref(call))
+        failed = load_kernels()["attend"](ctypes.byref(call))
         del keys, values  # the kernel has read them
         if failed:
             raise MemoryError("attention has no memory for its packed keys and values")

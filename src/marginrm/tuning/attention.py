@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marginrm.attention import amx_kernel
+from marginrm.amx import kernels
 from marginrm.attention.amx import tile_layout
 from marginrm.attention.flex import interval_layout
 from marginrm.attention.gathered import gathered_layout
@@ -61,7 +61,7 @@ def try_it(
         module.execution = replace(module.execution, splits_prefix=splits)
     if gradients or module.dtype == torch.float32:
         return Choice(False, "")
-    tiles = _try_tiles(module) if module.dtype == torch.bfloat16 and amx_kernel.supported() else Choice(False, "")
+    tiles = _try_tiles(module) if module.dtype == torch.bfloat16 and kernels.supported() else Choice(False, "")
     if tiles.taken or not decoder:
         return tiles
     products = _try_matmul(module)
@@ -80,13 +80,13 @@ def _take(module: RewardModule, attention: Attention) -> None:
 def _try_tiles(module: RewardModule) -> Choice:
     name = "attention by matrix tiles (AMX)"
     try:
-        amx_kernel.load_kernel()
+        kernels.load_kernels()
         with torch.inference_mode():
             found, expected = (
                 _rewards(module, max(_PROBE_TOKENS), layout) for layout in (tile_layout, gathered_layout)
             )
             speed = tiles_speed(module)
-    except amx_kernel.KernelUnavailableError as error:
+    except kernels.KernelUnavailableError as error:
         return Choice(False, f"no {name}, since {error}")
     worst = difference(found, expected)
     if worst > tolerance(module):

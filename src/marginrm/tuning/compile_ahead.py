@@ -30,7 +30,7 @@ from marginrm.forward.pooling import Pooling, ResponseBounds
 from marginrm.forward.self_check import probe_rewards
 from marginrm.tuning import compiled
 from marginrm.tuning.last_layer import layers_of
-from marginrm.tuning.packed_weights import PackedLinear
+from marginrm.tuning.packed_weights import PackedLinear, Shape, packed_weight, shape_of
 
 _NICE = 10  # lower still, it would hardly run beside a busy server
 
@@ -45,6 +45,7 @@ class Skeleton:
         architecture: Decoder or encoder.
         max_length: The longest sequence in tokens.
         packed: Whether its linear layers have packed weights.
+        tiled: Input and output size of the weights that are packed into tiles.
         threads: Threads of a forward pass; they decide how loops are split.
     """
 
@@ -53,6 +54,7 @@ class Skeleton:
     architecture: Architecture
     max_length: int
     packed: bool
+    tiled: tuple[Shape, ...]
     threads: int
 
     @classmethod
@@ -66,8 +68,23 @@ class Skeleton:
             module.architecture,
             module.max_length,
             module.execution.weights == "packed",
+            tuple(
+                sorted(
+                    {
+                        shape_of(part)
+                        for part in module.backbone.modules()
+                        if isinstance(part, PackedLinear) and part.tiled
+                    }
+                )
+            ),
             torch.get_num_threads(),
         )
+
+    @classmethod
+    def from_json(cls, text: str) -> Skeleton:
+        """Returns the skeleton that `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**fields | {"tiled": tuple((given, result) for given, result in fields["tiled"])})
 
     def to_json(self) -> bytes:
         """Returns the skeleton as JSON."""
@@ -94,7 +111,9 @@ def build(skeleton: Skeleton) -> RewardModule:
     packed: dict[tuple[object, torch.Size], Tensor] = {}
     for layer in [part for part in backbone.modules() if skeleton.packed and type(part) is nn.Linear]:
         place = places.get(layer, layer), layer.weight.shape
-        packed[place] = PackedLinear.convert(layer, packed.get(place)).packed
+        if place not in packed:
+            packed[place] = packed_weight(layer, skeleton.tiled)
+        PackedLinear.convert(layer, packed[place])
     return module.eval()
 
 
@@ -128,7 +147,7 @@ def _fill(backbone: nn.Module, places: Mapping[nn.Module, str]) -> None:
 def main() -> None:
     """Reads a skeleton and compiles its layers."""
     os.nice(_NICE)
-    skeleton = Skeleton(**json.loads(sys.stdin.readline()))
+    skeleton = Skeleton.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     torch.set_num_threads(skeleton.threads)
     use_cache_folder()

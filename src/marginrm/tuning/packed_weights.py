@@ -1,13 +1,15 @@
-"""Weights packed beforehand into the layout that oneDNN's kernels read, for scoring on CPUs.
+"""Weights packed beforehand into the layout that a kernel reads, for scoring on CPUs: oneDNN's, or that for AMX.
 
 A plain linear layer's product reads its weights in an order that suits the kernel less, or reorders them in each pass.
 The layers' own weights are dropped for the packed ones, so memory use stays the same. The gain depends on processor and
-dtype: a trial on the model's largest layer decides.
+dtype: a trial on the model's largest layer decides between plain and packed weights. Where the kernel for matrix tiles
+(`amx.products`) runs, another trial of each shape of weights decides between it and oneDNN's.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -16,18 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from marginrm.amx import products
+from marginrm.amx.kernels import KernelUnavailableError, load_kernels, supported
 from marginrm.errors import ModelError
 from marginrm.forward.execution import Choice
 from marginrm.forward.module import RewardModule
 from marginrm.forward.self_check import probe_rewards
-from marginrm.tuning import row_splits
 from marginrm.tuning.timing import best_seconds
 
 # Private operators of torch.compile: other versions of torch may not have them.
 _OPERATORS = "_reorder_linear_weight", "_linear_pointwise"
 _ROWS = 256  # tokens of the trial
+_TILE_ROWS = 64, 256, 1_024  # those of the trial between oneDNN and tiles
+_TILE_TOLERANCE = 2**-6  # of the largest result: both round sums of float32 to bfloat16
 _PACKED = "this model's weights are packed for scoring, so they can be neither read nor trained."
-_WORTH_IT = 1.03  # speed relative to the plain layer from which on weights are packed
+_WORTH_IT = 1.03  # speed relative to the plain layer from which on weights are packed, and relative to oneDNN for tiles
+
+Shape = tuple[int, int]  # in, out
 
 
 def try_it(module: RewardModule) -> Choice:
@@ -43,14 +50,15 @@ def try_it(module: RewardModule) -> Choice:
     if not layers or module.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
         return Choice(False, "")
     speed = _speed(max(layers, key=lambda layer: layer.weight.numel()))
-    if speed < _WORTH_IT:
-        return Choice(False, "")
+    tiled, reason = _tiled(layers)
+    if speed < _WORTH_IT and not tiled:
+        return Choice(False, reason)
     layers = only_called(module, layers)
     if not layers:
         return Choice(False, "weights not packed: the model reads them other than by its linear layers' forward")
-    apply(module, layers)
-    parts = "; some products in two parts" if _measured(module) else ""
-    return Choice(True, f"weights packed for oneDNN ({speed:.2f}x the plain layer's speed in a trial){parts}")
+    apply(module, layers, tiled)
+    packed = f"weights packed for oneDNN ({speed:.2f}x the plain layer's speed in a trial)"
+    return Choice(True, "; ".join(filter(None, (packed, reason))))
 
 
 def only_called(module: RewardModule, layers: list[nn.Linear]) -> list[nn.Linear]:
@@ -88,10 +96,16 @@ def _give_up(layer: nn.Linear) -> None:
     layer.weight = nn.Parameter(layer.weight.new_full((1, 1), torch.nan).expand_as(layer.weight), False)
 
 
-def apply(module: RewardModule, layers: list[nn.Linear]) -> None:
-    """Packs the weights of linear layers, and makes the module refuse to be saved."""
+def apply(module: RewardModule, layers: list[nn.Linear], tiled: Collection[Shape] = ()) -> None:
+    """Packs the weights of linear layers, and makes the module refuse to be saved.
+
+    Args:
+        module: Changed in place.
+        layers: Linear layers of it.
+        tiled: The shapes of weights that are packed into tiles; others are packed for oneDNN.
+    """
     for layer in layers:
-        PackedLinear.convert(layer)
+        PackedLinear.convert(layer, packed_weight(layer, tiled))
     # A checkpoint's file is mapped as a whole: its memory is freed when no tensor reads from it any more.
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.untyped_storage().nbytes() >= tensor.nbytes:  # expanded values have less
@@ -107,20 +121,24 @@ class PackedLinear(nn.Linear):
     It is a class, so that `torch.compile` sees the same code in every layer, and the weights as its inputs.
 
     Attributes:
-        packed: The weights in oneDNN's layout.
+        packed: The weights in oneDNN's layout, or in tiles.
     """
 
     packed: Tensor
 
+    @property
+    def tiled(self) -> bool:
+        """Whether the weights are in tiles."""
+        return _in_tiles(self.packed)
+
     @classmethod
-    def convert(cls, layer: nn.Linear, packed: Tensor | None = None) -> PackedLinear:
+    def convert(cls, layer: nn.Linear, packed: Tensor) -> PackedLinear:
         """Makes a plain linear layer a packed one, in place: other modules may refer to it.
 
         Args:
             layer: The layer.
-            packed: Its weights in oneDNN's layout, if they are there already.
+            packed: Its weights, as `packed_weight` gives them.
         """
-        packed = reordered(layer) if packed is None else packed
         _give_up(layer)
         layer.__class__ = cls
         converted = cast("PackedLinear", layer)
@@ -138,38 +156,41 @@ class PackedLinear(nn.Linear):
         if torch.compiler.is_compiling():
             # torch.compile accepts oneDNN's operator only for weights that it packed itself, so it gets one of ours.
             return cast("Tensor", _opaque(self.packed, self.bias, inputs, self.out_features))
-        return _product(self.packed, self.bias, inputs)
+        return _product(self.packed, self.bias, inputs, self.out_features)
 
 
-def reordered(layer: nn.Linear) -> Tensor:
-    """Returns a copy of a layer's weights in oneDNN's layout."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)  # noqa: SLF001 - as torch.compile
-    return cast("Tensor", packed)
+def shape_of(layer: nn.Linear) -> Shape:
+    """Returns the shape by which a layer's form is chosen."""
+    return layer.in_features, layer.out_features
 
 
-def _measured(module: RewardModule) -> bool:
-    """Finds out which products are faster in two parts; returns whether some are."""
-    layers = [part for part in module.backbone.modules() if isinstance(part, PackedLinear)]
-    products = {
-        (layer.weight.dtype, layer.in_features, layer.out_features): partial(_whole, layer.packed, layer.bias)
-        for layer in layers
-    }
-    with torch.inference_mode():
-        return row_splits.measure(products)
+def packed_weight(layer: nn.Linear, tiled: Collection[Shape] = ()) -> Tensor:
+    """Returns a copy of a layer's weights: [panels, steps, 1024] in tiles, or [out, in] in oneDNN's layout.
+
+    Args:
+        layer: The layer.
+        tiled: The shapes of bfloat16 weights that are packed into tiles.
+    """
+    weight = layer.weight.detach()
+    if weight.dtype == torch.bfloat16 and shape_of(layer) in tiled:
+        return products.pack(weight)
+    return cast("Tensor", torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS))  # noqa: SLF001 - as torch.compile
 
 
-def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    return row_splits.in_parts(partial(_whole, weight, bias), inputs, weight.shape[0])
+def _in_tiles(packed: Tensor) -> bool:
+    return packed.dim() == 3
 
 
-def _whole(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor, out_features: int) -> Tensor:
+    if _in_tiles(weight):
+        return products.multiply(weight, bias, inputs, out_features)
     product = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")  # noqa: SLF001
     return cast("Tensor", product)
 
 
 @torch.library.custom_op("marginrm::packed_linear", mutates_args=())
 def _opaque(weight: Tensor, bias: Tensor | None, inputs: Tensor, out_features: int) -> Tensor:
-    return _product(weight, bias, inputs)
+    return _product(weight, bias, inputs, out_features)
 
 
 @_opaque.register_fake
@@ -182,12 +203,46 @@ def _(_weight: Tensor, _bias: Tensor | None, inputs: Tensor, out_features: int) 
 def _speed(layer: nn.Linear) -> float:
     """Returns the speed of a layer with packed weights relative to the plain layer."""
     inputs = torch.randn(_ROWS, layer.in_features, dtype=layer.weight.dtype)
-    weight = reordered(layer)
+    weight = packed_weight(layer)
     with torch.inference_mode():
         plain, quick = best_seconds(
-            lambda: F.linear(inputs, layer.weight, layer.bias), lambda: _product(weight, layer.bias, inputs)
+            lambda: F.linear(inputs, layer.weight, layer.bias),
+            lambda: _product(weight, layer.bias, inputs, layer.out_features),
         )
     return plain / quick
+
+
+def _tiled(layers: list[nn.Linear]) -> tuple[set[Shape], str]:
+    """Finds out which shapes of weights are faster in tiles, and says so."""
+    examples = {shape_of(layer): layer for layer in layers if layer.weight.dtype == torch.bfloat16}
+    if not examples or not supported():
+        return set(), ""
+    try:
+        load_kernels()
+        speeds = {shape: _tile_speed(layer) for shape, layer in examples.items()}
+    except KernelUnavailableError as error:
+        return set(), f"no products by matrix tiles (AMX), since {error}"
+    tiled = {shape for shape, speed in speeds.items() if speed >= _WORTH_IT}
+    slowest, fastest = min(speeds.values()), max(speeds.values())
+    return tiled, (
+        f"products by matrix tiles (AMX) for {len(tiled)} of {len(speeds)} shapes of weights ({slowest:.2f} to "
+        f"{fastest:.2f}x oneDNN's speed in a trial)"
+    )
+
+
+def _tile_speed(layer: nn.Linear) -> float:
+    """Returns the speed of a layer with weights in tiles relative to oneDNN's; 0 if results differ."""
+    rows = torch.randn(max(_TILE_ROWS), layer.in_features).to(layer.weight.dtype)
+    forms = packed_weight(layer), packed_weight(layer, {shape_of(layer)})
+    functions = [
+        partial(_product, form, layer.bias, rows[:count], layer.out_features) for count in _TILE_ROWS for form in forms
+    ]
+    with torch.inference_mode():
+        expected, found = (function().float() for function in functions[-2:])
+        if not (found - expected).abs().max() <= _TILE_TOLERANCE * expected.abs().max():
+            return 0.0
+        seconds = best_seconds(*functions)
+    return sum(seconds[::2]) / sum(seconds[1::2])
 
 
 def _refuse(*_: object) -> None:

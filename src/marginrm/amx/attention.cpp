@@ -4,13 +4,8 @@
 // cached prefix that its sequence begins with. Keys and values of each span are packed once per key head, into tiles.
 // Then 32 rows of queries at a time go over the spans in blocks of keys, with the running softmax of FlashAttention
 // (arXiv 2205.14135, algorithm 1). So nothing is gathered or padded to a length, and no two results are merged.
-//
-// Tiles are 16 rows of 64 bytes. The processor multiplies [16, 32] bfloat16 with [32, 16], given as 16 rows of pairs.
 
-#include <immintrin.h>
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -18,47 +13,14 @@
 #include <cstring>
 #include <limits>
 
+#include "tiles.h"
+
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int kTile = 16;          // rows of a tile, and keys of a packed group
-constexpr int kStep = 32;          // bfloat16 numbers in a row of a tile
-constexpr int kTileSize = 512;     // bfloat16 numbers of a tile
 constexpr int kRows = 2 * kTile;   // rows of queries at a time
 constexpr int kKeys = 512;         // keys at a time, so that scores stay in the second-level cache
 constexpr int kMaxSize = 256;      // largest head size
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-int64_t up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
-
-__mmask32 first(int64_t count) { return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1; }
-
-__mmask16 first16(int64_t count) { return static_cast<__mmask16>(first(std::min<int64_t>(count, 16))); }
-
-// Tile loads do not tell the compiler that they read memory, so stores before them have to be finished.
-void finish_stores() { asm volatile("" ::: "memory"); }
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Memory that a thread keeps from call to call.
-struct Buffer {
-    bf16* data = nullptr;
-    int64_t size = 0;
-    bf16* of(int64_t wanted) {
-        if (wanted > size) {
-            std::free(data);
-            data = static_cast<bf16*>(std::aligned_alloc(64, up(wanted * sizeof(bf16), 64)));
-            size = data ? wanted : 0;
-        }
-        return data;
-    }
-    ~Buffer() { std::free(data); }
-};
 
 // Keys or values of consecutive tokens of one head.
 struct Tokens {
@@ -266,12 +228,6 @@ struct Call {
     float scale;
 };
 
-// Asks the kernel for the use of the tiles; returns 0 if they may be used.
-int64_t allow_tiles() {
-    constexpr long kRequest = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequest, kTileData);
-}
-
 // Computes a call. Returns 0, or 1 without memory.
 int64_t attend(const Call* c) {
     const int size = up(c->size, kStep), value_size = up(c->value_size, kStep);
@@ -290,9 +246,7 @@ int64_t attend(const Call* c) {
         static thread_local Block b;
         bf16* const keys = buffer.of(place[spans] * (size + value_size));
         bf16* const values = keys + place[spans] * size;
-        TileConfig before, now;
-        _tile_storeconfig(&before);
-        _tile_loadconfig(&now);
+        const Tiles tiles_in_use;
         bool* const packed = static_cast<bool*>(std::malloc(spans));
         const bool memory = keys && packed;
         failed += !memory;
@@ -365,7 +319,6 @@ int64_t attend(const Call* c) {
             }
         }
         std::free(packed);
-        _tile_loadconfig(&before);
     }
     std::free(place);
     return failed != 0;
