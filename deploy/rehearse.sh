@@ -4,7 +4,7 @@
 # root, and from Debian:
 #
 #     apt-get install buildah mmdebstrap curl
-#     deploy/rehearse.sh [TARGET]    # server (the default); about 15 minutes on 2 cores, 6 GB in $WORK
+#     deploy/rehearse.sh [TARGET]    # server (the default); about 20 minutes of processor time, 6 GB in $WORK
 #
 # The base image is made of Debian's own Python with its headers, which torch.compile includes; no image registry is needed
 # then. Optional variables:

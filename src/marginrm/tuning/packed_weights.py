@@ -156,7 +156,7 @@ class PackedLinear(nn.Linear):
         if torch.compiler.is_compiling():
             # torch.compile accepts oneDNN's operator only for weights that it packed itself, so it gets one of ours.
             return cast("Tensor", _opaque(self.packed, self.bias, inputs, self.out_features))
-        return _product(self.packed, self.bias, inputs, self.out_features)
+        return product(self.packed, self.bias, inputs, self.out_features)
 
 
 def shape_of(layer: nn.Linear) -> Shape:
@@ -181,16 +181,23 @@ def _in_tiles(packed: Tensor) -> bool:
     return packed.dim() == 3
 
 
-def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor, out_features: int) -> Tensor:
+def product(weight: Tensor, bias: Tensor | None, inputs: Tensor, out_features: int) -> Tensor:
+    """Returns inputs times weights plus bias, [..., out].
+
+    Args:
+        weight: As `packed_weight` gives it.
+        bias: [out].
+        inputs: [..., in].
+        out_features: Number of columns.
+    """
     if _in_tiles(weight):
         return products.multiply(weight, bias, inputs, out_features)
-    product = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")  # noqa: SLF001
-    return cast("Tensor", product)
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], ""))  # noqa: SLF001
 
 
 @torch.library.custom_op("marginrm::packed_linear", mutates_args=())
 def _opaque(weight: Tensor, bias: Tensor | None, inputs: Tensor, out_features: int) -> Tensor:
-    return _product(weight, bias, inputs, out_features)
+    return product(weight, bias, inputs, out_features)
 
 
 @_opaque.register_fake
@@ -207,7 +214,7 @@ def _speed(layer: nn.Linear) -> float:
     with torch.inference_mode():
         plain, quick = best_seconds(
             lambda: F.linear(inputs, layer.weight, layer.bias),
-            lambda: _product(weight, layer.bias, inputs, layer.out_features),
+            lambda: product(weight, layer.bias, inputs, layer.out_features),
         )
     return plain / quick
 
@@ -235,7 +242,7 @@ def _tile_speed(layer: nn.Linear) -> float:
     rows = torch.randn(max(_TILE_ROWS), layer.in_features).to(layer.weight.dtype)
     forms = packed_weight(layer), packed_weight(layer, {shape_of(layer)})
     functions = [
-        partial(_product, form, layer.bias, rows[:count], layer.out_features) for count in _TILE_ROWS for form in forms
+        partial(product, form, layer.bias, rows[:count], layer.out_features) for count in _TILE_ROWS for form in forms
     ]
     with torch.inference_mode():
         expected, found = (function().float() for function in functions[-2:])
