@@ -40,7 +40,8 @@ def measure(
 ) -> None:
     """Hold the queueing model against a real server.
 
-    The capacity is measured first, with 64 requests at a time. Then requests come at random times, at shares of it.
+    The capacity is measured first, with 64 requests at a time, after as many for warm-up. Then requests come at random
+    times, at shares of it.
     """
     folder = build(model, output / "models", load_texts().for_tokenizer)
     command = marginrm_command(
@@ -84,26 +85,17 @@ def simulate_command(
 async def _measured(server: ServerProcess, seconds: float, loads: list[float]) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=httpx.Limits()) as client:
-        stop = time.monotonic() + seconds / 2
-        before = {name: server.metric(f"marginrm_step_{name}_sum") for name in ("tokens", "seconds", "responses")}
-
-        async def busy() -> None:
-            while time.monotonic() < stop:
-                await _ask(client, _body(generator))
-
-        started = time.monotonic()
-        await asyncio.gather(*(busy() for _ in range(64)))
-        lasted = time.monotonic() - started
-        tokens, _, responses = (
-            server.metric(f"marginrm_step_{name}_sum") - before[name] for name in ("tokens", "seconds", "responses")
-        )
-        capacity = responses / lasted
+        await _saturated(client, generator, seconds / 2)
+        before = {name: server.metric(f"marginrm_step_{name}_sum") for name in ("tokens", "responses")}
+        lasted = await _saturated(client, generator, seconds / 2)
+        tokens, responses = (server.metric(f"marginrm_step_{name}_sum") - before[name] for name in before)
+        capacity, rate = responses / lasted, tokens / lasted
         alone = sorted([await _ask(client, _body(generator)) for _ in range(40)])[20]
-        spec = Replica(
-            tokens_per_second=tokens / lasted,
-            step_seconds=max(0.0, alone - tokens / responses / (tokens / lasted)),
-            step_tokens=_STEP_TOKENS,
-        )
+        full = _STEP_TOKENS / rate
+        # alone = fixed + tokens * (full - fixed) / full step's tokens
+        share_of_full = tokens / responses / _STEP_TOKENS
+        fixed = max(0.0, (alone - share_of_full * full) / (1 - share_of_full))
+        spec = Replica(tokens_per_second=rate, step_seconds=fixed, step_tokens=_STEP_TOKENS)
         found = []
         for share in loads:
             latencies = await _poisson(client, generator, share * capacity, seconds)
@@ -114,6 +106,18 @@ async def _measured(server: ServerProcess, seconds: float, loads: list[float]) -
                 | {f"model_p{q}": modelled.quantile(q / 100) for q in (50, 99)}
             )
     return {"replica": asdict(spec), "tokens": tokens / responses, "capacity": capacity, "loads": found}
+
+
+async def _saturated(client: httpx.AsyncClient, generator: np.random.Generator, seconds: float) -> float:
+    """Keeps 64 requests in the server for some seconds; returns the seconds until all are answered."""
+    started = time.monotonic()
+
+    async def busy() -> None:
+        while time.monotonic() < started + seconds:
+            await _ask(client, _body(generator))
+
+    await asyncio.gather(*(busy() for _ in range(64)))
+    return time.monotonic() - started
 
 
 async def _poisson(

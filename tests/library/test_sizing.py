@@ -33,13 +33,18 @@ def test_one_request_in_a_step_is_the_queue_of_the_textbooks(load: float) -> Non
 def test_requests_share_steps_and_full_steps_are_the_capacity() -> None:
     replica = Replica(tokens_per_second=1_000, step_seconds=0.1, step_tokens=1_000)
     traffic = Traffic(tokens=100, spread=0)
-    capacity = replica.highest_token_rate(100) / 100  # ten requests in 1.1 s
-    assert capacity == pytest.approx(10 / 1.1)
+    capacity = replica.highest_token_rate(100) / 100  # ten requests in a second
+    assert capacity == pytest.approx(10)
     alone = simulate(replica, traffic, 0.01, requests=500)
-    assert alone.quantile(0.5) == pytest.approx(0.2)
+    assert alone.quantile(0.5) == pytest.approx(0.1 + 0.09)
     assert simulate(replica, traffic, 0.95 * capacity).busy < 1
     beyond = simulate(replica, traffic, 2 * capacity, requests=4_000)
     assert beyond.quantile(0.99) > 100  # it grows with the number of requests
+
+
+def test_a_step_shorter_than_its_fixed_part_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"step_seconds = 0\.5: a full step of 100 tokens takes 0\.1 s"):
+        Replica(tokens_per_second=1_000, step_seconds=0.5, step_tokens=100)
 
 
 def test_a_full_queue_rejects_what_exceeds_it() -> None:

@@ -69,7 +69,9 @@ def size(
     step_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of a step, as `marginrm serve --token-budget` sets it.")
     ] = 8_192,
-    step_seconds: Annotated[float, typer.Option(min=0, help="Seconds of a step apart from its tokens.")] = 0.005,
+    step_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds of a full step that do not depend on its tokens.")
+    ] = 0.005,
     spare: Annotated[int, typer.Option(min=0, help="Replicas that may fail without breaking the p99.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

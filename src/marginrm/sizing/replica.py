@@ -1,8 +1,8 @@
 """The latency of one replica under a load, by simulation of its queue, and the highest rate that keeps a latency.
 
 A replica computes steps one after another. A step takes the requests that wait, oldest first, up to its token budget,
-and lasts `step_seconds + tokens / tokens_per_second`; all its requests are answered when it ends. So a request waits
-for the step that runs, and for the steps before its own. The queue is one with batch service (Bailey 1954, "On queueing
+and lasts a fixed time and a time for each token; all its requests are answered when it ends. So a request waits for the
+step that runs, and for the steps before its own. The queue is one with batch service (Bailey 1954, "On queueing
 processes with bulk service"); its quantiles have no simple form, so they are simulated. With one request in a step and
 no time per step it is the M/G/1 queue, whose known formulas the tests hold it to.
 """
@@ -27,10 +27,13 @@ class Replica:
     """What one replica can do.
 
     Attributes:
-        tokens_per_second: Computed tokens per second of a full step.
-        step_seconds: Seconds that a step takes apart from its tokens.
+        tokens_per_second: Computed tokens per second when all steps are full, as a loaded server shows it.
+        step_seconds: Seconds that a step takes apart from its tokens; a part of the time of a full step.
         step_tokens: The token budget of a step. A request above it gets a step to itself.
         queue_tokens: Tokens that may wait or be computed; a request beyond is rejected.
+
+    Raises:
+        ConfigError: A full step would take less than `step_seconds`.
     """
 
     tokens_per_second: float
@@ -38,9 +41,17 @@ class Replica:
     step_tokens: int = 8_192
     queue_tokens: int = 2_000_000
 
+    def __post_init__(self) -> None:
+        full = self.step_tokens / self.tokens_per_second
+        if self.step_seconds >= full:
+            raise ConfigError(
+                f"step_seconds = {self.step_seconds:g}: a full step of {self.step_tokens:,} tokens takes {full:.2g} s at "
+                f"{self.tokens_per_second:,.0f} tokens/s, and this is a part of it. Give less, or more step_tokens."
+            )
+
     def seconds(self, tokens: float) -> float:
         """Returns the seconds of a step with so many tokens."""
-        return self.step_seconds + tokens / self.tokens_per_second
+        return self.step_seconds + tokens * (1 / self.tokens_per_second - self.step_seconds / self.step_tokens)
 
     def highest_token_rate(self, tokens: float) -> float:
         """Returns the tokens per second that full steps compute, for requests of so many tokens."""
