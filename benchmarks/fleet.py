@@ -94,7 +94,7 @@ async def _measured(server: ServerProcess, seconds: float, loads: list[float]) -
         full = _STEP_TOKENS / rate
         # alone = fixed + tokens * (full - fixed) / full step's tokens
         share_of_full = tokens / responses / _STEP_TOKENS
-        fixed = max(0.0, (alone - share_of_full * full) / (1 - share_of_full))
+        fixed = min(max(0.0, (alone - share_of_full * full) / (1 - share_of_full)), 0.9 * full)
         spec = Replica(tokens_per_second=rate, step_seconds=fixed, step_tokens=_STEP_TOKENS)
         found = []
         for share in loads:

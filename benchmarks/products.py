@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.harness.command import app_of
 from marginrm.allocator import keep_memory
@@ -16,6 +16,7 @@ from marginrm.amx.kernels import KernelUnavailableError, load_kernels, supported
 from marginrm.tuning.packed_weights import packed_weight, product, shape_of
 from marginrm.tuning.timing import timed
 
+_LAYERS = 8  # of a shape, so that a core's own caches do not hold their weights, as in a forward pass
 _QWEN3 = "1024x2048,1024x1024,2048x1024,1024x3072,3072x1024"  # Qwen3-0.6B: queries, keys, output, gate, down
 
 
@@ -41,16 +42,23 @@ def main(
     )
     for shape in shapes.split(","):
         given, result = map(int, shape.split("x"))
-        layer = nn.Linear(given, result, bias=False, dtype=torch.bfloat16)
-        forms = packed_weight(layer), packed_weight(layer, {shape_of(layer)})
+        layers = [nn.Linear(given, result, bias=False, dtype=torch.bfloat16) for _ in range(_LAYERS)]
+        forms = [[packed_weight(layer, tiled) for layer in layers] for tiled in ((), {shape_of(layers[0])})]
         for count in map(int, rows.split(",")):
             inputs = torch.randn(count, given).bfloat16()
-            products = [partial(product, form, None, inputs, result) for form in forms]
+            products = [partial(_products, form, inputs, result) for form in forms]
             with torch.inference_mode():
                 seconds = [[timed(one) for one in products] for _ in range(rounds + 1)][1:]
-            rates = [2e-12 * count * given * result / statistics.median(times) for times in zip(*seconds, strict=True)]
+            rates = [
+                2e-12 * _LAYERS * count * given * result / statistics.median(times)
+                for times in zip(*seconds, strict=True)
+            ]
             ratio = statistics.median(first / second for first, second in seconds)
             typer.echo(f"| {count:,} | {given:,} x {result:,} | {rates[0]:.2f} | {rates[1]:.2f} | {ratio:.2f}x |")
+
+
+def _products(weights: list[Tensor], inputs: Tensor, out_features: int) -> list[Tensor]:
+    return [product(weight, None, inputs, out_features) for weight in weights]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 # root, and from Debian:
 #
 #     apt-get install buildah mmdebstrap curl
-#     deploy/rehearse.sh [TARGET]    # server (the default); about 20 minutes of processor time, 6 GB in $WORK
+#     deploy/rehearse.sh    # about 20 minutes of processor time, 6 GB in $WORK
 #
 # The base image is made of Debian's own Python with its headers, which torch.compile includes; no image registry is needed
 # then. Optional variables:
@@ -14,7 +14,7 @@
 #   DRIVER          storage driver (default overlay; vfs where the kernel has no overlays, with several times the space)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-target=${1:-server}
+target=server
 work=$(realpath -m "${WORK:-build/rehearsal}")
 port=${PORT:-18000}
 mkdir -p "$work"

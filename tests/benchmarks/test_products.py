@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks import products
 from benchmarks.harness.command import app_of
-from marginrm.amx.kernels import supported
+from support.tiles import needs_tiles
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(), reason="needs a processor with matrix tiles (AMX), and g++"
-)
+@needs_tiles
 def test_a_row_for_each_product() -> None:
     arguments = ["--shapes", "64x96,96x32", "--rows", "5,64", "--rounds", "2"]
     lines = CliRunner().invoke(app_of(products.main), arguments, catch_exceptions=False).stdout.splitlines()

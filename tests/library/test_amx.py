@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from marginrm.amx import kernels
-from marginrm.amx.kernels import KernelUnavailableError, load_kernels, supported
+from marginrm.amx.kernels import KernelUnavailableError, load_kernels
 from marginrm.attention.amx import TileLayout, tile_layout
 from marginrm.attention.layout import AttentionOptions, KeysAndValues
 from marginrm.compiler import CACHE_VARIABLE
@@ -22,10 +21,8 @@ from marginrm.loading import load_for_scoring
 from marginrm.packing import UNCACHED, CachedStarts, PackingPlan, plan_row
 from support.forward import groups_of
 from support.models import tiny_checkpoint
+from support.tiles import needs_tiles
 
-needs_tiles = pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(), reason="needs a processor with matrix tiles (AMX), and g++"
-)
 Sequences = list[list[list[int]]]
 PROMPT = list(range(1000, 1300))
 # Two prompts with several responses, and sequences that share nothing, shorter and longer than a tile and a block.

@@ -43,7 +43,9 @@ def test_requests_share_steps_and_full_steps_are_the_capacity() -> None:
 
 
 def test_a_step_shorter_than_its_fixed_part_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"step_seconds = 0\.5: a full step of 100 tokens takes 0\.1 s"):
+    with pytest.raises(
+        ConfigError, match=r"step_seconds = 0\.5 must be less than the 0\.1 s of a full step \(100 tokens"
+    ):
         Replica(tokens_per_second=1_000, step_seconds=0.5, step_tokens=100)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from marginrm.amx.kernels import supported
 from marginrm.amx.products import multiply, pack
 from marginrm.forward.module import RewardModule
 from marginrm.loading import load_for_scoring
@@ -19,10 +18,9 @@ from marginrm.tuning.compile_ahead import Skeleton, build
 from marginrm.tuning.packed_weights import PackedLinear
 from support.forward import groups_of
 from support.models import DECODERS, ENCODERS, tiny_checkpoint
+from support.tiles import needs_tiles
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or not supported(), reason="needs a processor with matrix tiles (AMX), and g++"
-)
+pytestmark = needs_tiles
 BFLOAT16 = 2**-8  # half of the distance between two bfloat16 numbers, relative
 
 
@@ -72,9 +70,23 @@ def test_a_row_has_the_same_bits_whatever_is_computed_beside_it() -> None:
         assert torch.equal(multiply(weight, None, inputs[first:last], 96), whole[first:last])
 
 
-def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"inputs are torch\.float32"):
-        multiply(pack(numbers(32, 32)), None, torch.zeros(1, 32), 32)
+def test_other_dtypes_and_sizes_are_refused() -> None:
+    weights = pack(numbers(96, 64))
+    with pytest.raises(TypeError, match=r"got torch\.float32, torch\.bfloat16"):
+        multiply(weights, None, torch.zeros(1, 64), 96)
+    for inputs, columns, bias in ((128, 96, 96), (64, 4096, 4096), (64, 96, 1)):
+        with pytest.raises(ValueError, match="do not give"):
+            multiply(weights, numbers(bias), numbers(3, inputs), columns)
+    layer = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    packed = PackedLinear.convert(layer, packed_weights.packed_weight(layer, {(64, 96)}))
+    assert packed.tiled
+    with pytest.raises(ValueError, match="inputs have 40 numbers"), torch.inference_mode():
+        packed(numbers(3, 40))
+
+
+def test_a_bias_may_have_steps() -> None:
+    weight, bias, inputs = numbers(40, 64), numbers(80)[::2], numbers(3, 64)
+    torch.testing.assert_close(multiply(pack(weight), bias, inputs, 40), nn.functional.linear(inputs, weight, bias))
 
 
 def loaded(path: Path, monkeypatch: pytest.MonkeyPatch, worth: float) -> RewardModule:
@@ -106,7 +118,7 @@ def test_a_kernel_with_other_results_is_not_taken(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(packed_weights.products, "multiply", lambda weights, *rest: right(weights.roll(1, 2), *rest))
     module = loaded(tiny_checkpoint(tmp_path, "llama"), monkeypatch, 0.01)
     assert not layers_in_tiles(module)
-    assert "for 0 of" in module.forward_reason
+    assert re.search(r"for 0 of (\d) shapes of weights, since results differ for \1\b", module.forward_reason)
 
 
 def test_the_process_that_compiles_ahead_has_weights_of_the_same_form(

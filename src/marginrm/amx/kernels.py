@@ -52,8 +52,8 @@ def load_kernels() -> ctypes.CDLL:
     except OSError as error:
         raise KernelUnavailableError(f"the compiled kernels cannot be loaded ({error})") from error
     for name in _FUNCTIONS:
-        library[name].restype = ctypes.c_int64
-    if library["allow_tiles"]():
+        getattr(library, name).restype = ctypes.c_int64
+    if library.allow_tiles():
         raise KernelUnavailableError("the operating system does not allow the tiles")
     return library
 

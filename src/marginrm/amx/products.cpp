@@ -106,7 +106,7 @@ void write(const bf16* rounded, int64_t count, int64_t columns, bf16* result, in
 bool multiply_part(const Product& call, int64_t from, int64_t to, int64_t left, int64_t right) {
     static thread_local Buffer buffer;
     const int64_t in = up(call.in, kStep);
-    const int64_t chunks = (to - from) / std::max(kWide, kChunk / in) + 1;
+    const int64_t chunks = (to - from) / std::max(kWide, kChunk / in) + 1;  // two even ones are faster than a full one
     const int64_t chunk = up((to - from + chunks - 1) / chunks, kWide);
     bf16* const packed = buffer.of(chunk * (in + kGroup + 2 * kWide));
     if (!packed) return false;

@@ -52,19 +52,26 @@ def multiply(weights: Tensor, bias: Tensor | None, inputs: Tensor, out_features:
         out_features: Number of columns.
 
     Raises:
-        TypeError: Inputs or bias have another dtype.
-        MemoryError: There is no memory for a packed chunk of rows.
+        TypeError: Inputs, weights or bias have another dtype.
+        ValueError: Their sizes do not match.
+        torch.OutOfMemoryError: There is no memory for a packed chunk of rows.
     """
-    if {inputs.dtype, weights.dtype, weights.dtype if bias is None else bias.dtype} != {torch.bfloat16}:
-        raise TypeError(f"inputs are {inputs.dtype} and weights {weights.dtype}: the kernel multiplies bfloat16.")
+    given = [inputs, weights] if bias is None else [inputs, weights, bias]
+    if any(one.dtype != torch.bfloat16 for one in given):
+        raise TypeError(f"the kernel multiplies bfloat16, and got {', '.join(str(one.dtype) for one in given)}.")
+    packed = (-(-out_features // _PANEL), -(-inputs.shape[-1] // _STEP), _PANEL * _STEP)
+    if weights.shape != packed or (bias is not None and bias.shape != (out_features,)):
+        sizes = ", ".join(str(list(one.shape)) for one in given)
+        raise ValueError(f"inputs, weights and bias of sizes {sizes} do not give {out_features} columns.")
     rows = inputs.reshape(-1, inputs.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    bias = None if bias is None else bias.contiguous()
     result = rows.new_empty(len(rows), out_features)
     call = _Product(
         *(rows.data_ptr(), rows.stride(0), len(rows), rows.shape[1], out_features),
         *(weights.data_ptr(), None if bias is None else bias.data_ptr(), result.data_ptr()),
         torch.get_num_threads(),
     )
-    if load_kernels()["multiply"](ctypes.byref(call)):
-        raise MemoryError("a product has no memory for its packed rows")
+    if load_kernels().multiply(ctypes.byref(call)):
+        raise torch.OutOfMemoryError("a product has no memory for its packed rows")
     return result.view(*inputs.shape[:-1], out_features)

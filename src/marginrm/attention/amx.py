@@ -1,8 +1,8 @@
 """Attention by a kernel of our own, on processors with matrix tiles (AMX): nothing is gathered, padded or merged.
 
-The kernel (`amx/attention.cpp`) walks a row's runs. Each token's queries read the keys of its own run, of the runs above it and of
-the cached prefix where they lie. Scores and sums are float32, as in PyTorch's fused kernel. What it does not compute
-(windows, soft-capping, sinks, dropout, gradients, other dtypes) goes to gathered attention.
+The kernel (`amx/attention.cpp`) walks a row's runs. Each token's queries read the keys of its own run, of the runs above
+it and of the cached prefix where they lie. Scores and sums are float32, as in PyTorch's fused kernel. What it does not
+compute (windows, soft-capping, sinks, dropout, gradients, other dtypes) goes to gathered attention.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TileLayout:
         """Computes a layer's attention over the row, as `AttentionLayout.attend` says.
 
         Raises:
-            MemoryError: There is no memory for the packed keys and values.
+            torch.OutOfMemoryError: There is no memory for the packed keys and values.
         """
         scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
         if not self._computes(query, value, options, scale):
@@ -111,10 +111,10 @@ class TileLayout:
             *(int(self.plan.causal), torch.get_num_threads()),
             scale * math.log2(math.e),  # its exponentials are powers of two
         )
-        failed = load_kernels()["attend"](ctypes.byref(call))
+        failed = load_kernels().attend(ctypes.byref(call))
         del keys, values  # the kernel has read them
         if failed:
-            raise MemoryError("attention has no memory for its packed keys and values")
+            raise torch.OutOfMemoryError("attention has no memory for its packed keys and values")
         return result
 
     def _computes(self, query: Tensor, value: Tensor, options: AttentionOptions, scale: float) -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from marginrm.sizing.replica import Load, Replica, Traffic
 
 _RATES = "1000,100000,10000000"
+_STEP_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def size(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Take both from the metrics of a running server, as its load so far had them.",
+            help="Take both from the metrics of a running server. Its steps so far must have been full, as under full load.",
             show_default=False,
         ),
     ] = None,
@@ -70,8 +71,14 @@ def size(
         int, typer.Option(min=1, help="Most tokens of a step, as `marginrm serve --token-budget` sets it.")
     ] = 8_192,
     step_seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds of a full step that do not depend on its tokens.")
-    ] = 0.005,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds of a full step that do not depend on its tokens. Unset: 0.005, or a tenth of the step if that is "
+            "less.",
+            show_default=False,
+        ),
+    ] = None,
     spare: Annotated[int, typer.Option(min=0, help="Replicas that may fail without breaking the p99.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -89,6 +96,8 @@ def size(
         tokens = tokens or measured_tokens
     if not tokens_per_second or not tokens:
         raise ConfigError("Give --tokens-per-second and --tokens, or the --url of a running server.")
+    if step_seconds is None:
+        step_seconds = min(_STEP_SECONDS, 0.1 * step_tokens / tokens_per_second)
     replica = Replica(tokens_per_second=tokens_per_second, step_seconds=step_seconds, step_tokens=step_tokens)
     traffic = Traffic(tokens=tokens * responses, spread=spread)
     best = highest_rate(replica, traffic, p99)

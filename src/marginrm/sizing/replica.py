@@ -45,8 +45,8 @@ class Replica:
         full = self.step_tokens / self.tokens_per_second
         if self.step_seconds >= full:
             raise ConfigError(
-                f"step_seconds = {self.step_seconds:g}: a full step of {self.step_tokens:,} tokens takes {full:.2g} s at "
-                f"{self.tokens_per_second:,.0f} tokens/s, and this is a part of it. Give less, or more step_tokens."
+                f"step_seconds = {self.step_seconds:g} must be less than the {full:.2g} s of a full step ({self.step_tokens:,} "
+                f"tokens at {self.tokens_per_second:,.0f} tokens/s). Lower step_seconds, or raise step_tokens."
             )
 
     def seconds(self, tokens: float) -> float:

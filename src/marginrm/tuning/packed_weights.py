@@ -9,9 +9,10 @@ dtype: a trial on the model's largest layer decides between plain and packed wei
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import geometric_mean
 from typing import cast
 
 import torch
@@ -29,7 +30,10 @@ from marginrm.tuning.timing import best_seconds
 # Private operators of torch.compile: other versions of torch may not have them.
 _OPERATORS = "_reorder_linear_weight", "_linear_pointwise"
 _ROWS = 256  # tokens of the trial
-_TILE_ROWS = 64, 256, 1_024  # those of the trial between oneDNN and tiles
+_TILE_ROWS = 256, 1_024  # those of the trial between oneDNN and tiles
+_TILE_LAYERS = (
+    4  # of a shape in that trial, so that a core's own caches do not hold their weights, as in a forward pass
+)
 _TILE_TOLERANCE = 2**-6  # of the largest result: both round sums of float32 to bfloat16
 _PACKED = "this model's weights are packed for scoring, so they can be neither read nor trained."
 _WORTH_IT = 1.03  # speed relative to the plain layer from which on weights are packed, and relative to oneDNN for tiles
@@ -51,13 +55,18 @@ def try_it(module: RewardModule) -> Choice:
         return Choice(False, "")
     speed = _speed(max(layers, key=lambda layer: layer.weight.numel()))
     tiled, reason = _tiled(layers)
-    if speed < _WORTH_IT and not tiled:
-        return Choice(False, reason)
+    if speed < _WORTH_IT:
+        layers = [layer for layer in layers if takes_tiles(layer, tiled)]
+        if not layers:
+            return Choice(False, reason)
     layers = only_called(module, layers)
     if not layers:
         return Choice(False, "weights not packed: the model reads them other than by its linear layers' forward")
     apply(module, layers, tiled)
-    packed = f"weights packed for oneDNN ({speed:.2f}x the plain layer's speed in a trial)"
+    onednn = any(not takes_tiles(layer, tiled) for layer in layers)
+    packed = (
+        f"weights packed for oneDNN ({speed:.2f}x the plain layer's speed in a trial)" if onednn else "weights packed"
+    )
     return Choice(True, "; ".join(filter(None, (packed, reason))))
 
 
@@ -150,7 +159,10 @@ class PackedLinear(nn.Linear):
 
         Raises:
             ModelError: Gradients are wanted.
+            ValueError: The inputs have another size.
         """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(f"inputs have {inputs.shape[-1]} numbers, and this layer takes {self.in_features}.")
         if torch.is_grad_enabled() and inputs.requires_grad:
             raise ModelError(f"Gradients: {_PACKED} Use one that was loaded for training.")
         if torch.compiler.is_compiling():
@@ -164,6 +176,11 @@ def shape_of(layer: nn.Linear) -> Shape:
     return layer.in_features, layer.out_features
 
 
+def takes_tiles(layer: nn.Linear, tiled: Collection[Shape]) -> bool:
+    """Says if a plain layer's weights are packed into tiles, given the shapes that are."""
+    return layer.weight.dtype == torch.bfloat16 and shape_of(layer) in tiled
+
+
 def packed_weight(layer: nn.Linear, tiled: Collection[Shape] = ()) -> Tensor:
     """Returns a copy of a layer's weights: [panels, steps, 1024] in tiles, or [out, in] in oneDNN's layout.
 
@@ -172,7 +189,7 @@ def packed_weight(layer: nn.Linear, tiled: Collection[Shape] = ()) -> Tensor:
         tiled: The shapes of bfloat16 weights that are packed into tiles.
     """
     weight = layer.weight.detach()
-    if weight.dtype == torch.bfloat16 and shape_of(layer) in tiled:
+    if takes_tiles(layer, tiled):
         return products.pack(weight)
     return cast("Tensor", torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS))  # noqa: SLF001 - as torch.compile
 
@@ -221,35 +238,42 @@ def _speed(layer: nn.Linear) -> float:
 
 def _tiled(layers: list[nn.Linear]) -> tuple[set[Shape], str]:
     """Finds out which shapes of weights are faster in tiles, and says so."""
-    examples = {shape_of(layer): layer for layer in layers if layer.weight.dtype == torch.bfloat16}
-    if not examples or not supported():
+    shapes: dict[Shape, list[nn.Linear]] = {}
+    for layer in layers:
+        if layer.weight.dtype == torch.bfloat16:
+            shapes.setdefault(shape_of(layer), []).append(layer)
+    if not shapes or not supported():
         return set(), ""
     try:
         load_kernels()
-        speeds = {shape: _tile_speed(layer) for shape, layer in examples.items()}
     except KernelUnavailableError as error:
         return set(), f"no products by matrix tiles (AMX), since {error}"
-    tiled = {shape for shape, speed in speeds.items() if speed >= _WORTH_IT}
-    slowest, fastest = min(speeds.values()), max(speeds.values())
-    return tiled, (
-        f"products by matrix tiles (AMX) for {len(tiled)} of {len(speeds)} shapes of weights ({slowest:.2f} to "
-        f"{fastest:.2f}x oneDNN's speed in a trial)"
-    )
+    speeds = {shape: _tile_speed(same[:_TILE_LAYERS]) for shape, same in shapes.items()}
+    known = [speed for speed in speeds.values() if speed is not None]
+    tiled = {shape for shape, speed in speeds.items() if speed is not None and speed >= _WORTH_IT}
+    reason = f"products by matrix tiles (AMX) for {len(tiled)} of {len(speeds)} shapes of weights"
+    if known:
+        reason += f" ({min(known):.2f} to {max(known):.2f}x oneDNN's speed in a trial)"
+    if len(known) < len(speeds):
+        reason += f", since results differ for {len(speeds) - len(known)}"
+    return tiled, reason
 
 
-def _tile_speed(layer: nn.Linear) -> float:
-    """Returns the speed of a layer with weights in tiles relative to oneDNN's; 0 if results differ."""
-    rows = torch.randn(max(_TILE_ROWS), layer.in_features).to(layer.weight.dtype)
-    forms = packed_weight(layer), packed_weight(layer, {shape_of(layer)})
-    functions = [
-        partial(product, form, layer.bias, rows[:count], layer.out_features) for count in _TILE_ROWS for form in forms
-    ]
+def _tile_speed(layers: list[nn.Linear]) -> float | None:
+    """Returns the speed of some layers of a shape with weights in tiles relative to oneDNN's; None if results differ."""
+    first = layers[0]
+    rows = torch.randn(max(_TILE_ROWS), first.in_features).to(first.weight.dtype)
+    forms = [[(packed_weight(layer, tiled), layer.bias) for layer in layers] for tiled in ((), {shape_of(first)})]
+
+    def results(form: Sequence[tuple[Tensor, Tensor | None]], count: int) -> list[Tensor]:
+        return [product(weight, bias, rows[:count], first.out_features) for weight, bias in form]
+
     with torch.inference_mode():
-        expected, found = (function().float() for function in functions[-2:])
+        expected, found = (results(form, len(rows))[0].float() for form in forms)
         if not (found - expected).abs().max() <= _TILE_TOLERANCE * expected.abs().max():
-            return 0.0
-        seconds = best_seconds(*functions)
-    return sum(seconds[::2]) / sum(seconds[1::2])
+            return None
+        seconds = best_seconds(*(partial(results, form, count) for count in _TILE_ROWS for form in forms))
+    return geometric_mean(onednn / tiles for onednn, tiles in zip(seconds[::2], seconds[1::2], strict=True))
 
 
 def _refuse(*_: object) -> None:
