@@ -4,8 +4,9 @@
 # root, and from Debian:
 #
 #     apt-get install buildah mmdebstrap curl
-#     deploy/rehearse.sh    # about 20 minutes of processor time, 6 GB in $WORK
+#     deploy/rehearse.sh [TARGET]    # server (the default); others are built, and not started
 #
+# It takes about 20 minutes of processor time, and 6 GB in $WORK.
 # The base image is made of Debian's own Python with its headers, which torch.compile includes; no image registry is needed
 # then. Optional variables:
 #   WORK            folder of the image store and of logs (default build/rehearsal)
@@ -14,7 +15,7 @@
 #   DRIVER          storage driver (default overlay; vfs where the kernel has no overlays, with several times the space)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-target=server
+target=${1:-server}
 work=$(realpath -m "${WORK:-build/rehearsal}")
 port=${PORT:-18000}
 mkdir -p "$work"
@@ -90,5 +91,5 @@ serve() {
 
 base_image
 image
-serve
+if [ "$target" = server ]; then serve; fi
 say "rehearsed: $target"
