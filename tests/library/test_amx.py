@@ -19,7 +19,7 @@ from marginrm.compiler import CACHE_VARIABLE
 from marginrm.forward.batch import PackedBatch
 from marginrm.loading import load_for_scoring
 from marginrm.packing import UNCACHED, CachedStarts, PackingPlan, plan_row
-from support.forward import groups_of
+from support.forward import groups_of, one_by_one
 from support.models import tiny_checkpoint
 from support.tiles import needs_tiles
 
@@ -118,15 +118,8 @@ def test_rewards_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         found = module(batch)
-        expected = [
-            plain(
-                torch.tensor([list(one.ids)]),
-                **({} if one.type_ids is None else {"token_type_ids": torch.tensor([list(one.type_ids)])}),
-            ).logits[0, 0]
-            for group in groups
-            for one in group
-        ]
-    torch.testing.assert_close(found, torch.stack(expected), atol=0.03, rtol=0.03)
+        expected = one_by_one(plain, groups)
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
 
 
 @needs_tiles

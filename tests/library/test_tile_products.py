@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from marginrm.amx.products import multiply, pack
 from marginrm.forward.module import RewardModule
@@ -16,7 +17,7 @@ from marginrm.loading import load_for_scoring
 from marginrm.tuning import packed_weights
 from marginrm.tuning.compile_ahead import Skeleton, build
 from marginrm.tuning.packed_weights import PackedLinear
-from support.forward import groups_of
+from support.forward import groups_of, one_by_one
 from support.models import DECODERS, ENCODERS, tiny_checkpoint
 from support.tiles import needs_tiles
 
@@ -111,6 +112,9 @@ def test_a_model_takes_them_if_its_trial_says_so_and_rewards_stay(
     with torch.inference_mode():
         found, expected = (module(module.collate(groups)) for module in (tiled, plain))
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    own = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(found, one_by_one(own, groups), atol=0.03, rtol=0.03)
 
 
 def test_a_kernel_with_other_results_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +125,17 @@ def test_a_kernel_with_other_results_is_not_taken(tmp_path: Path, monkeypatch: p
     assert re.search(r"for 0 of (\d) shapes of weights, since results differ for \1\b", module.forward_reason)
 
 
+@pytest.mark.parametrize("slow", [0.0, 1.0])
 def test_the_process_that_compiles_ahead_has_weights_of_the_same_form(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float
 ) -> None:
-    module = loaded(tiny_checkpoint(tmp_path, "qwen3"), monkeypatch, 0.0)
+    tile_speed = packed_weights._tile_speed
+    monkeypatch.setattr(packed_weights, "_speed", lambda _: slow)  # then only layers in tiles are packed
+    monkeypatch.setattr(
+        packed_weights, "_tile_speed", lambda same: tile_speed(same) if same[0].in_features == 32 else None
+    )
+    module = loaded(tiny_checkpoint(tmp_path, "qwen3"), monkeypatch, 0.01)
+    assert any(type(part) is nn.Linear for part in module.backbone.modules()) == (slow == 0)
     skeleton = Skeleton.of(module)
     assert skeleton is not None
     assert Skeleton.from_json(skeleton.to_json().decode()) == skeleton

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from marginrm.sizing.replica import Load, Replica, Traffic
 
 _RATES = "1000,100000,10000000"
-_STEP_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def size(
     One replica's queue is simulated: requests come independently of each other, wait for the running step, and share
     the next one. The highest rate that keeps the p99 gives the number of replicas. docs/operations.md explains the model.
     """
-    from marginrm.sizing.replica import Replica, Traffic, highest_rate
+    from marginrm.sizing.replica import STEP_SECONDS, Replica, Traffic, highest_rate
 
     _check({"--tokens-per-second": tokens_per_second, "--tokens": tokens, "--p99": p99})
     if url and not (tokens_per_second and tokens):
@@ -97,7 +96,7 @@ def size(
     if not tokens_per_second or not tokens:
         raise ConfigError("Give --tokens-per-second and --tokens, or the --url of a running server.")
     if step_seconds is None:
-        step_seconds = min(_STEP_SECONDS, 0.1 * step_tokens / tokens_per_second)
+        step_seconds = min(STEP_SECONDS, 0.1 * step_tokens / tokens_per_second)
     replica = Replica(tokens_per_second=tokens_per_second, step_seconds=step_seconds, step_tokens=step_tokens)
     traffic = Traffic(tokens=tokens * responses, spread=spread)
     best = highest_rate(replica, traffic, p99)

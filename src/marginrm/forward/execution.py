@@ -30,7 +30,7 @@ class Execution:
             processors with matrix tiles (AMX), FlexAttention, or blocks of fixed shape.
         splits_prefix: Whether attention to a long shared prefix is computed apart and merged.
         last_layer: Whether the last layer computes all tokens, or only those that rewards are read at.
-        weights: Whether linear layers use their own weights or weights packed for oneDNN.
+        weights: Whether linear layers use their own weights or weights packed for a kernel.
         compiled: Whether the parts between the matrix products run through `torch.compile`.
         prefix_bytes: Memory of one token's keys and values, where prefixes may be kept across steps; None where not.
         tile: Row lengths are filled to a multiple of this many tokens in deterministic mode; None otherwise.

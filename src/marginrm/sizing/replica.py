@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from marginrm.errors import ConfigError
 
+STEP_SECONDS = 0.005  # of a step apart from its tokens, where it is not measured
 _REQUESTS = 20_000  # of one simulation: 200 of them are above its p99
 _WARM_UP = 0.1  # share of the requests, from an empty queue, that are left out
 _BISECTIONS = 20
@@ -37,7 +38,7 @@ class Replica:
     """
 
     tokens_per_second: float
-    step_seconds: float = 0.005
+    step_seconds: float = STEP_SECONDS
     step_tokens: int = 8_192
     queue_tokens: int = 2_000_000
 

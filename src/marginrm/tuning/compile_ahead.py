@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -44,8 +44,8 @@ class Skeleton:
         dtype: Its dtype, such as `bfloat16`.
         architecture: Decoder or encoder.
         max_length: The longest sequence in tokens.
-        packed: Whether its linear layers have packed weights.
-        tiled: Input and output size of the weights that are packed into tiles.
+        packed: Input and output size of the weights that are packed for oneDNN.
+        tiled: Those of the weights that are packed into tiles.
         threads: Threads of a forward pass; they decide how loops are split.
     """
 
@@ -53,7 +53,7 @@ class Skeleton:
     dtype: str
     architecture: Architecture
     max_length: int
-    packed: bool
+    packed: tuple[Shape, ...]
     tiled: tuple[Shape, ...]
     threads: int
 
@@ -62,21 +62,14 @@ class Skeleton:
         """Returns the skeleton of a module; None for own code, which another process cannot be given."""
         if is_own_code(module.base):
             return None
+        layers = [part for part in module.backbone.modules() if isinstance(part, PackedLinear)]
         return cls(
             json.loads(module.base.config.to_json_string(use_diff=False)),
             str(module.dtype).removeprefix("torch."),
             module.architecture,
             module.max_length,
-            module.execution.weights == "packed",
-            tuple(
-                sorted(
-                    {
-                        shape_of(part)
-                        for part in module.backbone.modules()
-                        if isinstance(part, PackedLinear) and part.tiled
-                    }
-                )
-            ),
+            _shapes(part for part in layers if not part.tiled),
+            _shapes(part for part in layers if part.tiled),
             torch.get_num_threads(),
         )
 
@@ -84,11 +77,16 @@ class Skeleton:
     def from_json(cls, text: str) -> Skeleton:
         """Returns the skeleton that `to_json` wrote."""
         fields = json.loads(text)
-        return cls(**fields | {"tiled": tuple((given, result) for given, result in fields["tiled"])})
+        shapes = {name: tuple((given, result) for given, result in fields[name]) for name in ("packed", "tiled")}
+        return cls(**fields | shapes)
 
     def to_json(self) -> bytes:
         """Returns the skeleton as JSON."""
         return json.dumps(asdict(self)).encode()
+
+
+def _shapes(layers: Iterable[nn.Linear]) -> tuple[Shape, ...]:
+    return tuple(sorted({shape_of(layer) for layer in layers}))
 
 
 def build(skeleton: Skeleton) -> RewardModule:
@@ -109,7 +107,9 @@ def build(skeleton: Skeleton) -> RewardModule:
     places = {part: name for layer in layers_of(module) for name, part in layer.named_modules()}
     _fill(backbone, places)
     packed: dict[tuple[object, torch.Size], Tensor] = {}
-    for layer in [part for part in backbone.modules() if skeleton.packed and type(part) is nn.Linear]:
+    for layer in [part for part in backbone.modules() if type(part) is nn.Linear]:
+        if shape_of(layer) not in (*skeleton.packed, *skeleton.tiled):
+            continue
         place = places.get(layer, layer), layer.weight.shape
         if place not in packed:
             packed[place] = packed_weight(layer, skeleton.tiled)
