@@ -68,10 +68,12 @@ def train(
     The checkpoint's report.html shows the run: learning curves, margins before and after, calibration, mistakes.
     """
     from marginrm_training.config import load_config
-    from marginrm_training.run.train import train as run
+
+    settings = load_config(config, overrides or ())
+
+    from marginrm_training.run.train import train as run  # takes seconds; a fault of the file is told before
 
     _configure_logging()
-    settings = load_config(config, overrides or ())
     manifest = run(settings, resume=resume, dry_run=dry_run)
     if manifest:
         _show(manifest.metrics)
