@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and weights that other users of the machine may read."""
 
 from __future__ import annotations
 

@@ -35,11 +35,12 @@ class OverHttp:
     ) -> None:
         given = ["--model", str(folder), "--dtype", dtype, "--device", device, *arguments]
         given += ["--reward-cache-mib", "0"]  # warm-up and measurement send some of the same texts
-        resources = ExitStack()  # held until this process ends, and with it its children
-        logs = resources.enter_context(TemporaryDirectory(prefix="marginrm-serve-"))
-        server = ServerProcess(marginrm_command(*given), Path(logs, "log"), ready="/readyz")
-        self._resources, self._server = resources, resources.enter_context(server)
-        self._await_compilation()
+        with ExitStack() as resources:
+            logs = resources.enter_context(TemporaryDirectory(prefix="marginrm-serve-"))
+            server = ServerProcess(marginrm_command(*given), Path(logs, "log"), ready="/readyz")
+            self._server = resources.enter_context(server)
+            self._await_compilation()
+            self._resources = resources.pop_all()  # held until this process ends, and with it its children
         self._loop = asyncio.new_event_loop()
         self._client = AsyncRewardClient(server.url, timeout=REPLY_SECONDS)
         self._classify = ClassifyClient(server.url, folder)
