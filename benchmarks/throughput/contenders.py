@@ -135,7 +135,7 @@ def parity_contenders(device: str = "cuda") -> list[Contender]:
 def ours(workload: str, names: Collection[str]) -> str:
     """Returns the contender among `names` that the others are compared with in a workload."""
     if WORKLOADS[workload].use != "requests":
-        return OURS
+        return OVER_HTTP if OVER_HTTP in names and OURS not in names else OURS
     return OVER_HTTP if OVER_HTTP in names else ENGINE
 
 

@@ -84,7 +84,9 @@ def markdown(results: Results, findings: Sequence[Finding], source: str) -> str:
         "| target | at least, or at most | measured (lowest to highest round) | |",
         "|---|---:|---:|---|",
     ]
-    lines += [f"| {f.text} | {f.bound:g} | {f.found.text() if f.found else ''} | {f.verdict} |" for f in findings]
+    lines += [f"| {f.text} | {f.bound:g} | {f.found.text()} | {f.verdict} |" for f in findings if f.found]
+    missing = [f"- {f.text} ({f.bound:g})" for f in findings if not f.found]
+    lines += ["", "Targets that were not measured in this run:", "", *missing] * bool(missing)
     summaries = cells(results)
     for model, workload in dict.fromkeys((cell["model"], cell["workload"]) for cell in summaries):
         chosen = [cell for cell in summaries if (cell["model"], cell["workload"]) == (model, workload)]

@@ -12,6 +12,7 @@ from benchmarks.throughput.contenders import (
     DETERMINISTIC,
     INFINITY,
     OURS,
+    OVER_HTTP,
     SENTENCE_TRANSFORMERS,
     SORTED,
     UNCACHED,
@@ -61,6 +62,11 @@ class _Found:
         found = speed_ratio(self._results.measurements, model, workload, other)
         return Finding(f"{workload}, {model}: times {other}", bound, found, most)
 
+    def served(self, model: str, workload: str, other: str, bound: float) -> Finding:
+        """The same for `marginrm serve` as it comes."""
+        found = speed_ratio(self._results.measurements, model, workload, other, OVER_HTTP)
+        return Finding(f"{workload}, {model}: {OVER_HTTP}, times {other}", bound, found)
+
     def gemm(self, model: str, bound: float) -> Finding:
         share = Spread.of(gemm_shares(self._results, model, "bon-short"))
         return Finding(f"bon-short, {model}: share of the GEMM rate", bound, share)
@@ -74,9 +80,9 @@ def cpu_findings(results: Results) -> list[Finding]:
     """Returns every target of `benchmarks.run` with the measured value."""
     found = _Found(results)
     return [
-        found.times(_QWEN3, "bon-long", VLLM, 1.2),
-        found.times(_QWEN3, "bon-short", VLLM, 1.05),
-        found.times(_QWEN3, "pairs", VLLM, 1.05),
+        found.served(_QWEN3, "bon-long", VLLM, 1.2),
+        found.served(_QWEN3, "bon-short", VLLM, 1.05),
+        found.served(_QWEN3, "pairs", VLLM, 1.05),
         found.times(_QWEN3, "trainer", VLLM_OVER_HTTP, 1.1),
         found.times(_QWEN3, "trainer-grouped", VLLM_OVER_HTTP, 1.1),
         found.times(_QWEN3, "chat", UNCACHED, 3.0),
@@ -126,13 +132,23 @@ def _training(results: Results, model: str, bound: float) -> Finding:
     return Finding(f"training, {model}: times TRL", bound, Spread(**ours_times) if ours_times else None)
 
 
-def speed_ratio(measurements: Iterable[Measurement], model: str, workload: str, other: str) -> Spread | None:
-    """Returns our rewards per second over another contender's, round by round."""
+def speed_ratio(
+    measurements: Iterable[Measurement], model: str, workload: str, other: str, own: str | None = None
+) -> Spread | None:
+    """Returns our rewards per second over another contender's, round by round.
+
+    Args:
+        measurements: All of them.
+        model: The model.
+        workload: The workload.
+        other: The other contender.
+        own: Our contender; by default that with which a workload's others are compared.
+    """
     rates: dict[str, dict[int, float]] = {}
     for m in measurements:
         if (m.model, m.workload) == (model, workload):
             rates.setdefault(m.contender, {})[m.round] = m.rate
-    return Spread.of(ratios(rates.get(ours(workload, rates), {}), rates.get(other, {})))
+    return Spread.of(ratios(rates.get(own or ours(workload, rates), {}), rates.get(other, {})))
 
 
 def gemm_shares(results: Results, model: str, workload: str, contender: str = OURS) -> list[float]:

@@ -142,9 +142,9 @@ def test_targets_are_checked_against_the_measurements(tmp_path):
     results = Results(tmp_path / "lines.jsonl")
     results.add_study("http", "tiny", {"added_ms": 3.5, "throughput": 0.99})
     results.add([replace(MEASURED, contender=VLLM, round=n, seconds=s) for n, s in enumerate((3.0, 5.0, 4.2))])
-    results.add([replace(MEASURED, round=n) for n in range(3)])
+    results.add([replace(MEASURED, contender=OVER_HTTP, round=n) for n in range(3)])
     found = {finding.text: finding for finding in cpu_findings(results)}
-    pairs = found[f"pairs, qwen3-0.6b: times {VLLM}"]
+    pairs = found[f"pairs, qwen3-0.6b: {OVER_HTTP}, times {VLLM}"]
     assert pairs.found is not None
     assert (pairs.found.low, pairs.found.median, pairs.found.high) == pytest.approx((1.5, 2.1, 2.5))
     assert pairs.verdict == "reached"
