@@ -27,8 +27,9 @@ work=$(realpath -m "${WORK:-build/rehearsal}")
 port=${PORT:-18000}
 mkdir -p "$work"
 buildah=(buildah --root "$work/store" --runroot "$work/run" --storage-driver "${DRIVER:-overlay}")
-first=""
-trap '[ -z "$first" ] || kill -KILL "$first" 2>/dev/null || true' EXIT  # process 1 takes all others of its container along
+outer="" first=""
+running() { [ -n "$outer" ] && kill -0 "$outer" 2>/dev/null; }
+trap 'if running; then kill -KILL "$first"; fi' EXIT  # process 1 takes all others of its container along
 
 say() { printf '== %s\n' "$*"; }
 
@@ -70,7 +71,7 @@ container() {
     mapfile -t command < <(setting Entrypoint; setting Cmd)
     user=$(scalar User)
     folder=$(scalar WorkingDir)
-    [ "$user" != 0 ] && [ -n "$user" ]
+    case ${user%%:*} in '' | 0 | root) say "the image runs as root"; return 1 ;; esac
 }
 
 # start LOG VOLUME COMMAND...: starts a command as process 1 of the container; VOLUME is FOLDER:PATH or empty.
@@ -85,7 +86,7 @@ start() {
         exec chroot --userspec="$user" "$root" env --ignore-environment --chdir="$folder" "$@"
     ' rehearsal "$root" "$user" "$folder" "$volume" "${environment[@]}" "$@" >"$log" 2>&1 &
     outer=$!
-    until first=$(pgrep --parent "$outer"); do sleep 0.1; done
+    until first=$(pgrep --parent "$outer") || ! running; do sleep 0.1; done
 }
 
 # beside COMMAND...: runs a command in the same container.
@@ -98,7 +99,7 @@ beside() {
 await() {
     for _ in $(seq 600); do
         curl --silent --fail "$1" >/dev/null && return
-        kill -0 "$outer" 2>/dev/null || break
+        running || break
         sleep 1
     done
     cat "$2"
