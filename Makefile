@@ -42,7 +42,7 @@ endif
 # A file's tests stay in one process, which shares its models and servers. One thread for each process, or they contend.
 test: $(READY) ## Run every test, JOBS files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster || [ $$? = 5 ]
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not cluster"
 
 check: $(READY) ## Check style, types, import rules, deployment files and the documentation
 	$(BIN)/ruff check .
