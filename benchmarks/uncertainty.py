@@ -21,27 +21,32 @@ from benchmarks.models import NAMES, build
 from marginrm import RewardModel
 from marginrm.encoding import EncodedResponse
 from marginrm.head_posterior import HeadPosterior, Laplace
-from marginrm.tuning.timing import timed, trial_groups
+from marginrm.tuning.timing import LONGEST_TRIAL, timed, trial_groups
 
 _WARM_UP = 2  # pairs of steps
 
 
 def main(
     models: Annotated[str, typer.Option(help="Shapes, separated by commas.")] = "minilm-shape,smollm2-135m",
-    lengths: Annotated[str, typer.Option(help="Tokens of a response.")] = "32,256",
+    lengths: Annotated[str, typer.Option(help="Tokens of a response, at most 256.")] = "32,256",
     tokens: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 4096,
-    rounds: Annotated[int, typer.Option(help="Steps of each kind; the median ratio counts.", min=1)] = 15,
+    rounds: Annotated[int, typer.Option(help="Steps of each kind; the median ratio counts.", min=2)] = 15,
     data: DataFolder = None,
 ) -> None:
     """Print the time of a step with uncertainty over that without, for each model and length of its responses."""
+    sizes = [int(length) for length in lengths.split(",")]
+    most = min(tokens, LONGEST_TRIAL)
+    if not all(1 <= length <= most for length in sizes):
+        raise typer.BadParameter(f"--lengths {lengths}: give numbers from 1 to {most}")
     texts = load_texts(data)
     typer.echo("| model | step | without, ms | with / without (quartiles) |\n|---|---|---:|---:|")
     with TemporaryDirectory() as folder:
         for name in all_known(models, NAMES):
             path = build(name, Path(folder) / name, texts.for_tokenizer)
             model = RewardModel.from_pretrained(path, dtype="auto")
-            for length in map(int, lengths.split(",")):
-                groups = [[_cut(one, length)] for (one,) in trial_groups(model.encoder, tokens * 256 // length)]
+            for length in sizes:
+                trials = trial_groups(model.encoder, tokens * LONGEST_TRIAL // length)
+                groups = [[_cut(one, length)] for (one,) in trials]
                 seconds, ratios = _measure(model, groups[: tokens // length], rounds)
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 step = f"{tokens // length:,} responses of {length:,} tokens"

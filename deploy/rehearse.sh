@@ -18,6 +18,7 @@
 #   MODEL           the demo checkpoint for ray and train (default checkpoints/demo, which `make serve` writes)
 #   WHEELS          folder of wheels that pip prefers, such as one with a CPU build of torch
 #   CERTIFICATES    CA bundle for pip
+#   PORT            port of the server (default 18000)
 #   DRIVER          storage driver (default overlay; vfs where the kernel has no overlays, with several times the space)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,9 +28,13 @@ work=$(realpath -m "${WORK:-build/rehearsal}")
 port=${PORT:-18000}
 mkdir -p "$work"
 buildah=(buildah --root "$work/store" --runroot "$work/run" --storage-driver "${DRIVER:-overlay}")
-outer="" first=""
+outer="" first="" container=""
 running() { [ -n "$outer" ] && kill -0 "$outer" 2>/dev/null; }
-trap 'if running; then kill -KILL "$first"; fi' EXIT  # process 1 takes all others of its container along
+clean() {
+    if running; then kill -KILL "$first" && wait "$outer"; fi  # process 1 takes all others of its container along
+    [ -z "$container" ] || "${buildah[@]}" rm "$container" >/dev/null
+}
+trap clean EXIT
 
 say() { printf '== %s\n' "$*"; }
 
@@ -63,7 +68,7 @@ setting() { "${buildah[@]}" inspect --type image --format "{{range .OCIv1.Config
 scalar() { "${buildah[@]}" inspect --type image --format "{{.OCIv1.Config.$1}}" "localhost/marginrm-$target"; }
 
 # Makes a container of the image, and reads its settings.
-container() {
+make_container() {
     say "container of $target"
     container=$("${buildah[@]}" from --pull-never "localhost/marginrm-$target")
     root=$("${buildah[@]}" mount "$container")
@@ -78,7 +83,7 @@ container() {
 start() {
     local log=$1 volume=$2
     shift 2
-    unshare --mount --pid --fork --kill-child bash -c '
+    unshare --mount --pid --fork --kill-child bash -ec '
         root=$1 user=$2 folder=$3 volume=$4; shift 4
         mount --bind "$root" "$root" && mount -o remount,bind,ro "$root"
         mount -t tmpfs tmpfs "$root/tmp" && mount --rbind /dev "$root/dev" && mount -t proc proc "$root/proc"
@@ -113,10 +118,9 @@ score() {
     grep --quiet '"margin"' "$work/reply.json"
 }
 
-end() {
-    say "SIGTERM"
-    kill -TERM "$first"
-    wait "$outer"
+# ended LOG: waits for process 1, which must end with 0.
+ended() {
+    wait "$outer" || { cat "$1"; return 1; }
     say "ended with 0"
 }
 
@@ -124,12 +128,15 @@ rehearse_server() {
     local refused
     start "$work/server.log" "" "${command[@]}" --port "$port" --compile on
     await "http://127.0.0.1:$port/readyz" "$work/server.log"
-    refused=$(beside touch /models/x 2>&1) && return 1
+    refused=$(beside touch /models/x 2>&1) || true
+    case $refused in *"Read-only file system"*) ;; *) say "the root can be written to: $refused"; return 1 ;; esac
     curl --silent --fail "http://127.0.0.1:$port/v1/models" | tee "$work/models.json"
     echo
     say "ready as $(ps -o uid= -p "$first"), and cannot write: $refused"
     score
-    end
+    say "SIGTERM"
+    kill -TERM "$first"
+    ended "$work/server.log"
 }
 
 rehearse_ray() {
@@ -154,16 +161,20 @@ rehearse_train() {
     cp -r "$model" "$work/train/checkpoints/demo"
     chown -R "$user" "$work/train"
     start "$work/train.log" "$work/train:/work" "${command[@]}" quickstart.toml
-    wait "$outer"
+    ended "$work/train.log"
     tail -n 3 "$work/train.log"
-    say "written by $(stat --format %u "$work/train/checkpoints/quickstart/reward_manifest.json")"
+    owner=$(stat --format %u:%g "$work/train/checkpoints/quickstart/reward_manifest.json")
+    say "written by $owner"
+    [ "$owner" = "$user" ]
 }
 
+if [ "$target" = ray ] || [ "$target" = train ]; then
+    [ -f "$model/config.json" ] || { say "$model is not a checkpoint; make serve trains checkpoints/demo, or set MODEL"; exit 1; }
+fi
 base_image
 image
 if declare -F "rehearse_$target" >/dev/null; then
-    container
+    make_container
     "rehearse_$target"
-    "${buildah[@]}" umount "$container" >/dev/null
 fi
 say "rehearsed: $target"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.harness.rates import Spread, gemm_share, ratios
+from benchmarks.harness.workloads import WORKLOADS
 from benchmarks.models import GEMMA2, MINILM, MINILM_SHAPE, XLM_R_MINILM
 from benchmarks.throughput.contenders import (
     ARRIVAL,
@@ -59,7 +60,8 @@ class _Found:
         self._results = results
 
     def times(self, model: str, workload: str, other: str, bound: float, *, most: bool = False) -> Finding:
-        found = speed_ratio(self._results.measurements, model, workload, other)
+        own = OURS if WORKLOADS[workload].use != "requests" else None
+        found = speed_ratio(self._results.measurements, model, workload, other, own)
         return Finding(f"{workload}, {model}: times {other}", bound, found, most)
 
     def served(self, model: str, workload: str, other: str, bound: float) -> Finding:

@@ -71,7 +71,8 @@ def train(
 
     settings = load_config(config, overrides or ())
 
-    from marginrm_training.run.train import train as run  # takes seconds; a fault of the file is told before
+    # Its imports take seconds, so a fault of the file comes first.
+    from marginrm_training.run.train import train as run
 
     _configure_logging()
     manifest = run(settings, resume=resume, dry_run=dry_run)

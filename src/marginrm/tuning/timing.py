@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from marginrm.encoding import EncodedResponse, Encoder
 
-_LENGTH = 256  # tokens of a sequence
+LONGEST_TRIAL = 256  # tokens of a sequence
 
 
 def trial_groups(encoder: Encoder, tokens: int) -> list[list[EncodedResponse]]:
@@ -19,7 +19,7 @@ def trial_groups(encoder: Encoder, tokens: int) -> list[list[EncodedResponse]]:
         tokens: Tokens of all groups together; rounded down to whole sequences, at least one.
     """
     pattern = encoder.encode("Are you there?", "Yes, I am.", "prompt_left")
-    length = min(encoder.max_length, _LENGTH)
+    length = min(encoder.max_length, LONGEST_TRIAL)
     times = -(-length // len(pattern.ids))
     ids = (pattern.ids * times)[:length]
     types = None if pattern.type_ids is None else (pattern.type_ids * times)[:length]
