@@ -34,7 +34,8 @@ def cells(results: Results) -> list[dict[str, Any]]:
 def _cell(results: Results, model: str, workload: str, contender: str) -> dict[str, Any]:
     found = [m for m in results.measurements if (m.model, m.workload, m.contender) == (model, workload, contender)]
     differences = [m.difference for m in found if m.difference is not None]
-    ratio = speed_ratio(results.measurements, model, workload, contender)
+    names = {m.contender for m in results.measurements if (m.model, m.workload) == (model, workload)}
+    ratio = speed_ratio(results.measurements, model, workload, ours(workload, names), contender)
     return {
         "model": model,
         "workload": workload,

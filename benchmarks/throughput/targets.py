@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.harness.rates import Spread, gemm_share, ratios
-from benchmarks.harness.workloads import WORKLOADS
 from benchmarks.models import GEMMA2, MINILM, MINILM_SHAPE, XLM_R_MINILM
 from benchmarks.throughput.contenders import (
     ARRIVAL,
@@ -19,7 +18,6 @@ from benchmarks.throughput.contenders import (
     UNCACHED,
     VLLM,
     VLLM_OVER_HTTP,
-    ours,
 )
 from benchmarks.throughput.results import Measurement, Results
 
@@ -59,15 +57,11 @@ class _Found:
     def __init__(self, results: Results) -> None:
         self._results = results
 
-    def times(self, model: str, workload: str, other: str, bound: float, *, most: bool = False) -> Finding:
-        own = OURS if WORKLOADS[workload].use != "requests" else None
-        found = speed_ratio(self._results.measurements, model, workload, other, own)
-        return Finding(f"{workload}, {model}: times {other}", bound, found, most)
-
-    def served(self, model: str, workload: str, other: str, bound: float) -> Finding:
-        """The same for `marginrm serve` as it comes."""
-        found = speed_ratio(self._results.measurements, model, workload, other, OVER_HTTP)
-        return Finding(f"{workload}, {model}: {OVER_HTTP}, times {other}", bound, found)
+    def times(
+        self, model: str, workload: str, other: str, bound: float, *, own: str = OURS, most: bool = False
+    ) -> Finding:
+        found = speed_ratio(self._results.measurements, model, workload, own, other)
+        return Finding(f"{workload}, {model}: {own}, times {other}", bound, found, most)
 
     def gemm(self, model: str, bound: float) -> Finding:
         share = Spread.of(gemm_shares(self._results, model, "bon-short"))
@@ -82,12 +76,12 @@ def cpu_findings(results: Results) -> list[Finding]:
     """Returns every target of `benchmarks.run` with the measured value."""
     found = _Found(results)
     return [
-        found.served(_QWEN3, "bon-long", VLLM, 1.2),
-        found.served(_QWEN3, "bon-short", VLLM, 1.05),
-        found.served(_QWEN3, "pairs", VLLM, 1.05),
-        found.times(_QWEN3, "trainer", VLLM_OVER_HTTP, 1.1),
-        found.times(_QWEN3, "trainer-grouped", VLLM_OVER_HTTP, 1.1),
-        found.times(_QWEN3, "chat", UNCACHED, 3.0),
+        found.times(_QWEN3, "bon-long", VLLM, 1.2, own=OVER_HTTP),
+        found.times(_QWEN3, "bon-short", VLLM, 1.05, own=OVER_HTTP),
+        found.times(_QWEN3, "pairs", VLLM, 1.05, own=OVER_HTTP),
+        found.times(_QWEN3, "trainer", VLLM_OVER_HTTP, 1.1, own=OVER_HTTP),
+        found.times(_QWEN3, "trainer-grouped", VLLM_OVER_HTTP, 1.1, own=OVER_HTTP),
+        found.times(_QWEN3, "chat", UNCACHED, 3.0, own=OVER_HTTP),
         found.times(_QWEN3, "bon-short", ARRIVAL, 5.0),
         found.times(_QWEN3, "bon-long", ARRIVAL, 12.0),
         found.times(_QWEN3, "bon-short", SORTED, 2.0),
@@ -134,23 +128,13 @@ def _training(results: Results, model: str, bound: float) -> Finding:
     return Finding(f"training, {model}: times TRL", bound, Spread(**ours_times) if ours_times else None)
 
 
-def speed_ratio(
-    measurements: Iterable[Measurement], model: str, workload: str, other: str, own: str | None = None
-) -> Spread | None:
-    """Returns our rewards per second over another contender's, round by round.
-
-    Args:
-        measurements: All of them.
-        model: The model.
-        workload: The workload.
-        other: The other contender.
-        own: Our contender; by default that with which a workload's others are compared.
-    """
+def speed_ratio(measurements: Iterable[Measurement], model: str, workload: str, own: str, other: str) -> Spread | None:
+    """Returns the rewards per second of our contender `own` over another's, round by round."""
     rates: dict[str, dict[int, float]] = {}
     for m in measurements:
         if (m.model, m.workload) == (model, workload):
             rates.setdefault(m.contender, {})[m.round] = m.rate
-    return Spread.of(ratios(rates.get(own or ours(workload, rates), {}), rates.get(other, {})))
+    return Spread.of(ratios(rates.get(own, {}), rates.get(other, {})))
 
 
 def gemm_shares(results: Results, model: str, workload: str, contender: str = OURS) -> list[float]:

@@ -45,6 +45,7 @@ def test_the_report_has_targets_tables_and_training(rehearsal):
     training = results.studies[TRAINING, "tiny"]
     assert set(training["pairs_per_second"]) >= {"marginrm bt, bfloat16"}
     text = (rehearsal / "report.md").read_text()
+    assert "\nTargets that were not measured in this run:\n\n- " in text
     assert "- bon-short, llama-3-8b: share of the GEMM rate (0.6)" in text
     assert "**tiny, trainer**" in text
     assert "marginrm, engine is |" in text
