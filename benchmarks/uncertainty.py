@@ -21,23 +21,22 @@ from benchmarks.models import NAMES, build
 from marginrm import RewardModel
 from marginrm.encoding import EncodedResponse
 from marginrm.head_posterior import HeadPosterior, Laplace
-from marginrm.tuning.timing import LONGEST_TRIAL, timed, trial_groups
+from marginrm.tuning.timing import timed, trial_groups
 
 _WARM_UP = 2  # pairs of steps
 
 
 def main(
     models: Annotated[str, typer.Option(help="Shapes, separated by commas.")] = "minilm-shape,smollm2-135m",
-    lengths: Annotated[str, typer.Option(help="Tokens of a response, at most 256.")] = "32,256",
+    lengths: Annotated[str, typer.Option(help="Tokens of a response.")] = "32,256",
     tokens: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 4096,
     rounds: Annotated[int, typer.Option(help="Steps of each kind; the median ratio counts.", min=2)] = 15,
     data: DataFolder = None,
 ) -> None:
     """Print the time of a step with uncertainty over that without, for each model and length of its responses."""
     sizes = [int(length) for length in lengths.split(",")]
-    most = min(tokens, LONGEST_TRIAL)
-    if not all(1 <= length <= most for length in sizes):
-        raise typer.BadParameter(f"--lengths {lengths}: give numbers from 1 to {most}")
+    if not all(1 <= length <= tokens for length in sizes):
+        raise typer.BadParameter(f"--lengths {lengths}: give numbers from 1 to {tokens}, the tokens of a step")
     texts = load_texts(data)
     typer.echo("| model | step | without, ms | with / without (quartiles) |\n|---|---|---:|---:|")
     with TemporaryDirectory() as folder:
@@ -45,17 +44,11 @@ def main(
             path = build(name, Path(folder) / name, texts.for_tokenizer)
             model = RewardModel.from_pretrained(path, dtype="auto")
             for length in sizes:
-                trials = trial_groups(model.encoder, tokens * LONGEST_TRIAL // length)
-                groups = [[_cut(one, length)] for (one,) in trials]
-                seconds, ratios = _measure(model, groups[: tokens // length], rounds)
+                groups = trial_groups(model.encoder, tokens, length)
+                seconds, ratios = _measure(model, groups, rounds)
                 low, middle, high = statistics.quantiles(ratios, n=4)
-                step = f"{tokens // length:,} responses of {length:,} tokens"
+                step = f"{len(groups):,} responses of {groups[0][0].tokens:,} tokens"
                 typer.echo(f"| {name} | {step} | {1e3 * seconds:.1f} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
-
-
-def _cut(response: EncodedResponse, length: int) -> EncodedResponse:
-    types = None if response.type_ids is None else response.type_ids[:length]
-    return EncodedResponse(response.ids[:length], types)
 
 
 def _measure(model: RewardModel, groups: list[list[EncodedResponse]], rounds: int) -> tuple[float, list[float]]:

@@ -31,9 +31,8 @@ from marginrm.tuning.timing import best_seconds
 _OPERATORS = "_reorder_linear_weight", "_linear_pointwise"
 _ROWS = 256  # tokens of the trial
 _TILE_ROWS = 256, 1_024  # those of the trial between oneDNN and tiles
-_TILE_LAYERS = (
-    4  # of a shape in that trial, so that a core's own caches do not hold their weights, as in a forward pass
-)
+# Layers of a shape in that trial, so that a core's own caches do not hold their weights, as in a forward pass.
+_TILE_LAYERS = 4
 _TILE_TOLERANCE = 2**-6  # of the largest result: both round sums of float32 to bfloat16
 _PACKED = "this model's weights are packed for scoring, so they can be neither read nor trained."
 _WORTH_IT = 1.03  # speed relative to the plain layer from which on weights are packed, and relative to oneDNN for tiles

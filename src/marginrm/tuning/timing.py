@@ -8,18 +8,19 @@ from collections.abc import Callable
 
 from marginrm.encoding import EncodedResponse, Encoder
 
-LONGEST_TRIAL = 256  # tokens of a sequence
+_LENGTH = 256  # tokens of a sequence
 
 
-def trial_groups(encoder: Encoder, tokens: int) -> list[list[EncodedResponse]]:
+def trial_groups(encoder: Encoder, tokens: int, length: int = _LENGTH) -> list[list[EncodedResponse]]:
     """Makes groups of one response each that share nothing, of tokens that the model knows.
 
     Args:
         encoder: The model's encoder.
         tokens: Tokens of all groups together; rounded down to whole sequences, at least one.
+        length: Tokens of a sequence; fewer where the model takes no more.
     """
     pattern = encoder.encode("Are you there?", "Yes, I am.", "prompt_left")
-    length = min(encoder.max_length, LONGEST_TRIAL)
+    length = min(encoder.max_length, length)
     times = -(-length // len(pattern.ids))
     ids = (pattern.ids * times)[:length]
     types = None if pattern.type_ids is None else (pattern.type_ids * times)[:length]
